@@ -1,0 +1,27 @@
+"""Turn contexts into low-rank adapters of a frozen language model, in one forward pass."""
+
+from gakernels.adapter import Adapter
+from gakernels.configuration import GeneratorConfig
+from gakernels.context import ContextStream
+from gakernels.errors import BackendError, FormatError, InputError
+from gakernels.model import GenerativeAdapter
+from gakernels.nn import AdaptedLinear, AdapterGenerator, LowRankFactors
+from gakernels.ops import context_state, low_rank_polar, lowrank_linear
+from gakernels.version import __version__
+
+__all__ = [
+    "AdaptedLinear",
+    "Adapter",
+    "AdapterGenerator",
+    "BackendError",
+    "ContextStream",
+    "FormatError",
+    "GenerativeAdapter",
+    "GeneratorConfig",
+    "InputError",
+    "LowRankFactors",
+    "__version__",
+    "context_state",
+    "low_rank_polar",
+    "lowrank_linear",
+]

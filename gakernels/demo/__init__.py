@@ -1,0 +1,1 @@
+"""The embedded demo: invented people, their facts, and a word-level tokenizer for both."""

@@ -1,0 +1,13 @@
+"""The errors that a user's input can cause. The command line shows them as one line, without a traceback."""
+
+
+class InputError(ValueError):
+    """An argument, option or input file is wrong. The message names it, what was expected and what came."""
+
+
+class FormatError(InputError):
+    """A file of this library is damaged, of an unknown version, or belongs to another model or generator."""
+
+
+class BackendError(RuntimeError):
+    """The implementation that `GAKERNELS_BACKEND` asks for can't run here."""

@@ -1,0 +1,469 @@
+"""GenerativeAdapter: a frozen causal language model with generators that turn a context into its adapter."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gakernels.adapter import Adapter, stack
+from gakernels.attachment import decoder_layers, find_sites
+from gakernels.configuration import GeneratorConfig
+from gakernels.context import ContextStream, encode
+from gakernels.contextualization import ContextPass
+from gakernels.errors import FormatError, InputError
+from gakernels.files import read_tensors, write_tensors, write_text
+from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
+from gakernels.nn import AdaptedLinear, AdapterGenerator, LowRankFactors
+from gakernels.windows import pad_windows, split_evenly
+
+GENERATOR_FILE = "generator.safetensors"
+
+
+class GenerativeAdapter(nn.Module):
+    """Generators attached to a base model.
+
+    The base model is frozen and keeps its parameter names; its adapted linear layers are exchanged for `AdaptedLinear`
+    with the same parameters (`detach` puts the old ones back). The generators are the only trainable parameters.
+
+    Args:
+        base: any decoder-only transformers model whose decoder layers hold the named linear layers.
+        config: what is adapted and how.
+        tokenizer: needed only where text goes in or comes out.
+        dtype: of the generators' parameters; float32 if not given, whatever the base model has.
+
+    Raises:
+        InputError: config names layers that the model does not have, or the model already carries generators.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: GeneratorConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.base = base.requires_grad_(False).eval()
+        self._sites = find_sites(base, config.linears, config.layers)
+        self.generators = nn.ModuleDict()
+        self._hooks: list[Any] = []
+        self._pass: ContextPass | None = None
+        self._originals: dict[str, Tensor] = {}
+        self._base_fingerprint: str | None = None
+        self._attach(dtype)
+
+    # Attaching
+
+    def _attach(self, dtype: torch.dtype) -> None:
+        hidden_size = self.base.config.get_text_config().hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            for number, site in enumerate(self._sites):
+                generator = AdapterGenerator(
+                    hidden_size,
+                    site.linear.in_features,
+                    site.linear.out_features,
+                    state_size=self.config.state_size,
+                    rank=self.config.rank,
+                    norm=self.config.norm,
+                    damping=self.config.damping,
+                    power_iterations=self.config.power_iterations,
+                    sketch_seed=self.config.seed * 1000 + number,
+                )
+                self.generators[_key(site.name)] = generator.to(site.linear.weight.device, dtype)
+        layers = decoder_layers(self.base)[1]
+        for number in sorted({site.layer for site in self._sites}):
+            hook = layers[number].register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
+            self._hooks.append(hook)
+        for site in self._sites:
+            site.replace(AdaptedLinear.from_linear(site.linear))
+
+    def detach(self) -> PreTrainedModel:
+        """Take the generators off: the base model as it was (frozen). This object can't be used afterwards."""
+        self.unmerge()
+        for hook in self._hooks:
+            hook.remove()
+        for site in self._sites:
+            linear = site.linear
+            if isinstance(linear, AdaptedLinear):
+                site.replace(linear.to_linear())
+        return self.base
+
+    def _before_layer(self, number: int) -> Any:
+        """The hook that forms the adapters of one decoder layer from its input, during a context pass."""
+        sites = [site for site in self._sites if site.layer == number]
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._pass is None:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            for site in sites:
+                self._linear(site.name).factors = self._pass.factors(
+                    site.name, self.generator(site.name), hidden, self.config.adapter_scale
+                )
+
+        return hook
+
+    def generator(self, name: str) -> AdapterGenerator:
+        """The generator of a linear layer, by its name in the base model."""
+        module = self.generators[_key(name)]
+        assert isinstance(module, AdapterGenerator)
+        return module
+
+    @property
+    def adapted_names(self) -> list[str]:
+        """Names of the adapted linear layers in the base model."""
+        return [site.name for site in self._sites]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.base.device
+
+    def train(self, mode: bool = True) -> "GenerativeAdapter":
+        """Training mode for the generators only: the base model is frozen, so its dropout stays off."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    # Passes over windows
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        chunks: int,
+        seen: Sequence[int],
+        initial_states: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encode windows, each with the adapter of the context chunks that it sees.
+
+        Args:
+            input_ids: (B, W, M), the first `chunks` windows of each row are its context.
+            mask: (B, W, M) bool, False for padding, which must be on the right of each window.
+            chunks: T >= 1.
+            seen: (W,), how many context chunks the adapter of each window has seen: 0 for none (or only the initial
+                states), t for window t of the context, and up to T for windows after it.
+            initial_states: S_0 (B, d_r, d_r) by adapted layer.
+
+        Returns:
+            The last hidden states (B, W, M, d_h), for `logits`, and the states after the context by adapted layer.
+
+        Raises:
+            InputError: a shape does not fit, or an adapter is merged into the base.
+        """
+        self._check_pass(input_ids, mask, chunks, seen)
+        batch, windows, length = input_ids.shape
+        context = ContextPass(batch, chunks, tuple(seen), mask[:, :chunks], initial_states)
+        with self._running(context):
+            # No attention mask: attention is causal and the padding is on the right, so no token sees it.
+            output = self.base.get_decoder()(input_ids=input_ids.view(batch * windows, length), use_cache=False)
+        return output.last_hidden_state.view(batch, windows, length, -1), context.states
+
+    def _check_pass(self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int]) -> None:
+        if self._originals:
+            raise InputError("an adapter is merged into the base model; call unmerge() first")
+        if input_ids.dim() != 3 or mask.shape != input_ids.shape or mask.dtype != torch.bool:
+            raise InputError(
+                "input_ids must have shape (B, W, M) and mask must be bool of the same shape, but they are "
+                f"{tuple(input_ids.shape)} and {mask.dtype} {tuple(mask.shape)}"
+            )
+        if not 1 <= chunks <= input_ids.shape[1] or len(seen) != input_ids.shape[1]:
+            raise InputError(
+                f"chunks must be between 1 and the {input_ids.shape[1]} windows and seen have one entry for each, "
+                f"but they are {chunks} and {tuple(seen)}"
+            )
+
+    @contextmanager
+    def _running(self, context: ContextPass) -> Iterator[None]:
+        before = {site.name: self._linear(site.name).factors for site in self._sites}
+        self._pass = context
+        try:
+            yield
+        finally:
+            self._pass = None
+            for name, factors in before.items():
+                self._linear(name).factors = factors
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (..., vocabulary) of last hidden states (..., d_h), as the base model's own head gives."""
+        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        settings = self.base.config.get_text_config()
+        logits = logits * getattr(settings, "logit_scale", 1.0)  # Cohere
+        logits = logits / getattr(settings, "logits_scaling", 1.0)  # Granite
+        cap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    # Contexts
+
+    def stream(self) -> ContextStream:
+        """A new, empty running context."""
+        return ContextStream(self)
+
+    @torch.no_grad()
+    def states(
+        self,
+        contexts: Sequence[Sequence[int]],
+        initial_states: Mapping[str, Tensor] | None = None,
+        chunks_per_pass: int = 8,
+    ) -> dict[str, Tensor]:
+        """The states (B, d_r, d_r) by adapted layer after B contexts of token ids, each cut into even chunks.
+
+        Args:
+            contexts: token ids of each context.
+            initial_states: S_0 (B, d_r, d_r) by adapted layer.
+            chunks_per_pass: how many chunks of each context go in one forward pass; longer contexts take more passes,
+                so memory does not grow with their length. The result is the same.
+
+        Raises:
+            InputError: a context is empty or chunks_per_pass is below 1.
+        """
+        if chunks_per_pass < 1:
+            raise InputError(f"chunks_per_pass must be at least 1, but it is {chunks_per_pass}")
+        ids, mask = pad_windows([split_evenly(tokens, self.config.chunk_size) for tokens in contexts], pad=0)
+        states = initial_states
+        for start in range(0, ids.shape[1], chunks_per_pass):
+            part, part_mask = (tensor[:, start : start + chunks_per_pass].to(self.device) for tensor in (ids, mask))
+            chunks = part.shape[1]
+            states = self(part, part_mask, chunks, range(chunks), states)[1]
+        assert states is not None
+        return dict(states)
+
+    @torch.no_grad()
+    def adapters(self, states: Mapping[str, Tensor], tokens_seen: Sequence[int]) -> list[Adapter]:
+        """The adapters of B states (B, d_r, d_r) by adapted layer."""
+        factors = {name: self.generator(name).factors(states[name]) for name in self.adapted_names}
+        fingerprint = self.generator_fingerprint()
+        return [
+            Adapter(
+                lora_a={name: pair[0][row] for name, pair in factors.items()},
+                lora_b={name: pair[1][row] for name, pair in factors.items()},
+                scale=self.config.adapter_scale,
+                base_fingerprint=self.base_fingerprint(),
+                generator_fingerprint=fingerprint,
+                base_name=self.base.config.name_or_path,
+                tokens_seen=tokens,
+            )
+            for row, tokens in enumerate(tokens_seen)
+        ]
+
+    def adapt(self, contexts: Sequence[str | Sequence[int]]) -> list[Adapter]:
+        """The adapters of several contexts, texts or token ids, encoded together as one batch."""
+        tokens = [encode(self.tokenizer, context, first=True) for context in contexts]
+        return self.adapters(self.states(tokens), [len(row) for row in tokens])
+
+    # Using adapters
+
+    @contextmanager
+    def adapted(self, adapters: Adapter | Sequence[Adapter]) -> Iterator[None]:
+        """The base model with an adapter, or with one adapter per row of the batch, while the block runs.
+
+        With n adapters the rows of a batch must be a multiple of n: each adapter serves that many consecutive rows.
+
+        Raises:
+            InputError: an adapter is merged into the base model.
+            FormatError: the adapter was made for another base model.
+        """
+        if self._originals:
+            raise InputError("an adapter is merged into the base model; call unmerge() first")
+        several = [adapters] if isinstance(adapters, Adapter) else list(adapters)
+        self._check_adapters(several)
+        before = {name: self._linear(name).factors for name in self.adapted_names}
+        for name in self.adapted_names:
+            weight = self._linear(name).weight
+            lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in stack(several, name))
+            self._linear(name).factors = LowRankFactors(lora_a, lora_b, several[0].scale)
+        try:
+            yield
+        finally:
+            for name, factors in before.items():
+                self._linear(name).factors = factors
+
+    def merge(self, adapter: Adapter) -> None:
+        """Add an adapter into the weights of the base model; `unmerge` restores them bit by bit from a copy.
+
+        Raises:
+            InputError: an adapter is merged already.
+            FormatError: the adapter was made for another base model.
+        """
+        if self._originals:
+            raise InputError("an adapter is merged into the base model already; call unmerge() first")
+        self._check_adapters([adapter])
+        with torch.no_grad():
+            for name in self.adapted_names:
+                weight = self._linear(name).weight
+                self._originals[name] = weight.detach().clone()
+                delta = adapter.delta(name)
+                weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
+
+    def unmerge(self) -> None:
+        """Restore the weights from before `merge`; nothing happens if nothing is merged."""
+        with torch.no_grad():
+            for name, original in self._originals.items():
+                self._linear(name).weight.copy_(original)
+        self._originals.clear()
+
+    @torch.no_grad()
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
+        """Continue texts with the base model as it is now (see `adapted`), by transformers' `generate`.
+
+        Args:
+            prompts: one text or several; several are padded on the left.
+            options: for `generate`; greedy decoding of at most 32 new tokens unless they say otherwise.
+
+        Returns:
+            The new text of each prompt, without the prompt and special tokens.
+        """
+        tokenizer = self._tokenizer()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
+        settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": tokenizer.pad_token_id} | options
+        encoded.pop("token_type_ids", None)
+        output = self.base.generate(**encoded, **settings)
+        new = output[:, encoded["input_ids"].shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise InputError("tokenizer is needed to turn text into tokens; pass one to GenerativeAdapter")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        return self.tokenizer
+
+    def _check_adapters(self, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
+            if adapter.base_fingerprint != self.base_fingerprint():
+                raise FormatError(
+                    f"adapter belongs to a base model with fingerprint {adapter.base_fingerprint} "
+                    f"({adapter.base_name or 'no name'}), but this base model has {self.base_fingerprint()}"
+                )
+            if set(adapter.lora_a) != set(self.adapted_names):
+                raise FormatError("adapter adapts other linear layers than this generator")
+
+    def _linear(self, name: str) -> AdaptedLinear:
+        linear = self.base.get_submodule(name)
+        assert isinstance(linear, AdaptedLinear)
+        return linear
+
+    # Files
+
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model; computed once."""
+        if self._base_fingerprint is None:
+            self._base_fingerprint = model_fingerprint(self.base)
+        return self._base_fingerprint
+
+    def generator_fingerprint(self) -> str:
+        """Fingerprint of the generators' present parameters and sketches."""
+        return tensor_fingerprint(self.generator_tensors().items())
+
+    def generator_tensors(self) -> dict[str, Tensor]:
+        """Parameters and sketches of all generators, named by adapted layer."""
+        return {
+            f"{name}.{key}": tensor
+            for name in self.adapted_names
+            for key, tensor in self.generator(name).state_dict().items()
+        }
+
+    def save_pretrained(self, folder: str | Path, base_name: str | None = None) -> None:
+        """Write the generators to a folder; `from_pretrained` reads it. The base model is not written.
+
+        Args:
+            folder: gets `generator.safetensors`, with everything, and `generator.json`, the same description to read.
+            base_name: name or path of the base model to write down, if not the one that it was loaded from; a path is
+                looked for from the folder first.
+
+        Raises:
+            OSError: it could not be written; older files are unharmed.
+        """
+        description = {
+            "config": self.config.to_dict(),
+            "base_name": self.base.config.name_or_path if base_name is None else base_name,
+            "base_fingerprint": self.base_fingerprint(),
+            "generator_fingerprint": self.generator_fingerprint(),
+        }
+        write_tensors(Path(folder) / GENERATOR_FILE, "generator", self.generator_tensors(), description)
+        write_text(Path(folder) / "generator.json", json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        base: PreTrainedModel | str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype = torch.float32,
+        **base_options: Any,
+    ) -> "GenerativeAdapter":
+        """Load generators and, unless given, their base model and its tokenizer.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            base: the base model, or its name or path; if not given, the one that the generator names.
+            tokenizer: if not given, the base model's, where there is one.
+            dtype: of the generators' parameters.
+            base_options: for `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            InputError: a file or model is missing.
+            FormatError: a file is damaged, or the base model is not the one the generator was trained for.
+        """
+        path = Path(folder) / GENERATOR_FILE
+        tensors, description = read_tensors(path, "generator")
+        if not isinstance(base, PreTrainedModel):
+            name = _locate(Path(folder), description["base_name"] if base is None else str(base))
+            base, tokenizer = load_base(name, tokenizer, **base_options)
+        model = cls(base, GeneratorConfig.from_dict(description["config"]), tokenizer, dtype)
+        if model.base_fingerprint() != description["base_fingerprint"]:
+            raise FormatError(
+                f"base must be the model that {path} was trained for (fingerprint {description['base_fingerprint']}, "
+                f"{description['base_name'] or 'no name'}), but its fingerprint is {model.base_fingerprint()}"
+            )
+        model.load_generator_tensors(tensors, str(path))
+        return model
+
+    def load_generator_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Put saved parameters and sketches into the generators.
+
+        Raises:
+            FormatError: names or shapes differ; nothing has been changed then.
+        """
+        own = self.generator_tensors()
+        for name in sorted(set(own) | set(tensors)):
+            if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+                raise FormatError(
+                    f"{source} does not fit this generator: {name} is missing, unknown or of another shape"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+
+def load_base(
+    name: str, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A causal language model and its tokenizer, from a folder or the Hugging Face hub.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    try:
+        base = AutoModelForCausalLM.from_pretrained(name, **options)
+        return base, tokenizer or AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _locate(folder: Path, name: str) -> str:
+    """A relative path counts from the generator's folder, if it exists there."""
+    beside = folder / name
+    return str(beside) if name and beside.is_dir() else name
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a ModuleDict key can't contain dots

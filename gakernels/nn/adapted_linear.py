@@ -1,0 +1,88 @@
+"""AdaptedLinear: a frozen linear layer that takes a low-rank adapter, or a different one per row of the batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gakernels.errors import InputError
+from gakernels.ops import lowrank_linear
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """The adapters that an `AdaptedLinear` uses: scale lora_B[i] lora_A[i] for adapter i.
+
+    Attributes:
+        lora_a: (adapters, r, d_in).
+        lora_b: (adapters, d_out, r).
+        scale: factor of the low-rank term.
+        adapter_index: (rows,) int64, the adapter of each row of the batch, -1 for none. None: a single adapter serves
+            all rows, and n adapters serve n equal groups of consecutive rows.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    adapter_index: Tensor | None = None
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with frozen weight and bias and an exchangeable adapter.
+
+    It is an `nn.Linear` with the same parameter names, so that state dicts and tools that look for linear layers see
+    no difference. Without factors it computes exactly what the linear layer does.
+    """
+
+    factors: LowRankFactors | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "AdaptedLinear":
+        """Wrap a layer: the parameters are shared, not copied, and are frozen."""
+        bias = linear.bias is not None
+        adapted = cls(linear.in_features, linear.out_features, bias=bias, device="meta")
+        adapted.weight, adapted.bias = linear.weight, linear.bias
+        adapted.train(linear.training)
+        return adapted.requires_grad_(False)
+
+    def to_linear(self) -> nn.Linear:
+        """The plain layer again, with the same parameters."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y (rows, ..., d_out) of x (rows, ..., d_in), each row with its adapter.
+
+        Raises:
+            InputError: the rows of the batch can't be shared out among the adapters.
+        """
+        if self.factors is None:
+            return super().forward(input)
+        factors = self.factors
+        windows, index = _as_windows(input, factors)
+        y = lowrank_linear(
+            windows,
+            self.weight,
+            factors.lora_a.to(input.dtype),
+            factors.lora_b.to(input.dtype),
+            factors.scale,
+            index,
+            self.bias,
+        )
+        return y.view(*input.shape[:-1], self.out_features)
+
+
+def _as_windows(x: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor | None]:
+    """Shape the input as (windows, M, d_in) for `lowrank_linear`, with the index of each window's adapter."""
+    adapters, rows = factors.lora_a.shape[0], x.shape[0]
+    if factors.adapter_index is not None:
+        if factors.adapter_index.shape[0] != rows:
+            raise InputError(
+                f"the batch must have {factors.adapter_index.shape[0]} rows, one per entry of adapter_index, "
+                f"but it has {rows}"
+            )
+        return x.reshape(rows, -1, x.shape[-1]), factors.adapter_index.to(x.device, torch.int64)
+    if rows % adapters:
+        raise InputError(f"the rows of the batch must be a multiple of the {adapters} adapters, but there are {rows}")
+    return x.reshape(adapters, -1, x.shape[-1]), None

@@ -1,0 +1,136 @@
+"""AdapterGenerator: hidden states of a context in, the factors of a low-rank adapter of one linear layer out."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gakernels.errors import InputError
+from gakernels.ops import context_state, low_rank_polar
+from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
+
+NORMS = ("polar", "frobenius")
+
+
+class AdapterGenerator(nn.Module):
+    """The bilinear generator of one linear layer: Delta W = scale A1 norm(S) B2, S = A2 (sum h h^T) B1 (section 2.2).
+
+    At start the adapter is zero (A1 is); the other maps start as in the released code, normal with standard deviation
+    sqrt(1/3) / sqrt(fan_in).
+
+    Args:
+        hidden_size: d_h, size of the hidden states that make up the context.
+        in_features: d_in of the adapted linear layer.
+        out_features: d_out of the adapted linear layer.
+        state_size: d_r.
+        rank: r, at most d_r. With `norm="frobenius"` the adapter has rank d_r, and this is not used.
+        norm: `polar` (equations 6-9, see `low_rank_polar`) or `frobenius` (S / ||S||_F, the paper's ablation).
+        damping: tau of the polar factor.
+        power_iterations: of the polar factor.
+        sketch_seed: seed of the fixed Gaussian sketch Omega, a buffer that is stored with the generator.
+        eps: of the RMSNorm in front of the projections.
+
+    Raises:
+        InputError: rank > state_size, a size below 1, or an unknown norm.
+    """
+
+    sketch: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        in_features: int,
+        out_features: int,
+        *,
+        state_size: int,
+        rank: int,
+        norm: str = "polar",
+        damping: float = DEFAULT_DAMPING,
+        power_iterations: int = 1,
+        sketch_seed: int = 0,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_size, in_features, out_features, state_size, rank, norm)
+        self.norm, self.damping, self.power_iterations, self.eps = norm, damping, power_iterations, eps
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.norm_weight = empty(hidden_size)
+        self.output_map = empty(out_features, state_size)  # A1
+        self.value_projection = empty(state_size, hidden_size)  # A2
+        self.key_projection = empty(hidden_size, state_size)  # B1
+        self.input_map = empty(state_size, in_features)  # B2
+        self.register_buffer("sketch", _gaussian(state_size, rank, sketch_seed).to(self.norm_weight))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start values of all maps; the sketch stays."""
+        with torch.no_grad():
+            self.norm_weight.fill_(1)
+            self.output_map.zero_()
+            for parameter, fan_in in (
+                (self.value_projection, self.value_projection.shape[1]),
+                (self.key_projection, self.key_projection.shape[0]),
+                (self.input_map, self.input_map.shape[1]),
+            ):
+                parameter.normal_(std=math.sqrt(1 / 3 / fan_in))
+
+    def states(self, hidden: Tensor, mask: Tensor | None = None, initial_state: Tensor | None = None) -> Tensor:
+        """S_1..S_T (B, T, d_r, d_r) of the hidden states (B, T, M, d_h), from the state (B, d_r, d_r) before them.
+
+        Computed in the dtype of the parameters; accumulated in float32 or wider. See `gakernels.ops.context_state`.
+        """
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        normed = F.rms_norm(hidden.to(wide), self.norm_weight.shape, self.norm_weight.to(wide), self.eps)
+        normed = normed.to(self.value_projection.dtype)
+        return context_state(normed, self.value_projection, self.key_projection, mask, initial_state)
+
+    def factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of states (..., d_r, d_r)."""
+        if self.norm == "frobenius":
+            left, right = _frobenius(states)
+        else:
+            sketch = self.sketch.to(states.dtype)
+            left, right = low_rank_polar(states, sketch, self.power_iterations, self.damping)
+        dtype = self.output_map.dtype
+        return right.to(dtype).mT @ self.input_map, self.output_map @ left.to(dtype)
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None = None, initial_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns lora_A (B, T, r, d_in), lora_B (B, T, d_out, r) and the states they come from."""
+        states = self.states(hidden, mask, initial_state)
+        return *self.factors(states), states
+
+    def extra_repr(self) -> str:
+        sizes = f"hidden={self.norm_weight.shape[0]}, in={self.input_map.shape[1]}, out={self.output_map.shape[0]}"
+        return f"{sizes}, state={self.sketch.shape[0]}, rank={self.sketch.shape[1]}, norm={self.norm}"
+
+
+def _frobenius(states: Tensor) -> tuple[Tensor, Tensor]:
+    """S / ||S||_F = left right^T with right = I; zero for a zero state."""
+    size = states.square().sum((-2, -1), keepdim=True)
+    scale = torch.where(size == 0, 0.0, torch.where(size == 0, 1.0, size).rsqrt())
+    identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
+    return states * scale, identity.expand_as(states)
+
+
+def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
+    """The same matrix on every device: drawn on the CPU in float32."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32)
+
+
+def _check_sizes(hidden: int, inputs: int, outputs: int, state_size: int, rank: int, norm: str) -> None:
+    sizes = {"hidden_size": hidden, "in_features": inputs, "out_features": outputs, "state_size": state_size}
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, but it is {size}")
+    if not 1 <= rank <= state_size:
+        raise InputError(f"rank must be between 1 and state_size ({state_size}), but it is {rank}")
+    if norm not in NORMS:
+        raise InputError(f"norm must be one of {', '.join(NORMS)}, but it is {norm!r}")

@@ -1,0 +1,7 @@
+"""The three operations. Each is one public function with a plain definition beside it (`reference.py`)."""
+
+from gakernels.ops.context_state import context_state
+from gakernels.ops.low_rank_polar import low_rank_polar
+from gakernels.ops.lowrank_linear import lowrank_linear
+
+__all__ = ["context_state", "low_rank_polar", "lowrank_linear"]

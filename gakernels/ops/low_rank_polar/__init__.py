@@ -1,0 +1,101 @@
+"""norm(S) = u v^T: rank-r singular directions of a state, all singular values one (equations 6-9), without an SVD."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gakernels.errors import InputError
+from gakernels.ops import checks
+from gakernels.ops.dispatch import choose
+from gakernels.ops.low_rank_polar import eager, reference
+
+__all__ = ["DEFAULT_DAMPING", "IMPLEMENTATIONS", "low_rank_polar"]
+
+DEFAULT_DAMPING = 1e-3  # chosen in docs/numerics.md
+
+
+def low_rank_polar(
+    states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: float = DEFAULT_DAMPING
+) -> tuple[Tensor, Tensor]:
+    """Low-rank polar factor of each state: with f the damped polar factor, u = f(S f(S^T f(S Omega))), v = f(S^T u).
+
+    Smooth in S for damping > 0, whatever the rank; zero for a zero state; unchanged when S is scaled. The mathematics,
+    its backward and the choice of the default damping are in docs/numerics.md.
+
+    Args:
+        states: (..., d_r, d_r), float32 or float64.
+        sketch: (d_r, r), the fixed matrix Omega; it gets no gradient.
+        power_iterations: passes of S S^T over the sketch, as `niter` of `torch.svd_lowrank`.
+        damping: tau. 0 gives the exact polar factor (the SVD form), which is undefined, and here not finite or noise,
+            for states of rank below r.
+
+    Returns:
+        u, v: (..., d_r, r) each. Only the product u v^T is defined, not the basis.
+
+    Raises:
+        InputError: a shape, dtype, device or value does not fit.
+    """
+    _check(states, sketch, power_iterations, damping)
+    backend = choose("low_rank_polar", IMPLEMENTATIONS).backend
+    return IMPLEMENTATIONS[backend](states, sketch, power_iterations, damping)
+
+
+def _check(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> None:
+    if states.dim() < 2 or states.shape[-1] != states.shape[-2]:
+        raise InputError(f"states must have shape (..., d_r, d_r), but it has {tuple(states.shape)}")
+    checks.check_dtype("states", states, (torch.float32, torch.float64))
+    checks.check_shape("sketch", sketch, (states.shape[-1], "r"))
+    checks.check_same("states", states, sketch=sketch)
+    if not 1 <= sketch.shape[1] <= sketch.shape[0]:
+        raise InputError(f"sketch must have a rank r between 1 and d_r, but its shape is {tuple(sketch.shape)}")
+    if power_iterations < 0:
+        raise InputError(f"power_iterations must be at least 0, but it is {power_iterations}")
+    if not (math.isfinite(damping) and damping >= 0):
+        raise InputError(f"damping must be finite and at least 0, but it is {damping}")
+
+
+@torch.library.custom_op("gakernels::low_rank_polar", mutates_args=())
+def _operator(
+    states: Tensor, sketch: Tensor, power_iterations: int, damping: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u, v, steps = eager.forward(states, sketch, power_iterations, damping)
+    return u, v, *steps
+
+
+@_operator.register_fake
+def _(
+    states: Tensor, sketch: Tensor, power_iterations: int, damping: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, (state_size, rank) = states.shape[:-2], sketch.shape
+    count = 2 + 2 * power_iterations
+    u, v = (states.new_empty(*batch, state_size, rank) for _ in range(2))
+    inputs = states.new_empty(*batch, count, state_size, rank)
+    roots = states.new_empty((*batch, count, rank), dtype=torch.float64)
+    vectors = states.new_empty((*batch, count, rank, rank), dtype=torch.float64)
+    return u, v, inputs, roots, vectors
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    states, sketch, _, damping = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.damping = damping
+    ctx.save_for_backward(states, sketch, *output[2:])
+
+
+def _backward(ctx: Any, grad_u: Tensor, grad_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    states, sketch, *steps = ctx.saved_tensors
+    grad = eager.backward(grad_u, grad_v, states, sketch, eager.Steps(*steps), ctx.damping)
+    return grad, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _eager(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor]:
+    u, v, *_ = _operator(states, sketch.detach(), power_iterations, damping)
+    return u, v
+
+
+IMPLEMENTATIONS = {"reference": reference.low_rank_polar, "eager": _eager}

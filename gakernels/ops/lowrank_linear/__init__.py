@@ -1,0 +1,134 @@
+"""A frozen linear layer with a low-rank adapter per window: y = W x + scale lora_B (lora_A x) (+ bias)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gakernels.errors import InputError
+from gakernels.ops import checks
+from gakernels.ops.dispatch import choose
+from gakernels.ops.lowrank_linear import eager, reference
+
+__all__ = ["IMPLEMENTATIONS", "lowrank_linear"]
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float = 1.0,
+    adapter_index: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Apply a frozen linear layer and, to each window, its own low-rank adapter (equation 9 of the paper).
+
+    Args:
+        x: (windows, M, d_in).
+        weight: (d_out, d_in), frozen: it gets no gradient and x is not kept for one.
+        lora_a: (adapters, r, d_in), the factor V^T B2.
+        lora_b: (adapters, d_out, r), the factor A1 U.
+        scale: factor of the low-rank term.
+        adapter_index: (windows,) int64, the adapter of each window, -1 for none. Not given: window i uses adapter i.
+            The values must lie in -1..adapters-1; they are not checked, which would synchronise with the device.
+        bias: (d_out,), frozen.
+
+    Returns:
+        (windows, M, d_out), in the dtype of x.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit, or weight or bias require a gradient.
+    """
+    _check(x, weight, lora_a, lora_b, adapter_index, bias)
+    backend = choose("lowrank_linear", IMPLEMENTATIONS).backend
+    return IMPLEMENTATIONS[backend](x, weight, lora_a, lora_b, scale, adapter_index, bias)
+
+
+def _check(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter_index: Tensor | None, bias: Tensor | None
+) -> None:
+    checks.check_shape("x", x, ("windows", "M", "d_in"))
+    checks.check_dtype("x", x, checks.FLOATING)
+    windows, _, in_features = x.shape
+    checks.check_shape("weight", weight, ("d_out", in_features))
+    adapters: int | str = windows if adapter_index is None else "adapters"
+    checks.check_shape("lora_a", lora_a, (adapters, "r", in_features))
+    checks.check_shape("lora_b", lora_b, (lora_a.shape[0], weight.shape[0], lora_a.shape[1]))
+    if adapter_index is not None:
+        checks.check_shape("adapter_index", adapter_index, (windows,))
+        checks.check_dtype("adapter_index", adapter_index, (torch.int64,))
+        if lora_a.shape[0] == 0:
+            raise InputError("lora_a must hold at least one adapter, but its shape is " + str(tuple(lora_a.shape)))
+    if bias is not None:
+        checks.check_shape("bias", bias, (weight.shape[0],))
+    if not torch.is_autocast_enabled(x.device.type):
+        checks.check_same("x", x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise InputError(f"{name} must be frozen (requires_grad=False): this operation computes no gradient for it")
+
+
+@torch.library.custom_op("gakernels::lowrank_linear", mutates_args=())
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return eager.forward(x, weight, lora_a, lora_b, scale, adapter_index, bias)
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    windows, tokens, _ = x.shape
+    return x.new_empty(windows, tokens, weight.shape[0]), x.new_empty(windows, tokens, lora_a.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_a, lora_b, scale, adapter_index, _ = inputs
+    z = output[1]
+    ctx.mark_non_differentiable(z)
+    needs_x, _, needs_a, needs_b = ctx.needs_input_grad[:4]
+    ctx.scale, ctx.needs_x = scale, needs_x
+    ctx.save_for_backward(x if needs_a else None, z if needs_b else None, weight, lora_a, lora_b, adapter_index)
+
+
+def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, z, weight, lora_a, lora_b, adapter_index = ctx.saved_tensors
+    grad_x, grad_a, grad_b = eager.backward(grad_y, x, z, weight, lora_a, lora_b, ctx.scale, adapter_index, ctx.needs_x)
+    return grad_x, None, grad_a, grad_b, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _eager(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
+        bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _operator(x, weight, lora_a, lora_b, scale, adapter_index, bias)[0]
+    return y
+
+
+IMPLEMENTATIONS = {"reference": reference.lowrank_linear, "eager": _eager}

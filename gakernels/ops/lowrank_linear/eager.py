@@ -1,0 +1,70 @@
+"""`lowrank_linear` in plain PyTorch: the base GEMM, then two thin batched GEMMs added into its output.
+
+Saved for the backward: x only when lora_a needs a gradient (dA = dz^T x), z = x A^T (M r a window) only when lora_b
+does. The frozen weight has no gradient, so nothing is saved for one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns y (windows, M, d_out) and the shrunk input z = x A^T (windows, M, r)."""
+    y = F.linear(x, weight, bias)
+    z = x @ select(lora_a, adapter_index).mT
+    y.baddbmm_(z, select(lora_b, adapter_index).mT, alpha=scale)
+    return y, z
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, lora_a, lora_b.
+
+    With dz = scale dy B: dx = dy W + dz A, dA_i = sum dz^T x, dB_i = scale sum dy^T z over the windows of adapter i.
+    """
+    grad_z = scale * (grad_y @ select(lora_b, adapter_index)) if needs_x or x is not None else None
+    grad_x = grad_a = grad_b = None
+    if needs_x and grad_z is not None:
+        grad_x = grad_y @ weight
+        grad_x.baddbmm_(grad_z, select(lora_a, adapter_index))
+    if x is not None and grad_z is not None:
+        grad_a = gather_windows(grad_z.mT @ x, adapter_index, lora_a.shape[0])
+    if z is not None:
+        grad_b = gather_windows(scale * (grad_y.mT @ z), adapter_index, lora_b.shape[0])
+    return grad_x, grad_a, grad_b
+
+
+def select(factors: Tensor, adapter_index: Tensor | None) -> Tensor:
+    """The factors of each window (windows, ...); zeros where the index is -1, whatever the adapters hold."""
+    if adapter_index is None:
+        return factors
+    chosen = factors.index_select(0, adapter_index.clamp(min=0))
+    return chosen.masked_fill((adapter_index < 0)[:, None, None], 0)
+
+
+def gather_windows(per_window: Tensor, adapter_index: Tensor | None, adapters: int) -> Tensor:
+    """Sum the factor gradients of the windows that share an adapter, in float32 or wider; the opposite of `select`."""
+    if adapter_index is None:
+        return per_window
+    dtype = torch.promote_types(per_window.dtype, torch.float32)
+    total = torch.zeros(adapters + 1, *per_window.shape[1:], dtype=dtype, device=per_window.device)
+    slot = torch.where(adapter_index < 0, adapters, adapter_index)  # the last slot takes what belongs to no adapter
+    return total.index_add(0, slot, per_window.to(dtype))[:adapters].to(per_window.dtype)
