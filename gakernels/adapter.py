@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import FormatError, InputError
-from gakernels.files import read_tensors, replacing, write_plain_tensors, write_tensors
+from gakernels.files import entry, read_tensors, replacing, write_plain_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Adapter:
         generator_fingerprint: of the generator that made it.
         base_name: name or path of the base model, for readers of the PEFT format.
         tokens_seen: number of context tokens behind it.
+        target_modules: names that select exactly the adapted layers in the base model, for readers of the PEFT format:
+            short ones (`o_proj`) where they do; empty for the full names.
     """
 
     lora_a: dict[str, Tensor]
@@ -34,6 +36,7 @@ class Adapter:
     generator_fingerprint: str
     base_name: str = ""
     tokens_seen: int = 0
+    target_modules: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -59,7 +62,12 @@ class Adapter:
         return self.scale * (b.to(wide) @ a.to(wide))
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; `load` reads it."""
+        """Write one safetensors file; `load` reads it.
+
+        Raises:
+            InputError: there is a folder of that name.
+            OSError: it could not be written; an older file of that name is unharmed.
+        """
         tensors = {f"{name}.lora_A": factor for name, factor in self.lora_a.items()}
         tensors |= {f"{name}.lora_B": factor for name, factor in self.lora_b.items()}
         write_tensors(Path(path), "adapter", tensors, self._description())
@@ -72,20 +80,25 @@ class Adapter:
             InputError: there is no such file.
             FormatError: it is damaged or no adapter.
         """
-        tensors, description = read_tensors(Path(path), "adapter")
+        path = Path(path)
+        tensors, description = read_tensors(path, "adapter")
         lora_a, lora_b = (
             {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
             for suffix in (".lora_A", ".lora_B")
         )
-        try:
-            return cls(lora_a, lora_b, **{name: description[name] for name in _DESCRIPTION})
-        except KeyError as error:
-            raise FormatError(f"{path} lacks the entry {error}") from error
+        _check_factors(path, lora_a, lora_b)
+        values = {name: entry(path, description, name) for name in _DESCRIPTION}
+        return cls(lora_a, lora_b, **{**values, "target_modules": tuple(values["target_modules"])})
 
     def save_peft(self, folder: str | Path) -> None:
         """Write a PEFT LoRA folder, which peft, vLLM and LoRAX load.
 
         lora_alpha equals r and the scale is multiplied into lora_B, because some readers know one global alpha only.
+        Other files in the folder stay.
+
+        Raises:
+            InputError: there is a file of that name.
+            OSError: it could not be written; the adapter that was there is unharmed.
         """
         tensors = {f"base_model.model.{name}.lora_A.weight": factor for name, factor in self.lora_a.items()}
         for name, factor in self.lora_b.items():
@@ -102,7 +115,7 @@ class Adapter:
             "base_model_name_or_path": self.base_name,
             "r": self.rank,
             "lora_alpha": self.rank,
-            "target_modules": sorted(self.lora_a),
+            "target_modules": sorted(self.target_modules or self.lora_a),
             "lora_dropout": 0.0,
             "bias": "none",
             "use_rslora": False,
@@ -114,17 +127,25 @@ class Adapter:
         return {name: getattr(self, name) for name in _DESCRIPTION}
 
 
-_DESCRIPTION = ("scale", "base_fingerprint", "generator_fingerprint", "base_name", "tokens_seen")
+_DESCRIPTION = ("scale", "base_fingerprint", "generator_fingerprint", "base_name", "tokens_seen", "target_modules")
+
+
+def _check_factors(path: Path, lora_a: dict[str, Tensor], lora_b: dict[str, Tensor]) -> None:
+    ranks = {factor.shape[0] for factor in lora_a.values()} | {factor.shape[-1] for factor in lora_b.values()}
+    if not lora_a or set(lora_a) != set(lora_b) or len(ranks) != 1:
+        raise FormatError(f"{path} is damaged: it must hold lora_A and lora_B of one rank for each of its layers")
 
 
 def stack(adapters: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
     """lora_A (n, r, d_in) and lora_B (n, d_out, r) of one layer of several adapters.
 
     Raises:
-        InputError: they do not all adapt that layer, or differ in scale.
+        InputError: there are none, or they differ in scale or rank.
     """
-    if len({adapter.scale for adapter in adapters}) != 1:
-        raise InputError("adapters must all have the same scale to be used in one batch")
+    if not adapters:
+        raise InputError("adapters must be at least one adapter, but there is none")
+    if len({(adapter.scale, adapter.rank) for adapter in adapters}) != 1:
+        raise InputError("adapters must all have the same scale and rank to be used in one batch")
     return (
         torch.stack([adapter.lora_a[name] for adapter in adapters]),
         torch.stack([adapter.lora_b[name] for adapter in adapters]),

@@ -1,5 +1,6 @@
 """Where generators attach: the decoder layers of a transformers model and the linear layers inside them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,8 +37,10 @@ def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         InputError: the model has no list of `num_hidden_layers` layers.
     """
     count = base.config.get_text_config().num_hidden_layers
+    decoder = base.get_decoder()  # not some other tower with as many layers
+    inside = {id(module) for module in decoder.modules()}
     for name, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module
     raise InputError(f"base must be a decoder-only transformers model; {type(base).__name__} has no {count} layers")
 
@@ -46,26 +49,52 @@ def find_sites(base: PreTrainedModel, linears: tuple[str, ...], layers: tuple[in
     """All linear layers with the given names in the given decoder layers, in the order of the layers.
 
     Raises:
-        InputError: a name or number fits nothing; the message lists what there is.
+        InputError: a name or number fits nothing (the message lists what there is), the layer is no plain linear layer
+            (a quantised one, for instance), or it carries a generator already.
     """
     prefix, modules = decoder_layers(base)
-    numbers = range(len(modules)) if layers is None else layers
+    numbers = range(len(modules)) if layers is None else sorted(layers)
     for number in numbers:
         if not 0 <= number < len(modules):
             raise InputError(f"layers must be between 0 and {len(modules) - 1}, but contains {number}")
+    there = [(number, name) for number in numbers for name in _linear_names(modules[number])]
+    for wanted in linears:
+        if not any(_matches(name, wanted) for _, name in there):
+            names = ", ".join(dict.fromkeys(name for _, name in there)) or "none"
+            raise InputError(f"linears: no linear layer is named {wanted!r}; there are {names}")
     found = [
         Site(f"{prefix}.{number}.{name}", number, *_parent(modules[number], name))
-        for number in numbers
-        for name, module in modules[number].named_modules()
-        if isinstance(module, nn.Linear) and any(_matches(name, wanted) for wanted in linears)
+        for number, name in there
+        if any(_matches(name, wanted) for wanted in linears)
     ]
-    for wanted in linears:
-        if not any(_matches(site.name, wanted) for site in found):
-            there = sorted({name for name, module in modules[0].named_modules() if isinstance(module, nn.Linear)})
-            raise InputError(f"linears: no linear layer is named {wanted!r}; there are {', '.join(there) or 'none'}")
-    if any(isinstance(site.linear, AdaptedLinear) for site in found):
-        raise InputError("base already carries generators; call detach() on the other GenerativeAdapter first")
+    for site in found:
+        _check_plain(site)
     return found
+
+
+def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:
+    """Names as PEFT's `target_modules` that select exactly the named layers of the base model.
+
+    PEFT takes every module whose name is, or ends with a dot and, a listed one. So the last part of a name (`o_proj`)
+    stands for all layers that have it, where all of them are meant; otherwise the full names are listed.
+    """
+    targets: list[str] = []
+    for last in dict.fromkeys(name.rpartition(".")[2] for name in names):
+        meant = [name for name in names if name.rpartition(".")[2] == last]
+        selected = [name for name, _ in base.named_modules() if name.rpartition(".")[2] == last]
+        targets += [last] if set(meant) == set(selected) else meant
+    return tuple(targets)
+
+
+def _linear_names(layer: nn.Module) -> list[str]:
+    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _check_plain(site: Site) -> None:
+    if isinstance(site.linear, AdaptedLinear):
+        raise InputError("base already carries generators; call detach() on the other GenerativeAdapter first")
+    if type(site.linear).forward is not nn.Linear.forward or not site.linear.weight.is_floating_point():
+        raise InputError(f"{site.name} must be a plain linear layer, but it is a {type(site.linear).__name__}")
 
 
 def _matches(name: str, wanted: str) -> bool:

@@ -1,5 +1,6 @@
 """GeneratorConfig: what is adapted and how large the generators are; stored with every generator."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -43,12 +44,21 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if not self.linears or isinstance(self.linears, str):
             raise InputError(f"linears must be a tuple of at least one layer name, but it is {self.linears!r}")
-        if self.chunk_size < 1:
-            raise InputError(f"chunk_size must be at least 1, but it is {self.chunk_size}")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise InputError(f"layers must be different numbers, at least one, but it is {self.layers}")
+        for name in ("chunk_size", "state_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         if not 1 <= self.rank <= self.state_size:
             raise InputError(f"rank must be between 1 and state_size ({self.state_size}), but it is {self.rank}")
         if self.norm not in NORMS:
             raise InputError(f"norm must be one of {', '.join(NORMS)}, but it is {self.norm!r}")
+        if self.power_iterations < 0:
+            raise InputError(f"power_iterations must be at least 0, but it is {self.power_iterations}")
+        if not 0 <= self.damping < math.inf:
+            raise InputError(f"damping must be finite and at least 0, but it is {self.damping}")
+        if not math.isfinite(self.adapter_scale):
+            raise InputError(f"scale must be finite, but it is {self.scale}")
 
     @property
     def adapter_scale(self) -> float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.adapter import Adapter
 from gakernels.errors import FormatError, InputError
-from gakernels.files import read_tensors, write_tensors
+from gakernels.files import entry, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from gakernels.model import GenerativeAdapter
@@ -63,7 +63,12 @@ class ContextStream:
         return self._model.adapters(self.states(), [self.tokens_seen])[0]
 
     def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file; `load` goes on exactly where it stopped."""
+        """Write the state to one safetensors file; `load` goes on exactly where it stopped.
+
+        Raises:
+            InputError: nothing has been appended yet, or there is a folder of that name.
+            OSError: it could not be written; an older file of that name is unharmed.
+        """
         tensors = {name: state[0] for name, state in self.states().items()}
         description = {
             "tokens_seen": self.tokens_seen,
@@ -80,14 +85,19 @@ class ContextStream:
             InputError: there is no such file.
             FormatError: it is damaged, or was made with another base model or generator.
         """
-        tensors, description = read_tensors(Path(path), "state")
+        path = Path(path)
+        tensors, description = read_tensors(path, "state")
         for what, own in (("base", model.base_fingerprint()), ("generator", model.generator_fingerprint())):
-            saved = description[f"{what}_fingerprint"]
+            saved = entry(path, description, f"{what}_fingerprint")
             if saved != own:
                 raise FormatError(f"{path} was made with a {what} of fingerprint {saved}, but this one has {own}")
+        if set(tensors) != set(model.adapted_names):
+            raise FormatError(f"{path} is damaged: it lacks the states of some layers or has others")
         stream = cls(model)
-        stream._states = {name: tensor[None].to(model.device) for name, tensor in tensors.items()}
-        stream.tokens_seen = description["tokens_seen"]
+        stream._states = {
+            name: tensor[None].to(model.generator(name).sketch.device) for name, tensor in tensors.items()
+        }
+        stream.tokens_seen = entry(path, description, "tokens_seen")
         return stream
 
 
@@ -95,7 +105,7 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[in
     """Token ids of a piece of context; text gets special tokens only where the context starts.
 
     Raises:
-        InputError: the context is empty, or it is a text and there is no tokenizer.
+        InputError: the context is empty, or no sequence of token ids, or it is a text and there is no tokenizer.
     """
     if isinstance(context, str):
         if tokenizer is None:
@@ -103,7 +113,10 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[in
         if not context.strip():
             raise InputError("the context must have at least one token, but it is empty")
         return list(tokenizer(context, add_special_tokens=first)["input_ids"])
-    tokens = [int(token) for token in context]
+    try:
+        tokens = [int(token) for token in context]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"a context must be a text or a sequence of token ids, but it is {context!r:.60}") from error
     if not tokens:
         raise InputError("the context must have at least one token, but it is empty")
     return tokens

@@ -42,9 +42,10 @@ class ContextPass:
 
     def factors(self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float) -> LowRankFactors | None:
         """The adapters of all windows for one linear layer, from its decoder layer's input (B W, M, d_h)."""
-        windows = hidden.view(self.batch, len(self.seen), *hidden.shape[1:])[:, : self.chunks]
+        windows = hidden.unflatten(0, (self.batch, len(self.seen)))[:, : self.chunks]
         initial = None if self.initial_states is None else self.initial_states[name]
-        states = generator.states(windows, self.mask, initial)
+        mask = None if self.mask is None else self.mask.to(hidden.device)
+        states = generator.states(windows, mask, initial)
         self.states[name] = states[:, -1]
         distinct = self._distinct()
         if not distinct:

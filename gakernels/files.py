@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gakernels.errors import FormatError, InputError
+from gakernels.fingerprint import tensor_fingerprint
 from gakernels.version import __version__
 
 FORMAT_VERSION = 1
@@ -21,27 +23,33 @@ _HEADER_KEY = "gakernels"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; when the block ends well, it takes the place of `path` in one step.
+    """Yield a temporary name beside `path`; when the block ends well, what it wrote there takes the place of `path`.
 
-    Whatever happens in between, the file that was there before stays as it was. For a folder, an old one is set aside
-    for the moment of the change.
+    Whatever happens in between, the file that was there before stays as it was. Where the block made a folder, its
+    files go into the folder `path`, each in one step; other files that are there are left alone.
 
     Raises:
+        InputError: a folder is to be written where there is a file, or a file where there is a folder.
         OSError: the block could not write, for instance because no space is left; nothing is left behind.
     """
+    path = path.resolve() if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         _flush(temporary)
+        if path.exists() and path.is_dir() != temporary.is_dir():
+            there, here = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise InputError(f"{path} is a {there}, so no {here} can be written under that name")
         if path.is_dir():
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(aside)
-            temporary.rename(path)
-            _remove(aside)
+            for file in sorted(temporary.iterdir(), reverse=True):
+                file.replace(path / file.name)
         else:
             temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
     finally:
         _remove(temporary)
 
@@ -59,12 +67,18 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], descript
         path: the file.
         kind: what the file holds: `generator`, `adapter`, `state`, ...
         tensors: by name.
-        description: JSON types; kept in the header together with the versions.
+        description: JSON types; kept in the header together with the versions and a checksum of the tensors.
 
     Raises:
         OSError: the file could not be written; an older file of that name is unharmed.
     """
-    header = {"kind": kind, "format_version": FORMAT_VERSION, "gakernels_version": __version__, **description}
+    header = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "gakernels_version": __version__,
+        "checksum": tensor_fingerprint(tensors.items()),
+        **description,
+    }
     with replacing(path) as temporary:
         _save(temporary, path, tensors, {_HEADER_KEY: json.dumps(header), "format": "pt"})
 
@@ -85,6 +99,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     description = read_description(path, kind)
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if tensor_fingerprint(tensors.items()) != entry(path, description, "checksum"):
+        raise FormatError(f"{path} is damaged: its numbers do not have the checksum that its header names")
     return tensors, description
 
 
@@ -94,7 +110,7 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
         text = (file.metadata() or {}).get(_HEADER_KEY)
     if text is None:
         raise FormatError(f"{path} is not a gakernels file: its header has no {_HEADER_KEY!r} entry")
-    description: dict[str, Any] = json.loads(text)
+    description = _parse(path, text)
     if description["kind"] != kind:
         raise FormatError(f"{path} must be a {kind} file, but it is a {description['kind']} file")
     if description["format_version"] > FORMAT_VERSION:
@@ -102,6 +118,26 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
             f"{path} has format version {description['format_version']}, written by gakernels "
             f"{description['gakernels_version']}; this version reads up to {FORMAT_VERSION}: upgrade gakernels"
         )
+    return description
+
+
+def entry(path: Path, description: Mapping[str, Any], name: str) -> Any:
+    """One entry of a description. Raises: FormatError: there is none of that name."""
+    if name not in description:
+        raise FormatError(f"{path} is damaged: its header has no entry {name!r}")
+    return description[name]
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        description = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{path} is damaged: its header is no JSON ({error})") from error
+    if not isinstance(description, dict):
+        raise FormatError(f"{path} is damaged: its header is no JSON object")
+    for name, kind in (("kind", str), ("format_version", int), ("gakernels_version", str)):
+        if not isinstance(entry(path, description, name), kind):
+            raise FormatError(f"{path} is damaged: the entry {name!r} of its header is {description[name]!r}")
     return description
 
 
@@ -118,10 +154,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _save(temporary: Path, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary.touch()
+    mode = temporary.stat().st_mode  # save_file lets only the owner read, whatever the umask says
     try:
         save_file(contiguous, temporary, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+    temporary.chmod(mode)
 
 
 def _flush(path: Path) -> None:

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gakernels.adapter import Adapter, stack
-from gakernels.attachment import decoder_layers, find_sites
+from gakernels.attachment import decoder_layers, find_sites, target_modules
 from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode
 from gakernels.contextualization import ContextPass
 from gakernels.errors import FormatError, InputError
-from gakernels.files import read_tensors, write_tensors, write_text
+from gakernels.files import entry, read_tensors, write_tensors, write_text
 from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
 from gakernels.nn import AdaptedLinear, AdapterGenerator, LowRankFactors
-from gakernels.windows import pad_windows, split_evenly
+from gakernels.windows import pad_left, pad_windows, split_evenly
 
 GENERATOR_FILE = "generator.safetensors"
 
@@ -49,8 +49,9 @@ class GenerativeAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.base = base.requires_grad_(False).eval()
         self._sites = find_sites(base, config.linears, config.layers)
+        self._target_modules = target_modules(base, self.adapted_names)
+        self.base = base.requires_grad_(False).eval()
         self.generators = nn.ModuleDict()
         self._hooks: list[Any] = []
         self._pass: ContextPass | None = None
@@ -158,15 +159,22 @@ class GenerativeAdapter(nn.Module):
         Raises:
             InputError: a shape does not fit, or an adapter is merged into the base.
         """
-        self._check_pass(input_ids, mask, chunks, seen)
-        batch, windows, length = input_ids.shape
+        self._check_pass(input_ids, mask, chunks, seen, initial_states)
+        batch, windows, _ = input_ids.shape
         context = ContextPass(batch, chunks, tuple(seen), mask[:, :chunks], initial_states)
         with self._running(context):
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
-            output = self.base.get_decoder()(input_ids=input_ids.view(batch * windows, length), use_cache=False)
-        return output.last_hidden_state.view(batch, windows, length, -1), context.states
+            output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
+        return output.last_hidden_state.unflatten(0, (batch, windows)), context.states
 
-    def _check_pass(self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int]) -> None:
+    def _check_pass(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        chunks: int,
+        seen: Sequence[int],
+        initial_states: Mapping[str, Tensor] | None,
+    ) -> None:
         if self._originals:
             raise InputError("an adapter is merged into the base model; call unmerge() first")
         if input_ids.dim() != 3 or mask.shape != input_ids.shape or mask.dtype != torch.bool:
@@ -179,17 +187,18 @@ class GenerativeAdapter(nn.Module):
                 f"chunks must be between 1 and the {input_ids.shape[1]} windows and seen have one entry for each, "
                 f"but they are {chunks} and {tuple(seen)}"
             )
+        missing = [name for name in self.adapted_names if initial_states is not None and name not in initial_states]
+        if missing:
+            raise InputError(f"initial_states must have the states of all adapted layers, but {missing[0]} is missing")
 
     @contextmanager
     def _running(self, context: ContextPass) -> Iterator[None]:
-        before = {site.name: self._linear(site.name).factors for site in self._sites}
         self._pass = context
         try:
-            yield
+            with self.using({}):
+                yield
         finally:
             self._pass = None
-            for name, factors in before.items():
-                self._linear(name).factors = factors
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (..., vocabulary) of last hidden states (..., d_h), as the base model's own head gives."""
@@ -222,11 +231,18 @@ class GenerativeAdapter(nn.Module):
                 so memory does not grow with their length. The result is the same.
 
         Raises:
-            InputError: a context is empty or chunks_per_pass is below 1.
+            InputError: a context is empty, a token id is not in the vocabulary, or chunks_per_pass is below 1.
         """
         if chunks_per_pass < 1:
             raise InputError(f"chunks_per_pass must be at least 1, but it is {chunks_per_pass}")
+        if not contexts:
+            raise InputError("contexts must be at least one context, but there is none")
         ids, mask = pad_windows([split_evenly(tokens, self.config.chunk_size) for tokens in contexts], pad=0)
+        vocabulary = self.base.get_input_embeddings().num_embeddings
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise InputError(
+                f"token ids must be between 0 and {vocabulary - 1}, but {ids.min()}..{ids.max()} are there"
+            )
         states = initial_states
         for start in range(0, ids.shape[1], chunks_per_pass):
             part, part_mask = (tensor[:, start : start + chunks_per_pass].to(self.device) for tensor in (ids, mask))
@@ -242,19 +258,27 @@ class GenerativeAdapter(nn.Module):
         fingerprint = self.generator_fingerprint()
         return [
             Adapter(
-                lora_a={name: pair[0][row] for name, pair in factors.items()},
-                lora_b={name: pair[1][row] for name, pair in factors.items()},
+                # Copies, so that one adapter that is kept does not keep the memory of all.
+                lora_a={name: pair[0][row].clone() for name, pair in factors.items()},
+                lora_b={name: pair[1][row].clone() for name, pair in factors.items()},
                 scale=self.config.adapter_scale,
                 base_fingerprint=self.base_fingerprint(),
                 generator_fingerprint=fingerprint,
                 base_name=self.base.config.name_or_path,
                 tokens_seen=tokens,
+                target_modules=self._target_modules,
             )
             for row, tokens in enumerate(tokens_seen)
         ]
 
     def adapt(self, contexts: Sequence[str | Sequence[int]]) -> list[Adapter]:
-        """The adapters of several contexts, texts or token ids, encoded together as one batch."""
+        """The adapters of several contexts, texts or token ids, encoded together as one batch.
+
+        Raises:
+            InputError: there is no context, one is empty, or there is no tokenizer for a text.
+        """
+        if isinstance(contexts, str):
+            raise InputError("contexts must be a list of contexts, but it is one text; put it in a list")
         tokens = [encode(self.tokenizer, context, first=True) for context in contexts]
         return self.adapters(self.states(tokens), [len(row) for row in tokens])
 
@@ -267,33 +291,44 @@ class GenerativeAdapter(nn.Module):
         With n adapters the rows of a batch must be a multiple of n: each adapter serves that many consecutive rows.
 
         Raises:
-            InputError: an adapter is merged into the base model.
-            FormatError: the adapter was made for another base model.
+            InputError: an adapter is merged into the base model, or the adapters differ in scale or rank.
+            FormatError: an adapter was made for another base model or for other layers.
         """
         if self._originals:
             raise InputError("an adapter is merged into the base model; call unmerge() first")
         several = [adapters] if isinstance(adapters, Adapter) else list(adapters)
         self._check_adapters(several)
-        before = {name: self._linear(name).factors for name in self.adapted_names}
+        factors = {}
         for name in self.adapted_names:
             weight = self._linear(name).weight
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in stack(several, name))
-            self._linear(name).factors = LowRankFactors(lora_a, lora_b, several[0].scale)
+            factors[name] = LowRankFactors(lora_a, lora_b, several[0].scale)
+        with self.using(factors):
+            yield
+
+    @contextmanager
+    def using(self, factors: Mapping[str, LowRankFactors]) -> Iterator[None]:
+        """The base model with the given factors, by adapted layer, while the block runs; then those from before."""
+        before = {name: self._linear(name).factors for name in self.adapted_names}
         try:
+            for name in self.adapted_names:
+                self._linear(name).factors = factors.get(name)
             yield
         finally:
-            for name, factors in before.items():
-                self._linear(name).factors = factors
+            for name, previous in before.items():
+                self._linear(name).factors = previous
 
     def merge(self, adapter: Adapter) -> None:
         """Add an adapter into the weights of the base model; `unmerge` restores them bit by bit from a copy.
 
         Raises:
-            InputError: an adapter is merged already.
-            FormatError: the adapter was made for another base model.
+            InputError: an adapter is merged already, or this is inside a block of `adapted`.
+            FormatError: the adapter was made for another base model or for other layers.
         """
         if self._originals:
             raise InputError("an adapter is merged into the base model already; call unmerge() first")
+        if any(self._linear(name).factors is not None for name in self.adapted_names):
+            raise InputError("an adapter is in use; leave the block of adapted() before merge()")
         self._check_adapters([adapter])
         with torch.no_grad():
             for name in self.adapted_names:
@@ -319,22 +354,26 @@ class GenerativeAdapter(nn.Module):
 
         Returns:
             The new text of each prompt, without the prompt and special tokens.
-        """
-        tokenizer = self._tokenizer()
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
-        settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": tokenizer.pad_token_id} | options
-        encoded.pop("token_type_ids", None)
-        output = self.base.generate(**encoded, **settings)
-        new = output[:, encoded["input_ids"].shape[1] :]
-        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        Raises:
+            InputError: there is no tokenizer, no prompt or an empty one, or the prompts are not a multiple of the
+                adapters in use.
+        """
         if self.tokenizer is None:
             raise InputError("tokenizer is needed to turn text into tokens; pass one to GenerativeAdapter")
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        return self.tokenizer
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [list(row) for row in self.tokenizer(texts)["input_ids"]] if texts else []
+        if not all(rows) or not rows:
+            raise InputError("prompts must be at least one prompt, each of at least one token")
+        padding = next(
+            (token for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if token is not None), 0
+        )
+        ids, mask = (tensor.to(self.device) for tensor in pad_left(rows, padding))
+        settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": padding} | options
+        output = self.base.generate(input_ids=ids, attention_mask=mask, **settings)
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        ]
 
     def _check_adapters(self, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
@@ -360,8 +399,10 @@ class GenerativeAdapter(nn.Module):
         return self._base_fingerprint
 
     def generator_fingerprint(self) -> str:
-        """Fingerprint of the generators' present parameters and sketches."""
-        return tensor_fingerprint(self.generator_tensors().items())
+        """Fingerprint of the generators' present parameters and sketches, and of what turns states into adapters."""
+        settings = {name: getattr(self.config, name) for name in ("norm", "damping", "power_iterations")}
+        settings["scale"] = self.config.adapter_scale
+        return tensor_fingerprint(self.generator_tensors().items(), json.dumps(settings))
 
     def generator_tensors(self) -> dict[str, Tensor]:
         """Parameters and sketches of all generators, named by adapted layer."""
@@ -415,16 +456,24 @@ class GenerativeAdapter(nn.Module):
         """
         path = Path(folder) / GENERATOR_FILE
         tensors, description = read_tensors(path, "generator")
+        config = _read_config(path, description)
+        base_name, wanted = (entry(path, description, name) for name in ("base_name", "base_fingerprint"))
         if not isinstance(base, PreTrainedModel):
-            name = _locate(Path(folder), description["base_name"] if base is None else str(base))
+            name = _locate(Path(folder), base_name if base is None else str(base))
             base, tokenizer = load_base(name, tokenizer, **base_options)
-        model = cls(base, GeneratorConfig.from_dict(description["config"]), tokenizer, dtype)
-        if model.base_fingerprint() != description["base_fingerprint"]:
+        fingerprint = model_fingerprint(base)
+        if fingerprint != wanted:
             raise FormatError(
-                f"base must be the model that {path} was trained for (fingerprint {description['base_fingerprint']}, "
-                f"{description['base_name'] or 'no name'}), but its fingerprint is {model.base_fingerprint()}"
+                f"base must be the model that {path} was trained for (fingerprint {wanted}, "
+                f"{base_name or 'no name'}), but its fingerprint is {fingerprint}"
             )
-        model.load_generator_tensors(tensors, str(path))
+        model = cls(base, config, tokenizer, dtype)
+        model._base_fingerprint = fingerprint
+        try:
+            model.load_generator_tensors(tensors, str(path))
+        except FormatError:
+            model.detach()
+            raise
         return model
 
     def load_generator_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -447,16 +496,28 @@ class GenerativeAdapter(nn.Module):
 def load_base(
     name: str, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A causal language model and its tokenizer, from a folder or the Hugging Face hub.
+    """A causal language model and its tokenizer, if it has one, from a folder or the Hugging Face hub.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no model of that name.
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(name, **options)
-        return base, tokenizer or AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer is not None:
+        return base, tokenizer
+    try:
+        return base, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return base, None
+
+
+def _read_config(path: Path, description: Mapping[str, Any]) -> GeneratorConfig:
+    try:
+        return GeneratorConfig.from_dict(entry(path, description, "config"))
+    except (InputError, TypeError) as error:
+        raise FormatError(f"{path} can't be read: {error}") from error
 
 
 def _locate(folder: Path, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Cutting token sequences into windows: evenly, padded on the right."""
+"""Cutting token sequences into windows: evenly, padded on the right; prompts for generation on the left."""
 
 import math
 from collections.abc import Sequence
@@ -36,4 +36,12 @@ def pad_windows(rows: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Tens
         for j, chunk in enumerate(row):
             ids[i, j, : len(chunk)] = torch.tensor(chunk, dtype=torch.int64)
             mask[i, j, : len(chunk)] = True
+    return ids, mask
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (int64), both (B, M), of prompts of at most M tokens, for generation."""
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask

@@ -1,6 +1,6 @@
 """Invented people and facts: a corpus in which nothing can be known without reading the document.
 
-Names and values are fixed lists of single words; which person has which value is drawn afresh for every
+Names and values are fixed lists of two words each; which person has which value is drawn afresh for every
 document from a `random.Random`, so a seed determines a corpus. One pair of names in ten is held out for
 evaluation.
 """
@@ -24,13 +24,13 @@ _LAST_PARTS = (
 )
 
 
-def _compounds(left: str, right: str, joiner: str = "") -> tuple[str, ...]:
+def _pairs(left: str, right: str, joiner: str) -> tuple[str, ...]:
     """Joins each of the words in `left` to each of those in `right`."""
     return tuple(f"{a}{joiner}{b}" for a in left.split() for b in right.split())
 
 
-FIRST_NAMES: tuple[str, ...] = _compounds(*_FIRST_PARTS)
-LAST_NAMES: tuple[str, ...] = _compounds(*_LAST_PARTS)
+FIRST_NAMES: tuple[str, ...] = _pairs(*_FIRST_PARTS, joiner="")
+LAST_NAMES: tuple[str, ...] = _pairs(*_LAST_PARTS, joiner="")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Attribute:
     Attributes:
         name: The noun that questions and statements share.
         statement: The sentence of a document, with the fields `{person}` and `{value}`, in this order.
-        values: The possible values, each a single word.
+        values: The possible values, each of two words. A word belongs to one attribute only.
     """
 
     name: str
@@ -48,18 +48,17 @@ class Attribute:
     values: tuple[str, ...]
 
 
-def _attribute(name: str, statement: str, left: str, right: str, joiner: str = "-") -> Attribute:
-    """Builds an attribute whose values join each word of `left` to each word of `right`."""
-    return Attribute(name, statement, _compounds(left, right, joiner))
+def _attribute(name: str, statement: str, left: str, right: str) -> Attribute:
+    """Builds an attribute whose values join each of 8 words to each of 8 others."""
+    return Attribute(name, statement, _pairs(left, right, joiner=" "))
 
 
 ATTRIBUTES: tuple[Attribute, ...] = (
     _attribute(
         "town",
         "The town of {person} is {value}.",
-        "Ash Oak Elm Birch Thorn Willow Stone Brook",
-        "ford bury wick mere dale stead holm ham",
-        joiner="",
+        "North South East West Old New Upper Lower",
+        "Ashford Oakbury Elmwick Birchmere Thorndale Stoneham Brookholm Willowstead",
     ),
     _attribute(
         "job",
@@ -112,7 +111,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     _attribute(
         "flower",
         "The flower that {person} grows is {value}.",
-        "meadow alpine marsh desert dwarf climbing double evening",
+        "meadow alpine marsh desert dwarf trailing double evening",
         "rose tulip lily daisy orchid poppy iris violet",
     ),
     _attribute(
@@ -160,7 +159,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     _attribute(
         "tool",
         "The tool that {person} lent is {value}.",
-        "iron steel copper bent cordless heavy blunt folding",
+        "iron steel copper bent cordless heavy blunt sharp",
         "hammer chisel wrench saw drill spade axe pliers",
     ),
     _attribute(
@@ -196,9 +195,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     _attribute(
         "language",
         "The language of {person} is {value}.",
-        "Kar Vel Osk Tir Und Zam Eph Qua",
-        "elic anese orian ish uvian atic ondi emic",
-        joiner="",
+        "High Low Ancient Middle Coastal Inland Common Temple",
+        "Karelic Velanese Oskorian Tirish Unduvian Zamatic Ephondi Quaemic",
     ),
 )
 
@@ -326,5 +324,5 @@ def vocabulary() -> list[str]:
     examples = [Fact(person, attribute, attribute.values[0]) for attribute in ATTRIBUTES]
     phrases = [text for fact in examples for text in (fact.statement(), fact.question())]
     words = [word.rstrip(".?:") for phrase in phrases for word in phrase.split()]
-    values = [value for attribute in ATTRIBUTES for value in attribute.values]
+    values = [word for attribute in ATTRIBUTES for value in attribute.values for word in value.split()]
     return list(dict.fromkeys([".", "?", ":", *words, *FIRST_NAMES, *LAST_NAMES, *values]))

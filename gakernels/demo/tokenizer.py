@@ -1,4 +1,4 @@
-"""The word-level tokenizer of the demo: every name and every value is one token."""
+"""The word-level tokenizer of the demo: every word is one token."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer: words (hyphens included) and punctuation marks, with `<bos>` put in front."""
+    """Builds the tokenizer: words and punctuation marks, with `<bos>` put in front."""
     words = [PAD, BOS, EOS, UNK, *vocabulary()]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNK))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s]"), behavior="removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words.index(BOS))]
     )
     # The word-piece decoder joins with spaces, except before "." and "?"; no word starts with its prefix.
     backend.decoder = decoders.Sequence([decoders.WordPiece(prefix="##"), decoders.Replace(" :", ":")])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK)

@@ -16,7 +16,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> N
         isinstance(want, str) or want == got for want, got in zip(expected, tensor.shape, strict=True)
     )
     if not matches:
-        wanted = ", ".join(str(size) for size in expected)
+        wanted = ", ".join(str(size) for size in expected) + ("," if len(expected) == 1 else "")
         raise InputError(f"{name} must have shape ({wanted}), but it has {tuple(tensor.shape)}")
 
 

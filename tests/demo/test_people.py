@@ -27,9 +27,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
-def test_names_and_values_are_distinct_words() -> None:
-    words = [*FIRST_NAMES, *LAST_NAMES, *(value for attribute in ATTRIBUTES for value in attribute.values)]
-    assert len(words) == len(set(words)) == 2 * 200 + 24 * 64
+def _value_words() -> list[str]:
+    """The words of each attribute's values, every word once per attribute."""
+    return [word for attribute in ATTRIBUTES for word in {w for value in attribute.values for w in value.split()}]
+
+
+def test_a_word_is_a_name_or_belongs_to_one_attribute() -> None:
+    words = [*FIRST_NAMES, *LAST_NAMES, *_value_words()]
+    assert len(words) == len(set(words)) == 2 * 200 + 24 * 16
+    assert all(len(set(attribute.values)) == 64 for attribute in ATTRIBUTES)
 
 
 def test_one_pair_of_names_in_ten_is_held_out_and_every_name_is_in_both_splits() -> None:
@@ -55,9 +61,9 @@ def test_a_seed_determines_the_document() -> None:
 def test_the_text_of_a_seed_does_not_change() -> None:
     document = draw_document(Random(0), facts_per_person=(2, 2))
     assert document.text() == (
-        "The job of Fele Corsen is lamp-tester. The vehicle that Fele Corsen drives is rental-scooter."
+        "The job of Fele Corsen is lamp tester. The vehicle that Fele Corsen drives is rental scooter."
     )
-    assert document.questions()[0] == ("Question: What is the job of Fele Corsen? Answer:", "lamp-tester")
+    assert document.questions()[0] == ("Question: What is the job of Fele Corsen? Answer:", "lamp tester")
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -96,12 +102,11 @@ def test_any_person_level_counts_owners_and_equal_values() -> None:
     assert any_person_level(Document((a, b), different + alone)) == pytest.approx(2 / 3)
 
 
-def test_every_name_and_value_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    words = [*FIRST_NAMES, *LAST_NAMES, *(value for attribute in ATTRIBUTES for value in attribute.values)]
+def test_every_word_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    words = [*FIRST_NAMES, *LAST_NAMES, *_value_words()]
     ids = tokenizer(words, add_special_tokens=False)["input_ids"]
     assert {len(row) for row in ids} == {1}
     assert len({row[0] for row in ids} - {tokenizer.unk_token_id}) == len(words)
-    assert 1900 < len(tokenizer) < 2100
 
 
 def test_documents_and_questions_are_spelled_exactly(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import InputError
-from gakernels.ops import checks
+from gakernels.ops import autocast, checks
 from gakernels.ops.context_state import eager, reference
 from gakernels.ops.dispatch import choose
 
@@ -32,6 +32,7 @@ def context_state(
         InputError: a shape, dtype or device does not fit.
     """
     _check(hidden, a2, b1, mask, initial_state)
+    hidden, a2, b1 = autocast.cast(hidden.device, hidden, a2, b1)
     backend = choose("context_state", IMPLEMENTATIONS).backend
     return IMPLEMENTATIONS[backend](hidden, a2, b1, mask, initial_state)
 
@@ -44,7 +45,7 @@ def _check(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_
         raise InputError("hidden must have at least one chunk, but its shape is " + str(tuple(hidden.shape)))
     checks.check_shape("a2", a2, ("d_r", hidden_size))
     checks.check_shape("b1", b1, (hidden_size, a2.shape[0]))
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocast.is_enabled(hidden.device):
         checks.check_same("hidden", hidden, a2=a2, b1=b1)
     if mask is not None:
         checks.check_shape("mask", mask, (batch, chunks, tokens))
@@ -92,9 +93,6 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _eager(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None) -> Tensor:
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, a2, b1 = hidden.to(dtype), a2.to(dtype), b1.to(dtype)
     states: Tensor = _operator(hidden, a2, b1, mask, initial_state)[0]
     return states
 

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gakernels.ops import autocast
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """States are float64 for float64 inputs, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@autocast.without
 def forward(
     hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -31,6 +34,7 @@ def forward(
     return states, projected
 
 
+@autocast.without
 def backward(
     grad_states: Tensor,
     hidden: Tensor,

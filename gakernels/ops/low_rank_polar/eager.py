@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gakernels.ops import autocast
+
 
 class Steps(NamedTuple):
     """What every damped polar step X -> f(X) leaves for the backward; K steps stacked after the batch dimensions."""
@@ -17,6 +19,7 @@ class Steps(NamedTuple):
     vectors: Tensor  # (..., K, r, r) float64: its eigenvectors V
 
 
+@autocast.without
 def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor, Steps]:
     """Returns u, v (..., d_r, r) and the steps: S Omega, then S^T and S in turn, K = 2 + 2 power_iterations in all."""
     states = power_of_two_scaled(states)[0]
@@ -33,6 +36,7 @@ def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: floa
     return previous, basis, saved
 
 
+@autocast.without
 def backward(grad_u: Tensor, grad_v: Tensor, states: Tensor, sketch: Tensor, steps: Steps, damping: float) -> Tensor:
     """Gradient of the states. The steps are undone from the last; all outer products form one GEMM at the end."""
     states, exponent = power_of_two_scaled(states)

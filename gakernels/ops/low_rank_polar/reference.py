@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from gakernels.ops import autocast
 
+
+@autocast.without
 def low_rank_polar(
     states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: float = 1e-3
 ) -> tuple[Tensor, Tensor]:

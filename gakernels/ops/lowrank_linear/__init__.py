@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import InputError
-from gakernels.ops import checks
+from gakernels.ops import autocast, checks
 from gakernels.ops.dispatch import choose
 from gakernels.ops.lowrank_linear import eager, reference
 
@@ -41,6 +41,8 @@ def lowrank_linear(
         InputError: a shape, dtype or device does not fit, or weight or bias require a gradient.
     """
     _check(x, weight, lora_a, lora_b, adapter_index, bias)
+    x, weight, lora_a, lora_b = autocast.cast(x.device, x, weight, lora_a, lora_b)
+    bias = None if bias is None else autocast.cast(x.device, bias)[0]
     backend = choose("lowrank_linear", IMPLEMENTATIONS).backend
     return IMPLEMENTATIONS[backend](x, weight, lora_a, lora_b, scale, adapter_index, bias)
 
@@ -62,7 +64,7 @@ def _check(
             raise InputError("lora_a must hold at least one adapter, but its shape is " + str(tuple(lora_a.shape)))
     if bias is not None:
         checks.check_shape("bias", bias, (weight.shape[0],))
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast.is_enabled(x.device):
         checks.check_same("x", x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
@@ -123,10 +125,6 @@ def _eager(
     adapter_index: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, weight, lora_a, lora_b))
-        bias = None if bias is None else bias.to(dtype)
     y: Tensor = _operator(x, weight, lora_a, lora_b, scale, adapter_index, bias)[0]
     return y
 

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gakernels.ops import autocast
 
+
+@autocast.without
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -25,6 +28,7 @@ def forward(
     return y, z
 
 
+@autocast.without
 def backward(
     grad_y: Tensor,
     x: Tensor | None,

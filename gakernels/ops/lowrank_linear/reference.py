@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from gakernels.ops import autocast
 
+
+@autocast.without
 def lowrank_linear(
     x: Tensor,
     weight: Tensor,

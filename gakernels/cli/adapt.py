@@ -1,0 +1,50 @@
+"""`gakernels adapt`: documents in, an adapter out."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
+from gakernels.context import ContextStream
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "adapt",
+        run,
+        "Read documents and write the adapter they become.",
+        "  gakernels adapt --generator my-generator --document report.txt --output report.safetensors",
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--document", type=Path, action="append", required=True, help="text file; repeat for several, read in order"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="adapter file to write")
+    parser.add_argument(
+        "--state", type=Path, help="state file: gone on from if it exists, and written, to add more later"
+    )
+    parser.add_argument("--chunks-per-pass", type=int, default=8, help="bounds the memory (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read the documents into a stream and save its adapter."""
+    texts = [read_text(path) for path in options.document]
+    model = load_generator(options)
+    continued = options.state is not None and options.state.is_file()
+    stream = ContextStream.load(model, options.state) if continued else model.stream()
+    before, start = stream.tokens_seen, time.perf_counter()
+    for text in texts:
+        stream.append(text, options.chunks_per_pass)
+    adapter = stream.adapter()
+    seconds = time.perf_counter() - start
+    adapter.save(options.output)
+    if options.state is not None:
+        stream.save(options.state)
+    earlier = f" after {before} of the saved state" if continued else ""
+    print(f"{stream.tokens_seen - before} tokens read in {seconds:.2f} s{earlier}")
+    print(f"adapter of rank {adapter.rank} for {len(adapter.lora_a)} layers ({adapter.numbers():,} numbers) written:")
+    print(options.output)
+    return 0

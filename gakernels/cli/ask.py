@@ -1,0 +1,47 @@
+"""`gakernels ask`: continue a prompt with an adapter."""
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from gakernels.adapter import Adapter
+from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
+from gakernels.errors import InputError
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "ask",
+        run,
+        "Continue prompts with the adapted model; the document is not in the prompt.",
+        '  gakernels ask --generator my-generator --adapter report.safetensors "Question: Who wrote it? Answer:"',
+    )
+    add_model_options(parser)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
+    parser.add_argument("--adapter", type=Path, help="adapter file that `gakernels adapt` wrote")
+    parser.add_argument("--document", type=Path, help="text file to adapt to now, instead of --adapter")
+    parser.add_argument("--no-adapter", action="store_true", help="the base model alone, for comparison")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print one continuation a line."""
+    chosen = [options.adapter is not None, options.document is not None, options.no_adapter]
+    if sum(chosen) != 1:
+        raise InputError("give exactly one of --adapter, --document and --no-adapter")
+    if options.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, but it is {options.max_new_tokens}")
+    document = read_text(options.document) if options.document else None
+    model = load_generator(options)
+    adapter = None
+    if document is not None:
+        adapter = model.stream().append(document).adapter()
+    elif options.adapter is not None:
+        adapter = Adapter.load(options.adapter)
+    with model.adapted(adapter) if adapter is not None else nullcontext():
+        for text in model.generate(options.prompts, max_new_tokens=options.max_new_tokens):
+            print(text)
+    return 0

@@ -1,0 +1,81 @@
+"""Options and steps that several commands share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gakernels.errors import InputError
+from gakernels.model import GENERATOR_FILE, GenerativeAdapter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+    """A sub-command whose help ends with an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, generator_required: bool = True) -> None:
+    """--generator, --model, --device and --dtype."""
+    parser.add_argument("--generator", type=Path, required=generator_required, help="folder of a trained generator")
+    parser.add_argument("--model", help="base model, a folder or hub name (default: the one the generator names)")
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """--device and --dtype."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base model (default: %(default)s)")
+
+
+def check_device(device: str) -> None:
+    """Raises: InputError: the device that --device names is not there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device must be a device of this machine, but {device!r} is not: {reason}") from error
+
+
+def load_generator(options: argparse.Namespace) -> GenerativeAdapter:
+    """The generator and base model that the options name.
+
+    Raises:
+        InputError: there is none, or they don't belong together.
+    """
+    if not (options.generator / GENERATOR_FILE).is_file():
+        raise InputError(f"--generator must be a folder with a {GENERATOR_FILE}, but {options.generator} has none")
+    check_device(options.device)
+    model = GenerativeAdapter.from_pretrained(options.generator, base=options.model, dtype=torch.float32)
+    model.base.to(options.device, DTYPES[options.dtype])
+    model.generators.to(options.device)
+    return model
+
+
+def read_text(path: Path, option: str = "--document") -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it is missing, empty or not UTF-8 text.
+    """
+    if not path.is_file():
+        raise InputError(f"{option}: there is no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option}: {path} must be UTF-8 text, but it can't be read as such: {error}") from error
+    if "\0" in text:
+        raise InputError(f"{option}: {path} must be text, but it holds NUL bytes (a binary file?)")
+    if not text.strip():
+        raise InputError(f"{option}: {path} is empty")
+    return text

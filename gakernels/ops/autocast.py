@@ -1,0 +1,42 @@
+"""How the operations take part in autocast: inputs are cast once, and nothing inside an operation is cast again.
+
+A custom operator is no operation that autocast knows: without the guard, the matrix products inside it would be cast to
+the low precision, float32 accumulation included.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of this device; false for devices that it does not know, as `meta`."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def cast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype where autocast is on. Float64 stays as it is, as elsewhere in PyTorch."""
+    if not is_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def without(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: run the function with autocast off for the device of its first argument, a tensor."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = args[0].device  # type: ignore[attr-defined]
+        if not is_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,1 @@
+"""Training of generators: objectives, data, the training loop, checkpoints."""
