@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -499,17 +500,19 @@ def load_base(
     """A causal language model and its tokenizer, if it has one, from a folder or the Hugging Face hub.
 
     Raises:
-        InputError: there is no model of that name.
+        InputError: there is no model of that name, or a file of it is damaged.
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer is not None:
         return base, tokenizer
     try:
         return base, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
+            raise InputError(f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
         return base, None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
 from gakernels.context import ContextStream
+from gakernels.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
@@ -31,6 +32,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Read the documents into a stream and save its adapter."""
+    if options.state is not None and options.state.resolve() == options.output.resolve():
+        raise InputError(f"--output and --state must be different files, but both are {options.output}")
     texts = [read_text(path) for path in options.document]
     model = load_generator(options)
     continued = options.state is not None and options.state.is_file()

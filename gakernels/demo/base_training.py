@@ -52,11 +52,11 @@ class BaseRecipe:
     heads: int = 4
     head_size: int = 64
     ffn_size: int = 384
-    steps: int = 3000
+    steps: int = 1000
     tokens_per_step: int = 2500
     learning_rate: float = 3e-3
-    growth: tuple[float, float] = (0.05, 0.2)
-    several_people: float = 0.2
+    growth: tuple[float, float] = (0.12, 0.45)
+    several_people: float = 0.5
     seed: int = 0
 
 

@@ -30,12 +30,12 @@ class GeneratorRecipe:
 
     state_size: int = 128
     rank: int = 32
-    steps: int = 600
+    steps: int = 1000
     documents: int = 4
     learning_rate: float = 3e-3
-    loss_weights: tuple[tuple[str, float], ...] = (("answers", 1.0), ("reconstruction", 0.3), ("completion", 0.3))
+    loss_weights: tuple[tuple[str, float], ...] = (("answers", 1.0), ("reconstruction", 0.5), ("completion", 0.3))
     growth: float = 0.4
-    several_people: float = 0.0
+    several_people: float = 0.15
     seed: int = 0
 
 

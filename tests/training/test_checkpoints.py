@@ -1,13 +1,12 @@
 """Checkpoints: how many are kept, and that no failure costs the last good one."""
 
 import re
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from limits import files_of_at_most
 from regression import InterruptionError, Problem, drawn_seed, interrupted, log_of, make_trainer
 from torch import Tensor
 
@@ -111,17 +110,6 @@ def test_parameters_that_are_not_finite_are_not_saved_though_all_losses_were(tmp
     with pytest.raises(FloatingPointError, match="training stopped: bias is not finite after step 5"):
         trainer.run()
     assert steps_of(tmp_path) == []
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing more to a file fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(("size", "name"), [(100, "log.jsonl"), (1200, "step-00000015.safetensors")])

@@ -99,11 +99,11 @@ def test_held_out_segments_are_the_last_of_the_data(data: Path) -> None:
 def test_a_resumed_run_equals_the_uninterrupted_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    base = make_base()
-    models = [start(base_copy) for base_copy in copies(base, 3)]
-    whole = pretrain(models[0], settings(data, static_lora=True), optimiser(), tmp_path / "whole", progress=False)
+    models = [start(base) for base in copies(make_base(), 3)]
+    config, trainer = settings(data, static_lora=True), optimiser(steps=11, log_every=4, checkpoint_every=5)
+    whole = pretrain(models[0], config, trainer, tmp_path / "whole", progress=False)
     target = pretraining if stage == "generator" else pretraining.StaticLora
-    plain, calls = target.window_losses, iter(range(17))
+    plain, calls = target.window_losses, iter(range(7))
 
     def failing(*arguments: Any) -> Any:
         if next(calls, None) is None:
@@ -113,10 +113,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(target, "window_losses", failing)
         with pytest.raises(InterruptionError):
-            pretrain(models[1], settings(data, static_lora=True), optimiser(), tmp_path / "parts", progress=False)
+            pretrain(models[1], config, trainer, tmp_path / "parts", progress=False)
     torch.manual_seed(0)  # whatever random numbers are drawn elsewhere
-    parts = pretrain(models[2], settings(data, static_lora=True), optimiser(), tmp_path / "parts", progress=False)
-    assert parts == whole
+    assert pretrain(models[2], config, trainer, tmp_path / "parts", progress=False) == whole
     ours, expected = models[2].generator_tensors(), models[0].generator_tensors()
     assert all(ours[name].equal(expected[name]) for name in expected)
     for folder in ("", "static_lora"):
