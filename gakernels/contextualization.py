@@ -26,6 +26,8 @@ class ContextPass:
         seen: (W,) numbers of context chunks behind the adapter of each window, 0..T; 0 means the initial state.
         mask: (B, T, M) bool, False for padding in the context.
         initial_states: S_0 (B, d_r, d_r) by name of the adapted layer; None for a fresh context.
+        differentiable: whether the adapters and states carry gradients, whatever the pass itself does; if not given,
+            as at the time when this is made.
         states: filled by the pass: the state after all T chunks, by name.
     """
 
@@ -34,6 +36,7 @@ class ContextPass:
     seen: tuple[int, ...]
     mask: Tensor | None
     initial_states: Mapping[str, Tensor] | None = None
+    differentiable: bool = field(default_factory=torch.is_grad_enabled)
     states: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,6 +45,10 @@ class ContextPass:
 
     def factors(self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float) -> LowRankFactors | None:
         """The adapters of all windows for one linear layer, from its decoder layer's input (B W, M, d_h)."""
+        with torch.set_grad_enabled(self.differentiable):
+            return self._factors(name, generator, hidden, scale)
+
+    def _factors(self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float) -> LowRankFactors | None:
         windows = hidden.unflatten(0, (self.batch, len(self.seen)))[:, : self.chunks]
         initial = None if self.initial_states is None else self.initial_states[name]
         mask = None if self.mask is None else self.mask.to(hidden.device)
@@ -71,6 +78,8 @@ def _prefixes(states: Tensor, initial: Tensor | None, distinct: Sequence[int]) -
     if initial is not None and distinct[0] == 0:
         states, distinct = torch.cat([initial[:, None], states], dim=1), [count + 1 for count in distinct]
     first, last = distinct[0], distinct[-1]
+    if len(distinct) == states.shape[1]:
+        return states  # not a slice of everything, which costs a copy in the backward
     if list(distinct) == list(range(first, last + 1)):
         return states[:, first - 1 : last]
     return states[:, [count - 1 for count in distinct]]

@@ -46,10 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 file.replace(path / file.name)
         else:
             temporary.replace(path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
+    except (OSError, SafetensorError) as error:
+        raise _named(error, temporary, path) from error
     finally:
         _remove(temporary)
 
@@ -80,13 +78,13 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], descript
         **description,
     }
     with replacing(path) as temporary:
-        _save(temporary, path, tensors, {_HEADER_KEY: json.dumps(header), "format": "pt"})
+        _save(temporary, tensors, {_HEADER_KEY: json.dumps(header), "format": "pt"})
 
 
 def write_plain_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors in another library's format (`save_file` with no description), atomically."""
     with replacing(path) as temporary:
-        _save(temporary, path, tensors, {"format": "pt"})
+        _save(temporary, tensors, {"format": "pt"})
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -152,15 +150,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise FormatError(f"{path} is damaged or is no safetensors file: {error}") from error
 
 
-def _save(temporary: Path, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def _save(temporary: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary.touch()
     mode = temporary.stat().st_mode  # save_file lets only the owner read, whatever the umask says
-    try:
-        save_file(contiguous, temporary, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+    save_file(contiguous, temporary, metadata=metadata)
     temporary.chmod(mode)
+
+
+def _named(error: OSError | SafetensorError, temporary: Path, path: Path) -> OSError:
+    """The same failure with the name that the user knows; a write to a full disk names no file, others `temporary`."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, str(error.filename or path).replace(str(temporary), str(path)))
+    message = str(error).replace(str(temporary), str(path))
+    return OSError(message if str(path) in message else f"{path} could not be written: {message}")
 
 
 def _flush(path: Path) -> None:

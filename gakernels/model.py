@@ -161,12 +161,27 @@ class GenerativeAdapter(nn.Module):
             InputError: a shape does not fit, or an adapter is merged into the base.
         """
         self._check_pass(input_ids, mask, chunks, seen, initial_states)
-        batch, windows, _ = input_ids.shape
-        context = ContextPass(batch, chunks, tuple(seen), mask[:, :chunks], initial_states)
+        if torch.is_grad_enabled() and initial_states is None and chunks > 1 and _only_first_is_plain(seen):
+            # Nothing in the first window depends on the generators, so it needs no graph and no backward.
+            with torch.no_grad():
+                first, first_states = self._encode(
+                    ContextPass(len(input_ids), 1, (0,), mask[:, :1], differentiable=True), input_ids[:, :1]
+                )
+            rest = ContextPass(
+                len(input_ids), chunks - 1, tuple(count - 1 for count in seen[1:]), mask[:, 1:chunks], first_states
+            )
+            hidden, states = self._encode(rest, input_ids[:, 1:])
+            return torch.cat([first, hidden], dim=1), states
+        return self._encode(
+            ContextPass(len(input_ids), chunks, tuple(seen), mask[:, :chunks], initial_states), input_ids
+        )
+
+    def _encode(self, context: ContextPass, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The last hidden states (B, W, M, d_h) and the states after the context by adapted layer, of one pass."""
         with self._running(context):
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
-        return output.last_hidden_state.unflatten(0, (batch, windows)), context.states
+        return output.last_hidden_state.unflatten(0, input_ids.shape[:2]), context.states
 
     def _check_pass(
         self,
@@ -205,8 +220,11 @@ class GenerativeAdapter(nn.Module):
         """Vocabulary logits (..., vocabulary) of last hidden states (..., d_h), as the base model's own head gives."""
         logits: Tensor = self.base.get_output_embeddings()(hidden)
         settings = self.base.config.get_text_config()
-        logits = logits * getattr(settings, "logit_scale", 1.0)  # Cohere
-        logits = logits / getattr(settings, "logits_scaling", 1.0)  # Granite
+        factor = getattr(settings, "logit_scale", 1.0)  # Cohere
+        divisor = getattr(settings, "logits_scaling", 1.0)  # Granite
+        # Logits are large: a factor of one would cost another copy of them, and one more in the backward.
+        logits = logits if factor == 1 else logits * factor
+        logits = logits if divisor == 1 else logits / divisor
         cap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -527,6 +545,11 @@ def _locate(folder: Path, name: str) -> str:
     """A relative path counts from the generator's folder, if it exists there."""
     beside = folder / name
     return str(beside) if name and beside.is_dir() else name
+
+
+def _only_first_is_plain(seen: Sequence[int]) -> bool:
+    """Whether the first window has no adapter and all others have one."""
+    return seen[0] == 0 and all(count > 0 for count in seen[1:])
 
 
 def _key(name: str) -> str:

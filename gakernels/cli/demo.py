@@ -110,14 +110,14 @@ def _own_document(model: GenerativeAdapter, document: str, options: argparse.Nam
 
 def _show(result: DemoResult) -> None:
     console = Console()
-    people, first = next(iter(result.by_people.items()))
+    first = next(iter(result.by_people.values()))
     console.print("[bold]A new document, about a person that the model has never seen:[/bold]")
     console.print(first.documents[0].text() + "\n")
     console.print(_example_table(first))
     console.print(_accuracy_table(result))
     ppl = result.perplexity
     console.print(
-        f"Perplexity of the documents about {people}: {ppl['none']:.2f} with no adapter, {ppl['adapter']:.2f} with "
+        f"Perplexity of the documents about one person: {ppl['none']:.2f} with no adapter, {ppl['adapter']:.2f} with "
         f"their own, {ppl['other_adapter']:.2f} with another document's.\n"
     )
     console.print(_cost_table(first, result))

@@ -1,7 +1,7 @@
 """Training the demo's base model: a small Llama that learns to read documents about people it has never seen.
 
-Each step has rows of one kind: documents with questions (with more facts, then more people, as training goes on), or
-pieces of documents and lists of questions as the windows of a generator hold them.
+Each step has rows of one kind: documents with questions, with more facts as training goes on, or pieces of documents
+and lists of questions as the windows of a generator hold them.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,6 @@ class BaseRecipe:
         steps: optimizer steps.
         tokens_per_step: rows are drawn until they hold about so many tokens.
         growth: share of the steps at which documents begin to grow from 3 facts, and at which they have 18.
-        several_people: share of the steps from which half of the documents are about several people.
     """
 
     hidden_size: int = 128
@@ -52,11 +51,10 @@ class BaseRecipe:
     heads: int = 4
     head_size: int = 64
     ffn_size: int = 384
-    steps: int = 1000
+    steps: int = 800
     tokens_per_step: int = 2500
     learning_rate: float = 3e-3
-    growth: tuple[float, float] = (0.12, 0.45)
-    several_people: float = 0.5
+    growth: tuple[float, float] = (0.12, 0.5)
     seed: int = 0
 
 
@@ -101,14 +99,13 @@ def base_losses(
 def _draw_rows(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, progress: float, rng: Random) -> list[Row]:
     facts = _facts_at(progress, recipe)
     kind = rng.random()
-    several = progress >= recipe.several_people and rng.random() < 0.5
     rows: list[Row] = []
     length = 0
     while length < recipe.tokens_per_step:
         if kind < 0.08:
             rows.append(_window_row(tokenizer, rng, facts))
         else:
-            rows.append(_document_row(tokenizer, _draw_document(rng, facts, several), rng))
+            rows.append(_document_row(tokenizer, draw_document(rng, 1, (max(2, facts * 2 // 3), facts)), rng))
         length += len(rows[-1].tokens)
     return rows
 
@@ -116,14 +113,6 @@ def _draw_rows(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, progress:
 def _facts_at(progress: float, recipe: BaseRecipe) -> int:
     start, end = recipe.growth
     return 3 + round((MOST_FACTS - 3) * min(1.0, max(0.0, (progress - start) / (end - start))))
-
-
-def _draw_document(rng: Random, facts: int, several: bool) -> Document:
-    if several:
-        people = min(rng.choice((2, 2, 3, 4, 8)), facts)
-        each = max(1, facts // people)
-        return draw_document(rng, people, (each, each), "train", shared_attributes=rng.random() < 0.8)
-    return draw_document(rng, 1, (max(2, facts * 2 // 3), facts), "train")
 
 
 def _document_row(tokenizer: PreTrainedTokenizerFast, document: Document, rng: Random) -> Row:

@@ -13,7 +13,6 @@ from gakernels.training.objectives import Loss, WindowBatch, window_losses
 from gakernels.windows import pad_windows, split_evenly
 
 MOST_FACTS = 18
-PEOPLE_AND_FACTS = ((2, (6, 8)), (4, (3, 4)), (8, (2, 2)))
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,15 @@ class GeneratorRecipe:
         documents: in a step.
         loss_weights: of the answers, and of the paper's two objectives, which keep the language model whole.
         growth: share of the steps over which documents grow from 3 facts to 18.
-        several_people: share of documents about several people, after that.
     """
 
     state_size: int = 128
     rank: int = 32
-    steps: int = 1000
+    steps: int = 800
     documents: int = 4
     learning_rate: float = 3e-3
     loss_weights: tuple[tuple[str, float], ...] = (("answers", 1.0), ("reconstruction", 0.5), ("completion", 0.3))
     growth: float = 0.4
-    several_people: float = 0.15
     seed: int = 0
 
 
@@ -49,8 +46,6 @@ def generator_losses(model: GenerativeAdapter, recipe: GeneratorRecipe, step: in
 
 def _draw(rng: Random, recipe: GeneratorRecipe, progress: float) -> Document:
     """A document about people of the training split."""
-    if progress >= recipe.growth and rng.random() < recipe.several_people:
-        return draw_document(rng, *rng.choice(PEOPLE_AND_FACTS), "train")
     facts = 3 + round((MOST_FACTS - 3) * min(1.0, progress / recipe.growth))
     return draw_document(rng, 1, (max(2, facts * 2 // 3), facts), "train")
 
@@ -65,8 +60,7 @@ def document_windows(
 ) -> WindowBatch:
     """Windows of B documents: T context chunks, T copies of them to reconstruct, and windows full of questions.
 
-    Chunk t is seen with the adapter of the chunks before it, its copy with that of chunks 1..t, and the questions with
-    that of the whole document. Losses: `completion` on the chunks but the first, `reconstruction` on the copies,
+    Chunk t is seen with the adapter of the chunks before it, the copies and the questions with that of the whole document. Losses: `completion` on the chunks but the first, `reconstruction` on the copies,
     `answers` on the answers alone.
     """
     contexts = [split_evenly(tokenizer(document.text())["input_ids"], chunk_size) for document in documents]
@@ -86,7 +80,7 @@ def document_windows(
         for number, of_window in enumerate(of_windows):
             targets["answers"][row, 2 * chunks + number, of_window] = True
     count = input_ids.shape[1] - 2 * chunks
-    seen = (*range(chunks), *range(1, chunks + 1), *[chunks] * count)
+    seen = (*range(chunks), *[chunks] * (chunks + count))
     return WindowBatch(input_ids, mask, chunks, seen, targets)
 
 

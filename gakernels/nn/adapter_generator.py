@@ -11,6 +11,7 @@ from gakernels.ops import context_state, low_rank_polar
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 
 NORMS = ("polar", "frobenius")
+SKETCH_SIDES = ("input", "output")
 
 
 class AdapterGenerator(nn.Module):
@@ -29,10 +30,11 @@ class AdapterGenerator(nn.Module):
         damping: tau of the polar factor.
         power_iterations: of the polar factor.
         sketch_seed: seed of the fixed Gaussian sketch Omega, a buffer that is stored with the generator.
+        sketch_side: what the sketch multiplies: S (`input`), or S^T (`output`), as in the authors' released code.
         eps: of the RMSNorm in front of the projections.
 
     Raises:
-        InputError: rank > state_size, a size below 1, or an unknown norm.
+        InputError: rank > state_size, a size below 1, or an unknown norm or sketch side.
     """
 
     sketch: Tensor
@@ -49,13 +51,17 @@ class AdapterGenerator(nn.Module):
         damping: float = DEFAULT_DAMPING,
         power_iterations: int = 1,
         sketch_seed: int = 0,
+        sketch_side: str = "input",
         eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(hidden_size, in_features, out_features, state_size, rank, norm)
+        if sketch_side not in SKETCH_SIDES:
+            raise InputError(f"sketch_side must be one of {', '.join(SKETCH_SIDES)}, but it is {sketch_side!r}")
         self.norm, self.damping, self.power_iterations, self.eps = norm, damping, power_iterations, eps
+        self.sketch_side = sketch_side
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -86,19 +92,29 @@ class AdapterGenerator(nn.Module):
         Computed in the dtype of the parameters; accumulated in float32 or wider. See `gakernels.ops.context_state`.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        normed = F.rms_norm(hidden.to(wide), self.norm_weight.shape, self.norm_weight.to(wide), self.eps)
-        normed = normed.to(self.value_projection.dtype)
-        return context_state(normed, self.value_projection, self.key_projection, mask, initial_state)
+        normed = F.rms_norm(hidden.to(wide), self.norm_weight.shape, eps=self.eps).to(self.value_projection.dtype)
+        # The weight of the norm goes into the projections: they are much smaller than the hidden states.
+        value_projection, key_projection = (
+            self.value_projection * self.norm_weight,
+            self.key_projection * self.norm_weight[:, None],
+        )
+        return context_state(normed, value_projection, key_projection, mask, initial_state)
 
     def factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of states (..., d_r, d_r)."""
-        if self.norm == "frobenius":
-            left, right = _frobenius(states)
-        else:
-            sketch = self.sketch.to(states.dtype)
-            left, right = low_rank_polar(states, sketch, self.power_iterations, self.damping)
+        left, right = self._norm_factors(states)
         dtype = self.output_map.dtype
         return right.to(dtype).mT @ self.input_map, self.output_map @ left.to(dtype)
+
+    def _norm_factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """U, V of norm(S) = U V^T."""
+        if self.norm == "frobenius":
+            return _frobenius(states)
+        sketch = self.sketch.to(states.dtype)
+        if self.sketch_side == "input":
+            return low_rank_polar(states, sketch, self.power_iterations, self.damping)
+        right, left = low_rank_polar(states.mT, sketch, self.power_iterations, self.damping)
+        return left, right
 
     def forward(
         self, hidden: Tensor, mask: Tensor | None = None, initial_state: Tensor | None = None

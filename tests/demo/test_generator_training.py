@@ -21,7 +21,7 @@ def test_context_copies_and_questions_are_laid_out(tokenizer: PreTrainedTokenize
     documents = [draw_document(rng, 1, (18, 18)), draw_document(rng, 1, (3, 3))]
     batch = document_windows(documents, tokenizer, 128, rng, questions=4, questions_per_window=2)
     assert batch.chunks == 2
-    assert batch.seen == (0, 1, 1, 2, 2, 2)
+    assert batch.seen == (0, 1, 2, 2, 2, 2)
     for row, document in enumerate(documents):
         tokens = [batch.input_ids[row, t][batch.mask[row, t]].tolist() for t in range(6)]
         assert tokens[0] + tokens[1] == tokenizer(document.text())["input_ids"]
@@ -33,7 +33,7 @@ def test_only_the_answers_count_as_answers_and_they_are_right(tokenizer: PreTrai
     rng = Random(2)
     document = draw_document(rng, 1, (6, 6))
     batch = document_windows([document], tokenizer, 128, rng, questions=6, questions_per_window=3)
-    told = {question: answer for question, answer in document.questions()}
+    told = dict(document.questions())
     for window in range(2 * batch.chunks, batch.input_ids.shape[1]):
         ids, answers = batch.input_ids[0, window], batch.targets["answers"][0, window]
         text = tokenizer.decode(ids[batch.mask[0, window]], skip_special_tokens=True)

@@ -76,12 +76,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     hidden, a2, b1, mask, initial_state = inputs
     projected = output[1]
     ctx.mark_non_differentiable(projected)
+    ctx.set_materialize_grads(False)  # no zeros in place of the gradients of those
     ctx.needs = tuple(ctx.needs_input_grad[:3])
     ctx.has_initial_state = initial_state is not None
     ctx.save_for_backward(hidden, a2, b1, mask, projected)
 
 
-def _backward(ctx: Any, grad_states: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_states: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_states is None:
+        return None, None, None, None, None
     hidden, a2, b1, mask, projected = ctx.saved_tensors
     grad_hidden, grad_a2, grad_b1, grad_initial = eager.backward(
         grad_states, hidden, a2, b1, mask, projected, ctx.needs

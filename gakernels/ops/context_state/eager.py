@@ -1,4 +1,4 @@
-"""`context_state` in plain PyTorch: one GEMM for both projections, one accumulator for the prefix sum.
+"""`context_state` in plain PyTorch: one GEMM for both projections, prefix sums in place.
 
 Bytes: the projections P | Q (2 M d_r a chunk) are saved for the backward; recomputing them would cost the GEMM again,
 2 M d_h (2 d_r) operations, to save 4 M d_r bytes in bf16, next to the M d_h of the hidden states that are kept anyway.
@@ -25,12 +25,11 @@ def forward(
     if mask is not None:
         projected.masked_fill_(~mask[..., None], 0)
     values, keys = projected.to(accumulator_dtype(hidden.dtype)).chunk(2, dim=-1)
-    batch, chunks, state_size = hidden.shape[0], hidden.shape[1], a2.shape[0]
-    states = values.new_empty(batch, chunks, state_size, state_size)
-    running = states.new_zeros(batch, state_size, state_size) if initial_state is None else initial_state
-    for t in range(chunks):
-        running = torch.baddbmm(running, values[:, t].mT, keys[:, t])
-        states[:, t] = running
+    states = values.mT @ keys
+    if initial_state is not None:
+        states[:, 0] += initial_state
+    for t in range(1, states.shape[1]):
+        states[:, t] += states[:, t - 1]
     return states, projected
 
 
@@ -50,7 +49,9 @@ def backward(
     dA2 = dP^T H, dB1 = H^T dQ, dS_0 = R_1.
     """
     values, keys = projected.to(grad_states.dtype).chunk(2, dim=-1)
-    suffix = grad_states.flip(1).cumsum(1).flip(1)
+    suffix = grad_states.clone(memory_format=torch.contiguous_format)
+    for t in range(suffix.shape[1] - 2, -1, -1):
+        suffix[:, t] += suffix[:, t + 1]
     grad_values, grad_keys = keys @ suffix.mT, values @ suffix
     grad_projected = torch.cat([grad_values, grad_keys], dim=-1).to(hidden.dtype)
     if mask is not None:

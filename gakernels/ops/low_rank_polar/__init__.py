@@ -80,12 +80,17 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     states, sketch, _, damping = inputs
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # no zeros in place of the gradients of those
     ctx.damping = damping
     ctx.save_for_backward(states, sketch, *output[2:])
 
 
-def _backward(ctx: Any, grad_u: Tensor, grad_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_u: Tensor | None, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_u is None and grad_v is None:
+        return None, None, None, None
     states, sketch, *steps = ctx.saved_tensors
+    zero = states.new_zeros(()).expand(*states.shape[:-1], sketch.shape[1])
+    grad_u, grad_v = (zero if grad is None else grad for grad in (grad_u, grad_v))
     grad = eager.backward(grad_u, grad_v, states, sketch, eager.Steps(*steps), ctx.damping)
     return grad, None, None, None
 

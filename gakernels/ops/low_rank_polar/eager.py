@@ -22,11 +22,11 @@ class Steps(NamedTuple):
 @autocast.without
 def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor, Steps]:
     """Returns u, v (..., d_r, r) and the steps: S Omega, then S^T and S in turn, K = 2 + 2 power_iterations in all."""
-    states = power_of_two_scaled(states)[0]
+    shrink = power_of_two(states)
     inputs, roots, vectors = [], [], []
     basis, previous = sketch, sketch
     for step in range(2 + 2 * power_iterations):
-        x = (states if step % 2 == 0 else states.mT) @ basis
+        x = (states if step % 2 == 0 else states.mT) @ (basis * shrink)
         h, v = shifted_spectrum(x, damping)
         inputs.append(x)
         roots.append(h)
@@ -39,39 +39,48 @@ def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: floa
 @autocast.without
 def backward(grad_u: Tensor, grad_v: Tensor, states: Tensor, sketch: Tensor, steps: Steps, damping: float) -> Tensor:
     """Gradient of the states. The steps are undone from the last; all outer products form one GEMM at the end."""
-    states, exponent = power_of_two_scaled(states)
-    count = steps.inputs.shape[-3]
-    bases = [sketch.expand(*states.shape[:-2], *sketch.shape)]
-    bases += [
-        (steps.inputs[..., k, :, :].double() @ inverse_root(*_spectrum(steps, k))).to(states.dtype)
-        for k in range(count - 1)
-    ]
+    shrink = power_of_two(states)
     left, right = [], []  # dS = sum of left right^T
     grad = grad_v
-    for k in reversed(range(count)):
-        grad_x = damped_polar_backward(grad, steps.inputs[..., k, :, :], *_spectrum(steps, k), damping)
+    last = steps.inputs.shape[-3] - 1
+    x, h, vectors, root = _step(steps, last)
+    for k in range(last, -1, -1):
+        grad_x = damped_polar_backward(grad.double(), x, h, vectors, root, damping).to(states.dtype)
+        if k > 0:
+            x, h, vectors, root = _step(steps, k - 1)
+            basis = (x @ root).to(states.dtype)
+        else:
+            basis = sketch.expand(*states.shape[:-2], *sketch.shape)
         if k % 2 == 0:  # X = S basis
             left.append(grad_x)
-            right.append(bases[k])
-            grad = states.mT @ grad_x
+            right.append(basis)
         else:  # X = S^T basis
-            left.append(bases[k])
+            left.append(basis)
             right.append(grad_x)
-            grad = states @ grad_x
-        if k == count - 1:
+        if k > 0:
+            grad = (states.mT if k % 2 == 0 else states) @ (grad_x * shrink)
+        if k == last:
             grad = grad + grad_u
-    return torch.ldexp(torch.cat(left, -1) @ torch.cat(right, -1).mT, -exponent)
+    return (torch.cat(left, -1) * shrink) @ torch.cat(right, -1).mT
 
 
-def power_of_two_scaled(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each state by a power of two to a largest entry in [0.5, 1): exact, and no square overflows.
+def _step(steps: Steps, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X, h, V and M = (X^T X + c^2 I)^(-1/2) of one step, in float64."""
+    h, vectors = steps.roots[..., k, :], steps.vectors[..., k, :, :]
+    return steps.inputs[..., k, :, :].double(), h, vectors, inverse_root(h, vectors)
 
-    Returns the scaled states and the exponent (..., 1, 1) that was taken out. The norm is scale-invariant.
+
+def power_of_two(states: Tensor) -> Tensor:
+    """The power of two (..., 1, 1) that brings the largest entry of a state to [0.5, 1), so that no square overflows.
+
+    The norm is scale-invariant, and the product with a power of two is exact. It is multiplied into the thin factor of
+    each product with the state, so that no scaled copy of the state is made.
     """
-    largest = states.abs().amax((-2, -1), keepdim=True)
-    limit = 120 if states.dtype == torch.float32 else 1000  # 2^exponent itself stays finite and normal
+    dims = (-2, -1)
+    largest = torch.maximum(states.amax(dims, keepdim=True), -states.amin(dims, keepdim=True))
+    limit = 120 if states.dtype == torch.float32 else 1000  # the power itself stays finite and normal
     exponent = torch.frexp(largest).exponent.clamp(-limit, limit)
-    return torch.ldexp(states, -exponent), exponent
+    return torch.ldexp(torch.ones_like(largest), -exponent)
 
 
 def shifted_spectrum(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -93,18 +102,23 @@ def inverse_root(h: Tensor, vectors: Tensor) -> Tensor:
     return (vectors * _reciprocal(h)[..., None, :]) @ vectors.mT
 
 
-def damped_polar_backward(grad: Tensor, x: Tensor, h: Tensor, vectors: Tensor, damping: float) -> Tensor:
-    """dX = G M + 2 X (G_A + damping^2 tr(G_A) I), G_A = -V [sym(V^T X^T G V)_ij / (h_i h_j (h_i + h_j))] V^T."""
-    wide, upstream = x.double(), grad.double()
+def damped_polar_backward(
+    grad: Tensor, x: Tensor, h: Tensor, vectors: Tensor, root: Tensor, damping: float
+) -> Tensor:
+    """dX = G M + 2 X (G_A + damping^2 tr(G_A) I), G_A = -V [sym(V^T X^T G V)_ij / (h_i h_j (h_i + h_j))] V^T.
+
+    All in float64; `root` is M.
+    """
     inverse = _reciprocal(h)
-    e = vectors.mT @ (wide.mT @ upstream) @ vectors
+    e = vectors.mT @ (x.mT @ grad) @ vectors
     pair_sum = h[..., :, None] + h[..., None, :]
     weights = inverse[..., :, None] * inverse[..., None, :] / torch.where(pair_sum == 0, 1.0, pair_sum)
-    inner = -(e + e.mT) / 2 * weights
+    inner = (e + e.mT) * weights  # -2 G_A in the basis V
     trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    grad_gram = vectors @ inner @ vectors.mT
-    result = upstream @ inverse_root(h, vectors) + 2 * wide @ grad_gram + 2 * damping**2 * trace * wide
-    return result.to(x.dtype)
+    identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    # The part through c joins the r x r matrix: c^2 I commutes with V.
+    grad_gram = vectors @ (inner + damping**2 * trace * identity) @ vectors.mT
+    return grad @ root - x @ grad_gram
 
 
 def _reciprocal(h: Tensor) -> Tensor:
@@ -112,6 +126,3 @@ def _reciprocal(h: Tensor) -> Tensor:
     is_zero = (h == 0).all(-1, keepdim=True)
     return torch.where(is_zero, 0.0, 1.0 / torch.where(is_zero, 1.0, h))
 
-
-def _spectrum(steps: Steps, k: int) -> tuple[Tensor, Tensor]:
-    return steps.roots[..., k, :], steps.vectors[..., k, :, :]

@@ -102,12 +102,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, lora_a, lora_b, scale, adapter_index, _ = inputs
     z = output[1]
     ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)  # no zeros in place of the gradients of those
     needs_x, _, needs_a, needs_b = ctx.needs_input_grad[:4]
     ctx.scale, ctx.needs_x = scale, needs_x
     ctx.save_for_backward(x if needs_a else None, z if needs_b else None, weight, lora_a, lora_b, adapter_index)
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return None, None, None, None, None, None, None
     x, z, weight, lora_a, lora_b, adapter_index = ctx.saved_tensors
     grad_x, grad_a, grad_b = eager.backward(grad_y, x, z, weight, lora_a, lora_b, ctx.scale, adapter_index, ctx.needs_x)
     return grad_x, None, grad_a, grad_b, None, None, None

@@ -61,7 +61,7 @@ def select(factors: Tensor, adapter_index: Tensor | None) -> Tensor:
     if adapter_index is None:
         return factors
     chosen = factors.index_select(0, adapter_index.clamp(min=0))
-    return chosen.masked_fill((adapter_index < 0)[:, None, None], 0)
+    return chosen.masked_fill_((adapter_index < 0)[:, None, None], 0)
 
 
 def gather_windows(per_window: Tensor, adapter_index: Tensor | None, adapters: int) -> Tensor:
