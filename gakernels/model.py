@@ -161,20 +161,23 @@ class GenerativeAdapter(nn.Module):
             InputError: a shape does not fit, or an adapter is merged into the base.
         """
         self._check_pass(input_ids, mask, chunks, seen, initial_states)
-        if torch.is_grad_enabled() and initial_states is None and chunks > 1 and _only_first_is_plain(seen):
-            # Nothing in the first window depends on the generators, so it needs no graph and no backward.
-            with torch.no_grad():
-                first, first_states = self._encode(
-                    ContextPass(len(input_ids), 1, (0,), mask[:, :1], differentiable=True), input_ids[:, :1]
-                )
-            rest = ContextPass(
-                len(input_ids), chunks - 1, tuple(count - 1 for count in seen[1:]), mask[:, 1:chunks], first_states
-            )
-            hidden, states = self._encode(rest, input_ids[:, 1:])
-            return torch.cat([first, hidden], dim=1), states
-        return self._encode(
-            ContextPass(len(input_ids), chunks, tuple(seen), mask[:, :chunks], initial_states), input_ids
-        )
+        if torch.is_grad_enabled() and initial_states is None and chunks > 1 and _only_first_is_plain(seen, chunks):
+            return self._forward_in_two(input_ids, mask, chunks, seen)
+        context = ContextPass(len(input_ids), chunks, tuple(seen), mask[:, :chunks], initial_states)
+        return self._encode(context, input_ids)
+
+    def _forward_in_two(
+        self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first window alone, without a graph or a backward: nothing in it depends on the generators. Then the rest
+        as a context that continues its states."""
+        batch = len(input_ids)
+        alone = ContextPass(batch, 1, (0,), mask[:, :1])  # made here, where gradients are on: its states carry them
+        with torch.no_grad():
+            first, first_states = self._encode(alone, input_ids[:, :1])
+        rest = ContextPass(batch, chunks - 1, tuple(count - 1 for count in seen[1:]), mask[:, 1:chunks], first_states)
+        hidden, states = self._encode(rest, input_ids[:, 1:])
+        return torch.cat([first, hidden], dim=1), states
 
     def _encode(self, context: ContextPass, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The last hidden states (B, W, M, d_h) and the states after the context by adapted layer, of one pass."""
@@ -547,9 +550,9 @@ def _locate(folder: Path, name: str) -> str:
     return str(beside) if name and beside.is_dir() else name
 
 
-def _only_first_is_plain(seen: Sequence[int]) -> bool:
-    """Whether the first window has no adapter and all others have one."""
-    return seen[0] == 0 and all(count > 0 for count in seen[1:])
+def _only_first_is_plain(seen: Sequence[int], chunks: int) -> bool:
+    """Whether the first window has no adapter and each of the others has one, out of 1..chunks."""
+    return seen[0] == 0 and all(0 < count <= chunks for count in seen[1:])
 
 
 def _key(name: str) -> str:

@@ -54,12 +54,13 @@ def test_a_document_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixtu
     document = draw_document(Random(99), 1, (12, 12), "test")
     path, output = tmp_path / "document.txt", tmp_path / "results.json"
     path.write_text(document.text())
-    question, answer = document.questions()[0]
-    assert main(["demo", "--document", str(path), "--question", question, "--json", str(output)]) == 0
+    questions, expected = zip(*document.questions()[:4], strict=True)
+    asked = [argument for question in questions for argument in ("--question", question)]
+    assert main(["demo", "--document", str(path), *asked, "--json", str(output)]) == 0
     answers = json.loads(output.read_text())["answers"]
-    assert answers["adapter"] == answers["prompt"] == [answer]
-    assert answers["closed_book"] != [answer]
-    assert answer in capsys.readouterr().out
+    assert answers["adapter"] == answers["prompt"] == list(expected)
+    assert answers["closed_book"] != list(expected)  # one may be right by chance, not all
+    assert expected[0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -310,3 +310,34 @@ def test_a_pass_in_half_precision_stays_near_float32(family: str) -> None:
     assert all(state.dtype == torch.float32 for state in rounded.values())
     first = model.adapted_names[0]  # deeper layers see adapters of rounded states
     assert (rounded[first] - states[first]).norm() < 0.05 * states[first].norm()
+
+
+@pytest.mark.parametrize("seen", [(0, 1, 2, 1, 2, 3), (0, 1, 2, 3), (0, 2, 1)])
+def test_the_pass_without_a_graph_changes_nothing(monkeypatch: pytest.MonkeyPatch, seen: tuple[int, ...]) -> None:
+    """In training the first window goes ahead alone; the hidden states, states and gradients are those of one pass."""
+    model, chunks = float64_model(), 3
+    ids, mask = random_ids(2, len(seen), 6), torch.rand(2, len(seen), 1) < 0.8
+    mask = mask.expand(-1, -1, 6).clone()
+    mask[..., 0] = True
+    upstream = torch.randn(2, len(seen), 6, 32, dtype=torch.float64)
+
+    def run() -> list[Tensor]:
+        hidden, states = model(ids, mask, chunks, seen)
+        total = (hidden * upstream).sum() + sum(state.square().sum() for state in states.values())
+        return [hidden, *states.values(), *torch.autograd.grad(total, list(model.generators.parameters()))]
+
+    in_two, passes = run(), []
+    model.base.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("gakernels.model._only_first_is_plain", lambda seen, chunks: False)
+        in_one = run()
+    assert passes == [2 * len(seen)]
+    for value, wanted in zip(in_two, in_one, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+    run()
+    assert passes[1:] == [2, 2 * (len(seen) - 1)]
+    with torch.no_grad():
+        model(ids, mask, chunks, seen)
+    assert passes[3:] == [2 * len(seen)]  # without gradients there is nothing to save

@@ -80,6 +80,18 @@ def test_it_is_the_composition_of_the_operations(generator: Generator) -> None:
     torch.testing.assert_close(lora_a, v.mT @ module.input_map, rtol=0, atol=1e-12)
 
 
+def test_on_the_output_side_the_sketch_multiplies_the_transpose(generator: Generator) -> None:
+    module = trained(generator, sketch_side="output")
+    states = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
+    v, u = low_rank_polar(states.mT, module.sketch, 1, module.damping)
+    lora_a, lora_b = module.factors(states)
+    wanted = module.output_map @ u @ v.mT @ module.input_map
+    torch.testing.assert_close(lora_b @ lora_a, wanted, rtol=0, atol=1e-12)
+    module.sketch_side = "input"
+    lora_a, lora_b = module.factors(states)
+    assert (lora_b @ lora_a - wanted).norm() > 0.05 * wanted.norm()
+
+
 def test_gradcheck_through_the_whole_generator(generator: Generator) -> None:
     module, hidden = trained(generator, state_size=4, rank=2), draw_hidden(generator, 1, 2, 3)
     names = [name for name, _ in module.named_parameters()]
@@ -184,6 +196,7 @@ def test_low_precision_parameters_give_float32_states(generator: Generator) -> N
         ({"rank": 9}, r"rank must be between 1 and state_size \(8\), but it is 9"),
         ({"rank": 0}, "rank must be between 1 and state_size"),
         ({"norm": "svd"}, "norm must be one of polar, frobenius, but it is 'svd'"),
+        ({"sketch_side": "left"}, "sketch_side must be one of input, output, but it is 'left'"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
         ({"in_features": -1}, "in_features must be at least 1"),
         ({"out_features": 0}, "out_features must be at least 1"),

@@ -102,9 +102,7 @@ def inverse_root(h: Tensor, vectors: Tensor) -> Tensor:
     return (vectors * _reciprocal(h)[..., None, :]) @ vectors.mT
 
 
-def damped_polar_backward(
-    grad: Tensor, x: Tensor, h: Tensor, vectors: Tensor, root: Tensor, damping: float
-) -> Tensor:
+def damped_polar_backward(grad: Tensor, x: Tensor, h: Tensor, vectors: Tensor, root: Tensor, damping: float) -> Tensor:
     """dX = G M + 2 X (G_A + damping^2 tr(G_A) I), G_A = -V [sym(V^T X^T G V)_ij / (h_i h_j (h_i + h_j))] V^T.
 
     All in float64; `root` is M.
@@ -125,4 +123,3 @@ def _reciprocal(h: Tensor) -> Tensor:
     """1/h (..., r), and 0 where the whole matrix is zero (every h is): value and gradient are zero there."""
     is_zero = (h == 0).all(-1, keepdim=True)
     return torch.where(is_zero, 0.0, 1.0 / torch.where(is_zero, 1.0, h))
-
