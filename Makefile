@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
+# Idle threads of OpenMP must not spin: they would slow down the other test process.
+export OMP_WAIT_POLICY := PASSIVE
 VENV ?= .venv
 BIN := $(VENV)/bin
 

@@ -6,6 +6,8 @@ import zlib
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the test processes share the cores; threads of tiny matrices only wait for each other
+
 SEED_VARIABLE = "GAKERNELS_TEST_SEED"
 SEED = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(4), "big"))
 

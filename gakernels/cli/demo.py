@@ -3,10 +3,13 @@
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -63,18 +66,32 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--question needs --document")
     if options.questions < 1:
         raise InputError(f"--questions must be at least 1, but it is {options.questions}")
-    if options.generator is None:
+    embedded = options.generator is None
+    if embedded:
         options.generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
-    model = load_generator(options)
-    if document is not None:
-        results = _own_document(model, document, options)
-    else:
-        result = run_experiment(model, options.seed, options.questions)
-        _show(result)
-        results = result.to_dict()
+    with _one_thread() if embedded else nullcontext():
+        model = load_generator(options)
+        if document is not None:
+            results = _own_document(model, document, options)
+        else:
+            result = run_experiment(model, options.seed, options.questions)
+            _show(result)
+            results = result.to_dict()
     if options.json:
         write_text(options.json, json.dumps(results, indent=2) + "\n")
     return 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The embedded models are too small for several threads: they would only wait for each other, and for long where
+    other programs use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _own_document(model: GenerativeAdapter, document: str, options: argparse.Namespace) -> dict[str, Any]:

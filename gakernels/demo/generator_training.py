@@ -60,7 +60,7 @@ def document_windows(
 ) -> WindowBatch:
     """Windows of B documents: T context chunks, T copies of them to reconstruct, and windows full of questions.
 
-    Chunk t is seen with the adapter of the chunks before it, the copies and the questions with that of the whole document. Losses: `completion` on the chunks but the first, `reconstruction` on the copies,
+    Chunk t is seen with the adapter of the chunks before it, copies and questions with that of the whole document. Losses: `completion` on the chunks but the first, `reconstruction` on the copies,
     `answers` on the answers alone.
     """
     contexts = [split_evenly(tokenizer(document.text())["input_ids"], chunk_size) for document in documents]

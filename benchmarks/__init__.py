@@ -1,0 +1,1 @@
+"""Benchmarks of gakernels: see docs/benchmarks.md."""

@@ -1,0 +1,260 @@
+"""The cases of inference on a random model: reading contexts, decoding with an adapter, adapters for many users."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from benchmarks.cases import TOLERANCES, Case, Trial, UnavailableError, largest_error
+from benchmarks.measure import Timing, dtype_name
+from benchmarks.operations import SEED
+from benchmarks.providers import with_backend
+from benchmarks.rows import FLOOR, OK, OTHER
+from gakernels import Adapter, GenerativeAdapter, GeneratorConfig
+
+# Errors add up over the layers of a model, and the norm answers to the small directions of a state.
+MODEL_TOLERANCE = 10
+# The plain definitions are measured up to here; beyond, their iterations would take minutes.
+MOST_REFERENCE_TOKENS, MOST_REFERENCE_USERS = 4096, 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A Llama-like model with random weights, and what is asked of it. `of_layers`: of the model it stands for."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    of_layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    state: int
+    rank: int
+    chunk: int
+    lengths: tuple[int, ...]
+    users: tuple[int, ...]
+    prompt: int
+    new_tokens: int
+
+    @property
+    def shape(self) -> str:
+        whole = f" of {self.of_layers}" if self.layers < self.of_layers else ""
+        return f"d_h={self.hidden} layers={self.layers}{whole} d_r={self.state} r={self.rank} M={self.chunk}"
+
+
+POWERS = tuple(1024 * 2**k for k in range(8))  # 1K to 128K
+PRESETS = {
+    "tiny": Sizes(32, 48, 2, 2, 4, 2, 64, 16, 4, 16, (32, 64), (1, 2), 4, 2),
+    "cpu": Sizes(256, 704, 4, 4, 8, 4, 1024, 128, 16, 256, POWERS[:3], (1, 8), 64, 8),
+    "mistral-7b": Sizes(4096, 14336, 4, 32, 32, 8, 32000, 1024, 128, 1024, POWERS, (1, 8, 32), 512, 32),
+}
+
+
+def cases(
+    preset: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Sequence[str] | None = None,
+    attention: str = "sdpa",
+) -> list[Case]:
+    """Every inference case of a preset. Raises: ValueError: there is no such preset."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but it is {preset!r}")
+    sizes = PRESETS[preset]
+    build = Builder(sizes, device, dtype, attention)
+    made = [_contextualisation(build, length) for length in sizes.lengths]
+    made += [_decoding(build, users) for users in (1, sizes.users[-1])]
+    made += [_generation(build, users) for users in sizes.users]
+    return [_only(case, names) for case in made]
+
+
+def _only(case: Case, names: Sequence[str] | None) -> Case:
+    chosen = {name: make for name, make in case.providers.items() if names is None or name in names}
+    return Case(case.kernel, case.mode, case.shape, case.dtype, case.tolerance, case.work, chosen)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes the model, and the same model in float64 for the oracle."""
+
+    sizes: Sizes
+    device: torch.device
+    dtype: torch.dtype
+    attention: str = "sdpa"  # as transformers calls it; the oracle always has sdpa
+
+    def tokens(self, count: int, number: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(SEED + number)
+        return torch.randint(3, self.sizes.vocabulary, (count,), generator=generator).tolist()
+
+    def case(self, kernel: str, shape: str, providers: Mapping[str, Callable[[], Trial]]) -> Case:
+        tolerance, shape = MODEL_TOLERANCE * TOLERANCES[self.dtype], f"{shape} {self.sizes.shape}"
+        shape += "" if self.attention == "sdpa" else f" {self.attention}"
+        return Case(kernel, "inference", shape, dtype_name(self.dtype), tolerance, None, providers)
+
+
+@functools.lru_cache(maxsize=1)
+def model(build: Builder) -> GenerativeAdapter:
+    """A random base with generators whose output maps are not zero."""
+    sizes = build.sizes
+    config = LlamaConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.feed_forward,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.key_heads,
+        max_position_embeddings=max(*sizes.lengths, sizes.prompt + sizes.new_tokens),
+    )
+    settings = GeneratorConfig(state_size=sizes.state, rank=sizes.rank, chunk_size=sizes.chunk)
+    with torch.random.fork_rng(devices=[build.device] if build.device.type == "cuda" else []), build.device:
+        torch.manual_seed(SEED)
+        base = AutoModelForCausalLM.from_config(config, dtype=build.dtype, attn_implementation=build.attention)
+        made = GenerativeAdapter(base, settings, dtype=build.dtype).eval().requires_grad_(False)
+        for name in made.adapted_names:
+            made.generator(name).output_map.normal_(std=(3 * sizes.state) ** -0.5)
+    return made
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(build: Builder) -> tuple[dict[str, Tensor], Tensor]:
+    """By the plain definitions in float64: the adapters (lora_B lora_A) of a short context, by layer, and the logits
+    behind the prompt with that adapter."""
+    wide = model.__wrapped__(replace(build, attention="sdpa")).double()
+    oracle = with_backend("reference", lambda: _answers(wide, build))
+    return oracle()
+
+
+def _answers(made: GenerativeAdapter, build: Builder) -> tuple[dict[str, Tensor], Tensor]:
+    adapter = _adapters(made, build)[0]
+    ids = torch.tensor([build.tokens(build.sizes.prompt, 1)], device=build.device)
+    with torch.no_grad(), made.adapted(adapter):
+        logits = made.base(input_ids=ids, use_cache=False).logits[:, -1]
+    return {name: adapter.delta(name) for name in made.adapted_names}, logits
+
+
+def _adapters(made: GenerativeAdapter, build: Builder, users: int = 1) -> list[Adapter]:
+    """The adapters of contexts of two chunks."""
+    contexts = [build.tokens(2 * build.sizes.chunk, 2 + user) for user in range(users)]
+    return made.adapters(made.states(contexts), [len(tokens) for tokens in contexts])
+
+
+def _delta_error(build: Builder, backend: str) -> float:
+    expected = _expected(build)[0]
+    values = with_backend(backend, lambda: _answers(model(build), build))()[0]
+    return largest_error([values[name] for name in expected], expected.values())
+
+
+# Reading a context
+
+
+def _contextualisation(build: Builder, length: int) -> Case:
+    def reading(backend: str) -> Trial:
+        made = model(build)
+        contexts = [build.tokens(length, 10 + number) for number in range(2)]
+        run = with_backend(backend, lambda tokens: made.states([tokens]))
+        check = functools.partial(_delta_error, build, backend)
+        return Trial(lambda i: contexts[i % 2], run, check, _per_second("tokens_per_s", length))
+
+    def prompt() -> Trial:
+        """The base model reads the whole context as one prompt: what it takes to have it in the key-value cache."""
+        base = model(build).base
+        contexts = [torch.tensor([build.tokens(length, 10 + i)], device=build.device) for i in range(2)]
+        run = torch.no_grad()(lambda ids: base.get_decoder()(input_ids=ids, use_cache=True))
+        metrics = _per_second("tokens_per_s", length)
+        return Trial(lambda i: contexts[i % 2], run, None, metrics, status=OTHER)
+
+    names = ("reference", "auto") if length <= MOST_REFERENCE_TOKENS else ("auto",)
+    providers: dict[str, Callable[[], Trial]] = {name: functools.partial(reading, name) for name in names}
+    return build.case("contextualisation", f"tokens={length}", {**providers, "full_prompt": prompt})
+
+
+# Decoding
+
+
+def _decoding(build: Builder, users: int) -> Case:
+    """Greedy decoding with a key-value cache, the same prompt length for every user, each with an own adapter."""
+
+    def trial(setting: str) -> Trial:
+        made = model(build)
+        ids = torch.tensor([build.tokens(build.sizes.prompt, 1)] * users, device=build.device)
+        if setting == "merged" and users > 1:
+            raise UnavailableError("one merged model serves one adapter")
+        adapters = _adapters(made, build, users)
+        contexts = {"merged": lambda: _merged(made, adapters[0]), "unmerged": lambda: made.adapted(adapters)}
+        return Trial(
+            prepare=lambda _: ids,
+            run=lambda prompt: _greedy(made.base, prompt, build.sizes.new_tokens),
+            error=None if setting == "base" else functools.partial(_logit_error, build, setting),
+            metrics=_per_second("tokens_per_s", users * build.sizes.new_tokens),
+            status=FLOOR if setting == "base" else OK,
+            context=contexts.get(setting, nullcontext),
+        )
+
+    shape = f"users={users} prompt={build.sizes.prompt} new={build.sizes.new_tokens}"
+    providers = {name: functools.partial(trial, name) for name in ("base", "merged", "unmerged")}
+    return build.case("decoding", shape, providers)
+
+
+@contextmanager
+def _merged(made: GenerativeAdapter, adapter: Adapter) -> Iterator[None]:
+    made.merge(adapter)
+    try:
+        yield
+    finally:
+        made.unmerge()
+
+
+@torch.no_grad()
+def _greedy(base: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    tokens, cache, step = [], None, ids
+    for _ in range(count):
+        output: Any = base(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        tokens.append(step)
+    return torch.cat(tokens, 1)
+
+
+def _logit_error(build: Builder, setting: str) -> float:
+    """Distance of the logits behind the prompt to the float64 model with the same adapter."""
+    made = model(build)
+    adapter = _adapters(made, build)[0]
+    ids = torch.tensor([build.tokens(build.sizes.prompt, 1)], device=build.device)
+    with _merged(made, adapter) if setting == "merged" else made.adapted(adapter), torch.no_grad():
+        logits = made.base(input_ids=ids, use_cache=False).logits[:, -1]
+    return largest_error([logits], [_expected(build)[1]])
+
+
+# Adapters for many users
+
+
+def _generation(build: Builder, users: int) -> Case:
+    """Contexts of two chunks of so many users, read as one batch and turned into their factors."""
+
+    def trial(backend: str) -> Trial:
+        made = model(build)
+        batches = [
+            [build.tokens(2 * build.sizes.chunk, 100 * number + user) for user in range(users)] for number in range(2)
+        ]
+
+        @torch.no_grad()
+        def generate(contexts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+            return [made.generator(name).factors(state) for name, state in made.states(contexts).items()]
+
+        check = functools.partial(_delta_error, build, backend)
+        metrics = _per_second("users_per_s", users)
+        return Trial(lambda i: batches[i % 2], with_backend(backend, generate), check, metrics)
+
+    shape = f"users={users} tokens={2 * build.sizes.chunk}"
+    names = ("reference", "auto") if users <= MOST_REFERENCE_USERS else ("auto",)
+    providers = {name: functools.partial(trial, name) for name in names}
+    return build.case("adapter_generation", shape, providers)
+
+
+def _per_second(name: str, count: int) -> Callable[[Timing], dict[str, float]]:
+    return lambda timing: {name: count / (timing.p50_ms * 1e-3)}

@@ -1,0 +1,442 @@
+"""The training-step benchmark: one segment, forward, backward and optimizer, by several providers side by side.
+
+    python -m benchmarks.train_step --preset cpu-mid --providers reference,auto,dense_lora,frozen_base \
+        --threads 1 --json FILE
+
+All providers compute the same loss on the same random base model. Correctness first: a provider that disagrees with its
+oracle on a tiny float64 model has no time. The timed steps of the providers take turns, so that a drift of the machine
+hits all alike; ratios are taken within a turn. The warm-up and the step under the memory profiler are not timed.
+
+`peak_bytes` is what the provider needs to have at once: the base model, its own parameters and optimizer state, and the
+most bytes of tensors that one step allocates on top, gradients included (on a CPU counted from every allocation of
+PyTorch, on a GPU by its allocator).
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import first_line
+from benchmarks.floors import step_flops
+from benchmarks.measure import (
+    HARDWARE,
+    dtype_name,
+    is_out_of_memory,
+    measure_ceilings,
+    peak_bytes,
+    percentile,
+    resident_bytes,
+    synchronize,
+)
+from benchmarks.parts import PartClock, part, running
+from benchmarks.presets import PRESETS, Preset, make_batch, make_model
+from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, environment
+from benchmarks.step_providers import (
+    FLOORS,
+    PROVIDERS,
+    TOLERANCE,
+    Trainee,
+    make_trainee,
+    parts_marked,
+    provider_error,
+)
+from gakernels import GenerativeAdapter
+from gakernels.errors import BackendError
+from gakernels.files import write_text
+from gakernels.training.objectives import WindowBatch, to_device
+
+LEARNING_RATE = 1e-6  # the parameters hardly move: every step is like the first
+CLIP = 1.0
+
+
+@dataclass
+class Runner:
+    """A provider that trains on one model: the timed steps and what they cost."""
+
+    trainee: Trainee
+    model: GenerativeAdapter
+    preset: Preset
+    device: torch.device
+    optimizer: torch.optim.Optimizer | None = None
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    peak: int = 0
+
+    def __post_init__(self) -> None:
+        parameters = list(self.trainee.parameters.values())
+        if parameters:
+            self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+
+    def step(self, batch: WindowBatch) -> None:
+        """Forward, backward, clipping and optimizer."""
+        with self.trainee.context():
+            with part("base_forward"), self._autocast():
+                loss = self.trainee.loss(batch)
+            with part("backward"):
+                loss.backward()
+        with part("optimizer"):
+            if self.optimizer:
+                nn.utils.clip_grad_norm_(self.trainee.parameters.values(), CLIP)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()}")
+
+    def timed_step(self, batch: WindowBatch) -> None:
+        """One more sample."""
+        clock = PartClock(self.device)
+        synchronize(self.device)
+        started = time.perf_counter()
+        with running(clock):
+            self.step(batch)
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - started)
+        self.parts.append(clock.seconds())
+
+    def measure_peak(self, batch: WindowBatch) -> None:
+        """The memory of a step; the state of the optimizer is there from an earlier one."""
+        transient = peak_bytes(lambda: self.step(batch), self.device)
+        own: list[Tensor] = [*self.model.base.parameters(), *self.trainee.parameters.values()]
+        if self.optimizer:
+            states = (value for state in self.optimizer.state.values() for value in state.values())
+            own += [value for value in states if isinstance(value, Tensor)]
+        self.peak = transient + resident_bytes(own)
+
+    def _autocast(self) -> torch.autocast:
+        mixed = self.preset.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, dtype=self.preset.dtype if mixed else None, enabled=mixed)
+
+
+@dataclass
+class Contender:
+    """A provider in the run: one runner for each measured number of layers, or the reason why it has no time."""
+
+    name: str
+    status: str = OK
+    detail: str = ""
+    error: float | None = None
+    runners: list[Runner] = field(default_factory=list)
+
+    def fail(self, error: Exception) -> None:
+        """It drops out, and its memory goes."""
+        if isinstance(error, BackendError):
+            self.status = UNAVAILABLE
+        else:
+            self.status = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
+        self.detail = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {first_line(error)}"
+        self.runners.clear()
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.runners)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    preset: Preset
+    providers: tuple[str, ...]
+    device: torch.device
+    steps: int = 5
+    warmup: int = 1
+    seed: int = 0
+
+
+def measure(settings: Settings) -> list[Contender]:
+    """Check all providers, then let them take turns. What goes wrong with one of them does not stop the others."""
+    contenders = [Contender(name) for name in settings.providers]
+    for contender in contenders:
+        with _guarded(contender):
+            _check(contender, settings)
+    with ExitStack() as stack:
+        for layers in settings.preset.measured_layers or (settings.preset.layers,):
+            preset = replace(settings.preset, layers=layers)
+            model = make_model(preset, settings.device, settings.seed)
+            stack.enter_context(parts_marked(model))
+            for contender in contenders:
+                if contender.status == OK:
+                    with _guarded(contender):
+                        trainee = make_trainee(contender.name, model, preset)
+                        contender.runners.append(Runner(trainee, model, preset, settings.device))
+        _take_turns(contenders, settings)
+    return contenders
+
+
+def _check(contender: Contender, settings: Settings) -> None:
+    contender.error = provider_error(contender.name, settings.preset, settings.device, settings.seed)
+    if not contender.error <= TOLERANCE:
+        contender.status = WRONG
+        contender.detail = f"{contender.error:.2g} from the oracle in float64, {TOLERANCE:g} allowed"
+
+
+def _take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
+    """Warm-up and memory first; then in each turn one step of every provider, beginning with another one each time."""
+    for contender in contenders:
+        with _guarded(contender):
+            for runner in contender.runners:
+                for number in range(settings.warmup):
+                    runner.step(_batch(settings, number))
+                runner.measure_peak(_batch(settings, 0))
+        _release(settings.device)
+    for turn in range(settings.steps):
+        batch = _batch(settings, turn)
+        shift = turn % len(contenders)
+        for contender in (*contenders[shift:], *contenders[:shift]):
+            with _guarded(contender):
+                for runner in contender.runners:
+                    runner.timed_step(batch)
+        _progress(f"turn {turn + 1} of {settings.steps}: {_turn_text(contenders)}")
+
+
+@contextmanager
+def _guarded(contender: Contender) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        contender.fail(error)
+        _progress(f"{contender.name}: {contender.status}: {contender.detail}")
+
+
+def _batch(settings: Settings, number: int) -> WindowBatch:
+    return to_device(make_batch(settings.preset, settings.seed + number), settings.device)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# Results
+
+
+def extrapolate(values: Sequence[float], preset: Preset) -> float:
+    """The value at all layers from those at `measured_layers`, on a straight line; a single value is meant for all."""
+    if len(values) == 1:
+        return values[0]
+    first, second = preset.measured_layers
+    return values[0] + (preset.layers - first) * (values[1] - values[0]) / (second - first)
+
+
+def step_seconds(contender: Contender, preset: Preset) -> list[float]:
+    """The samples of whole steps."""
+    turns = zip(*(runner.seconds for runner in contender.runners), strict=True)
+    return [extrapolate(values, preset) for values in turns]
+
+
+def result_row(contender: Contender, settings: Settings, gemm_flops: float) -> dict[str, Any]:
+    """One entry of `rows`: times only where the provider is right and ran to the end."""
+    row: dict[str, Any] = {"provider": contender.name, "status": contender.status, "error": contender.error}
+    if contender.detail:
+        row["detail"] = contender.detail
+    if not contender.is_running:
+        return row
+    preset, samples = settings.preset, step_seconds(contender, settings.preset)
+    median = statistics.median(samples)
+    peak = int(extrapolate([runner.peak for runner in contender.runners], preset))
+    row |= {
+        "status": FLOOR if contender.name in FLOORS else OK,
+        "step_s_median": median,
+        "step_s_p20": percentile(samples, 20),
+        "step_s_p80": percentile(samples, 80),
+        "samples": len(samples),
+        "segment_tokens_per_s": preset.segment_tokens / median,
+        "peak_bytes": peak,
+        "fits": {hardware.name: peak <= hardware.memory_bytes for hardware in HARDWARE},
+        "mfu": step_flops(preset) / median / gemm_flops,
+        "parts_s": _part_medians(contender, preset),
+    }
+    if preset.measured_layers:
+        row["extrapolated_from_layers"] = list(preset.measured_layers)
+    return row
+
+
+def _part_medians(contender: Contender, preset: Preset) -> dict[str, float]:
+    names = dict.fromkeys(name for runner in contender.runners for parts in runner.parts for name in parts)
+    medians = {
+        name: [statistics.median(parts.get(name, 0.0) for parts in runner.parts) for runner in contender.runners]
+        for name in names
+    }
+    return {name: extrapolate(values, preset) for name, values in medians.items()}
+
+
+def ratios(contenders: Sequence[Contender], preset: Preset) -> dict[str, dict[str, float]]:
+    """For each pair `a/b` of providers the time of a over that of b within a turn: median, p20 and p80."""
+    samples = {contender.name: step_seconds(contender, preset) for contender in contenders if contender.is_running}
+    result = {}
+    for above, numerators in samples.items():
+        for below, denominators in samples.items():
+            if above != below:
+                paired = [a / b for a, b in zip(numerators, denominators, strict=True)]
+                result[f"{above}/{below}"] = {
+                    "median": statistics.median(paired),
+                    "p20": percentile(paired, 20),
+                    "p80": percentile(paired, 80),
+                }
+    return result
+
+
+def report(name: str, settings: Settings, contenders: Sequence[Contender], gemm_flops: float) -> dict[str, Any]:
+    """What goes to the JSON file."""
+    preset = settings.preset
+    shape = {key: value for key, value in asdict(preset).items() if key not in ("dtype", "measured_layers")}
+    return {
+        "preset": name,
+        "shape": {**shape, "dtype": dtype_name(preset.dtype)},
+        "windows": 2 * preset.chunks,
+        "segment_tokens": preset.segment_tokens,
+        "seed": settings.seed,
+        "environment": asdict(environment(settings.device)),
+        "gemm_flops": gemm_flops,
+        "model_flops": step_flops(preset),
+        "floor_s": {hardware.name: step_flops(preset) / hardware.bf16_flops for hardware in HARDWARE},
+        "rows": [result_row(contender, settings, gemm_flops) for contender in contenders],
+        "ratios": ratios(contenders, preset),
+    }
+
+
+# Command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m benchmarks.train_step", description="Time training steps, provider by provider.")
+    parser.add_argument("--preset", default="cpu-mid", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--providers", default="reference,auto,dense_lora,frozen_base", help=", ".join(PROVIDERS))
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, if not given")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each provider")
+    parser.add_argument("--warmup", type=int, default=1, help="steps in front of them")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _settings(parser: _Parser, arguments: argparse.Namespace) -> Settings:
+    """Exits with status 2 and one line where an argument is bad."""
+    if arguments.preset not in PRESETS:
+        parser.error(f"--preset must be one of {', '.join(PRESETS)}, but it is {arguments.preset!r}")
+    providers = tuple(dict.fromkeys(arguments.providers.split(",")))
+    for name in providers:
+        if name not in PROVIDERS:
+            parser.error(f"--providers must be out of {', '.join(PROVIDERS)}, but has {name!r}")
+    for option in ("threads", "steps", "warmup"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option} must be at least 1, but it is {value}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: the folder {arguments.json.parent} does not exist")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Settings(PRESETS[arguments.preset], providers, device, arguments.steps, arguments.warmup, arguments.seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 if every provider was measured, 1 if one was not; a bad argument exits with 2."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    settings = _settings(parser, parsed)
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
+    with _bounded_memory(settings.device):
+        try:
+            contenders = measure(settings)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _progress(f"out of memory: the base model of {parsed.preset} does not fit on {settings.device}")
+            return 1
+    dtype = settings.preset.dtype
+    gemm_flops = measure_ceilings(settings.device, [dtype]).gemm_flops[dtype_name(dtype)]
+    results = report(parsed.preset, settings, contenders, gemm_flops)
+    if parsed.json:
+        write_text(parsed.json, json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    return 0 if all(contender.is_running for contender in contenders) else 1
+
+
+@contextmanager
+def _bounded_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU an allocation beyond the free memory fails, instead of Linux ending the process."""
+    available = _available_bytes() if device.type == "cpu" else None
+    if available is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = available if before[1] == resource.RLIM_INFINITY else min(available, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _available_bytes() -> int | None:
+    """Memory that this process can have in all: what it has and what is free. None where Linux does not say."""
+    try:
+        free = Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]
+        own = Path("/proc/self/status").read_text(encoding="utf-8").split("VmData:")[1].split()[0]
+    except (OSError, IndexError):
+        return None
+    return (int(free) + int(own)) * 1024
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The rows as text, with the ratios to the first floor there is."""
+    names = [row["provider"] for row in results["rows"]]
+    against = next((name for name in ("dense_lora", "reference", *names) if name in names), "")
+    lines = [
+        f"{results['preset']} on {results['environment']['device']}, {results['environment']['threads']} thread(s)",
+        f"{'provider':<12} {'step s':>8} {'p20':>8} {'p80':>8} {'tokens/s':>10} {'peak GB':>8} {'MFU':>6}  x {against}",
+    ]
+    for row in results["rows"]:
+        if "step_s_median" not in row:
+            lines.append(f"{row['provider']:<12} {row['status']}: {row.get('detail', '')}")
+            continue
+        times = " ".join(f"{row[f'step_s_{name}']:8.3f}" for name in ("median", "p20", "p80"))
+        ratio = results["ratios"].get(f"{row['provider']}/{against}", {}).get("median", 1.0)
+        lines.append(
+            f"{row['provider']:<12} {times} {row['segment_tokens_per_s']:10.0f} {row['peak_bytes'] / 1e9:8.2f} "
+            f"{row['mfu']:6.1%}  {ratio:.3f}"
+        )
+        lines.append("    " + ", ".join(f"{name} {value:.3f}" for name, value in row["parts_s"].items()))
+    measured = next((row for row in results["rows"] if "extrapolated_from_layers" in row), None)
+    if measured:
+        layers = " and ".join(str(count) for count in measured["extrapolated_from_layers"])
+        lines.append(f"extrapolated to {results['shape']['layers']} layers from runs with {layers}")
+    return "\n".join(lines)
+
+
+def _turn_text(contenders: Sequence[Contender]) -> str:
+    return ", ".join(
+        f"{contender.name} {sum(runner.seconds[-1] for runner in contender.runners):.2f} s"
+        for contender in contenders
+        if contender.is_running
+    )
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
