@@ -60,8 +60,8 @@ def document_windows(
 ) -> WindowBatch:
     """Windows of B documents: T context chunks, T copies of them to reconstruct, and windows full of questions.
 
-    Chunk t is seen with the adapter of the chunks before it, copies and questions with that of the whole document. Losses: `completion` on the chunks but the first, `reconstruction` on the copies,
-    `answers` on the answers alone.
+    Chunk t is seen with the adapter of the chunks before it, copies and questions with that of the whole document.
+    Losses: `completion` on the chunks but the first, `reconstruction` on the copies, `answers` on the answers alone.
     """
     contexts = [split_evenly(tokenizer(document.text())["input_ids"], chunk_size) for document in documents]
     chunks = max(len(context) for context in contexts)
