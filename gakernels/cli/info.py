@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # with the build, as in 2.13.0+cu130
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
