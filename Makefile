@@ -5,6 +5,9 @@ export OMP_WAIT_POLICY := PASSIVE
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# The oldest Triton that is supported: the tests compile the kernels with it too. It exists for Linux on x86-64 only.
+export GAKERNELS_OLDEST_TRITON := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(abspath $(VENV))/triton-3.6.0)
+
 .PHONY: demo test test-all lint clean
 
 # The pinned versions of requirements.txt are what is tested; pyproject.toml has the ranges that the library accepts.
@@ -14,6 +17,11 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(abspath $(VENV))/triton-3.6.0: $(VENV)/ready
+	rm -rf $@.part
+	$(BIN)/pip install --quiet --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
+
 demo: $(VENV)/ready
 	$(BIN)/gakernels demo
 
@@ -22,10 +30,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint $(GAKERNELS_OLDEST_TRITON)
 	$(BIN)/pytest -m "not slow and not gpu" --numprocesses 2
 
-test-all: lint
+test-all: lint $(GAKERNELS_OLDEST_TRITON)
 	$(BIN)/pytest -m "not gpu" --numprocesses 2
 
 clean:

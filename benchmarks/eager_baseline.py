@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from benchmarks.floors import next_token_loss
 from benchmarks.parts import part
 from gakernels.attachment import decoder_layers
-from gakernels.nn import AdapterGenerator
+from gakernels.nn import AdapterGenerator, GatedMLP
 
 GUARD = 1e-7  # singular values that come closer, relative or absolute, make the released code drop the matrix
 
@@ -34,7 +33,8 @@ GUARD = 1e-7  # singular values that come closer, relative or absolute, make the
 class EagerBaseline(nn.Module):
     """The released computation on a base model, with the parameters of our generators.
 
-    The base may carry a `GenerativeAdapter`, which stays idle: outside its own passes it changes nothing.
+    The base may carry a `GenerativeAdapter`, which stays idle outside its own passes, except for its feed-forward
+    modules: `plain_feed_forward` puts those of transformers in their place.
 
     Args:
         base: a transformers causal language model; nothing of it is changed outside `forward` and `attached`.
@@ -121,6 +121,29 @@ class EagerBaseline(nn.Module):
         if not self.checkpointing:
             return adapted
         return lambda hidden, *args, **kwargs: checkpoint(adapted, hidden, *args, use_reentrant=False, **kwargs)
+
+
+def next_token_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean cross-entropy over the next tokens of windows (windows, M), on full logits, in float32 or wider."""
+    logits = base(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    labels = F.pad(ids.masked_fill(~valid, -100), (0, 1), value=-100)[:, 1:]
+    with part("loss"):
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+@contextmanager
+def plain_feed_forward(base: PreTrainedModel) -> Iterator[None]:
+    """The base model with the feed-forward modules of transformers in place of ours, while the block runs."""
+    layers = decoder_layers(base)[1]
+    ours = [(layer, name, m) for layer in layers for name, m in layer.named_children() if isinstance(m, GatedMLP)]
+    for layer, name, module in ours:
+        setattr(layer, name, module.original)
+    try:
+        yield
+    finally:
+        for layer, name, module in ours:
+            setattr(layer, name, module)
 
 
 def _adapter_hook(generator: AdapterGenerator, norms: Tensor, scale: float) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.parts import part
 from benchmarks.presets import Preset
+from gakernels.token_loss import token_loss
 
 
 class DenseLora(nn.Module):
@@ -42,7 +43,7 @@ class DenseLora(nn.Module):
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Mean cross-entropy over the next tokens of the windows (B, W, M)."""
         with self.attached():
-            return next_token_loss(self._base[0], input_ids.flatten(0, 1), mask.flatten(0, 1))
+            return frozen_loss(self._base[0], input_ids.flatten(0, 1), mask.flatten(0, 1))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -81,18 +82,18 @@ class FrozenBase(nn.Module):
         first = self._base[0].get_submodule(self.first)
         handle = first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         try:
-            return next_token_loss(self._base[0], input_ids.flatten(0, 1), mask.flatten(0, 1))
+            return frozen_loss(self._base[0], input_ids.flatten(0, 1), mask.flatten(0, 1))
         finally:
             handle.remove()
 
 
-def next_token_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the next tokens of windows (windows, M), on full logits, in float32 or wider."""
-    logits = base(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
-    labels = F.pad(ids.masked_fill(~valid, -100), (0, 1), value=-100)[:, 1:]
+def frozen_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy over the next tokens of windows (windows, M), as the library's training computes it."""
+    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     with part("loss"):
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        predicted = valid[:, 1:]
+        head = base.get_output_embeddings()
+        return token_loss(hidden[predicted], ids[:, 1:][predicted], head, base.config.vocab_size).mean()
 
 
 def step_flops(preset: Preset) -> float:
@@ -103,8 +104,9 @@ def step_flops(preset: Preset) -> float:
     """
     width, kv_width = preset.heads * preset.head_dim, preset.kv_heads * preset.head_dim
     attention = preset.hidden * (2 * width + 2 * kv_width)
-    weights = preset.layers * (attention + 3 * preset.hidden * preset.ffn) + preset.hidden * preset.vocabulary
     tokens = 2 * preset.segment_tokens
-    forward_linear = 2.0 * weights * tokens
+    predicted = tokens - tokens // preset.window  # the last token of a window predicts none
+    layers = preset.layers * (attention + 3 * preset.hidden * preset.ffn)
+    forward_linear = 2.0 * (layers * tokens + preset.hidden * preset.vocabulary * predicted)
     forward_attention = preset.layers * 2.0 * width * preset.window * tokens
     return 2 * forward_linear + 3 * forward_attention

@@ -202,7 +202,11 @@ def operations(preset: str, device: torch.device, dtype: torch.dtype) -> list[Op
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but it is {preset!r}")
-    sizes = PRESETS[preset]
+    return operations_of(PRESETS[preset], device, dtype)
+
+
+def operations_of(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Operation]:
+    """The operations at some sizes. States are float32 or wider whatever the dtype."""
     return [
         ContextState(sizes, device, dtype),
         LowRankPolar(sizes, device, torch.promote_types(dtype, torch.float32)),
@@ -243,7 +247,7 @@ def _trial(operation: Operation, mode: str, name: str) -> Trial:
     status = FLOOR if is_floor else OK
     generator = seeded(operation.device, 1)
     sets = [operation.draw(generator) for _ in range(3 if operation.device.type == "cuda" else 2)]
-    check = None if is_floor else functools.partial(_error, operation, mode, implementation)
+    check = None if is_floor else functools.partial(oracle_error, operation, mode, implementation)
     if mode == "forward":
         run = torch.no_grad()(lambda arguments: implementation(*arguments))
         return Trial(lambda i: sets[i % len(sets)], run, check, status=status)
@@ -287,7 +291,7 @@ def _expected(operation: Operation) -> tuple[tuple[Any, ...], Tensor, tuple[Tens
     return arguments, upstream, gradients, output.detach()
 
 
-def _error(operation: Operation, mode: str, implementation: providers.Implementation) -> float:
+def oracle_error(operation: Operation, mode: str, implementation: providers.Implementation) -> float:
     """The largest distance to the oracle of the output and, for the backward, of each gradient."""
     arguments, upstream, gradients, expected = _expected(operation)
     poison(operation.device)

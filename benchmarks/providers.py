@@ -5,7 +5,6 @@ operation returns, differentiable. Those in FLOORS compute less than the operati
 """
 
 import functools
-import importlib
 import inspect
 import os
 import shutil
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import UnavailableError
+from gakernels import ops
 from gakernels.ops import dispatch
 from gakernels.ops.context_state import eager as state_eager
 from gakernels.ops.low_rank_polar import eager as polar_eager
@@ -65,20 +65,16 @@ def with_backend(name: str, function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def auto(operation: str) -> str:
-    """The backend that the dispatch picks for an operation here."""
-    return dispatch.choose(operation, _implementations(operation)).backend
-
-
-def _implementations(operation: str) -> dict[str, Implementation]:
-    return importlib.import_module(f"gakernels.ops.{operation}").IMPLEMENTATIONS
+def auto(operation: str, *arguments: Any) -> str:
+    """The backend that the dispatch picks for these arguments of an operation here."""
+    return dispatch.choose(operation, *arguments).backend
 
 
 def _library(operation: str, name: str) -> Implementation:
-    available = _implementations(operation)
-    if name not in available:
-        raise UnavailableError(f"{operation} has no {name} implementation in this version")
-    return available[name]
+    obstacle = dispatch.missing(operation, name) if name in ("triton", "cuda") else None
+    if obstacle is not None:
+        raise UnavailableError(obstacle)
+    return with_backend(name, getattr(ops, operation))
 
 
 # Our algorithm, compiled: the forward and backward of `eager.py` without the custom operator around them, in which

@@ -16,6 +16,7 @@ from typing import IO
 import torch
 
 from benchmarks import worker
+from benchmarks.measure import dtype_name
 from benchmarks.rows import ROOT
 from benchmarks.worker import Settings
 
@@ -64,7 +65,23 @@ def _build(_: Settings) -> list[str] | Result:
 
 
 def _tests(_: Settings) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    return [sys.executable, "-m", "pytest", "-m", "(gpu or kernels) and not slow", "-p", "no:cacheprovider", "tests"]
+
+
+def _sanitizer(tool: str) -> Callable[[Settings], list[str] | Result]:
+    def command(_: Settings) -> list[str] | Result:
+        if shutil.which("compute-sanitizer") is None:
+            return Result(SKIPPED, "compute-sanitizer is not installed")
+        watched = [sys.executable, "-m", "benchmarks.one_of_each"]
+        return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *watched]
+
+    return command
+
+
+def _tune(settings: Settings) -> list[str]:
+    table = settings.folder / "tuned.json"
+    words = ["--preset", settings.preset, "--dtype", dtype_name(settings.dtype), "--store", str(table)]
+    return [sys.executable, "-m", "benchmarks.tune", *words]
 
 
 def _flash_attention(settings: Settings) -> list[str] | Result:
@@ -87,13 +104,20 @@ def _worker(settings: Settings) -> list[str]:
 STAGES = (
     Stage("device", "GEMM rate and copy bandwidth of this machine", 0.3, True, _worker),
     Stage("build", "the CUDA sources", 1.0, True, _build),
-    Stage("tests", "the tests that need a GPU", 1.5, True, _tests, needs_gpu=True, no_tests=True),
+    Stage(
+        "tests", "the tests of the kernels and others that need a GPU", 1.5, True, _tests, needs_gpu=True, no_tests=True
+    ),
     Stage("operations", "the operations, forward and backward, by provider", 2.0, True, _worker),
     Stage("training", "a training step against the eager baseline and floors", 2.0, True, _worker),
     Stage("modules", "the modules, forward and backward", 0.6, True, _worker),
     Stage("inference", "contexts of 1K to 128K tokens, decoding, many users", 1.2, True, _worker),
     Stage("compile", "the operations under torch.compile", 2.0, False, _worker),
     Stage("flash_attention", "inference with flash-attn", 1.0, False, _flash_attention, needs_gpu=True),
+    *(
+        Stage(tool, f"every kernel once under compute-sanitizer's {tool}", 2.0, False, _sanitizer(tool), needs_gpu=True)
+        for tool in ("memcheck", "racecheck", "synccheck")
+    ),
+    Stage("tune", "launch settings of the kernels, into DIR/tuned.json", 5.0, False, _tune, needs_gpu=True),
     Stage("evaluation", "the demo model's experiment", 2.0, False, _evaluation),
 )
 NAMES = tuple(stage.name for stage in STAGES)
@@ -124,7 +148,7 @@ def _result(stage: Stage, status: int | None) -> Result:
     if status == 0:
         return Result(DONE)
     if status == 5 and stage.no_tests:
-        return Result(SKIPPED, "no test is marked `gpu`")
+        return Result(SKIPPED, "no test is marked `gpu` or `kernels`")
     if status == worker.RESTART:
         return Result(FAILED, "the GPU context broke again and again")
     signalled = f"it was ended by signal {-status}" if status < 0 else f"exit status {status}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.cases import largest_error
-from benchmarks.eager_baseline import EagerBaseline
+from benchmarks.eager_baseline import EagerBaseline, plain_feed_forward
 from benchmarks.floors import DenseLora, FrozenBase
 from benchmarks.parts import part, paused
 from benchmarks.presets import Preset, check_preset, make_batch, make_model
@@ -67,7 +67,13 @@ def make_trainee(name: str, model: GenerativeAdapter, preset: Preset, guard: boo
         generators = {name: copy.deepcopy(model.generator(name)) for name in names}
         baseline = EagerBaseline(base, generators, scale, preset.checkpointing, guard)
         parameters = {key.removeprefix("generators."): value for key, value in baseline.named_parameters()}
-        return Trainee(parameters, lambda batch: baseline(batch.input_ids, batch.mask, batch.seen), ExitStack)
+
+        def plain() -> ExitStack:
+            stack = ExitStack()
+            stack.enter_context(plain_feed_forward(base))
+            return stack
+
+        return Trainee(parameters, lambda batch: baseline(batch.input_ids, batch.mask, batch.seen), plain)
     if name == "dense_lora":
         dtype = torch.promote_types(preset.dtype, torch.float32)
         lora = DenseLora(base, names, preset.state_size, scale, model.config.seed, dtype)

@@ -19,7 +19,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -155,7 +155,10 @@ class Settings:
     seed: int = 0
 
 
-def measure(settings: Settings) -> list[Contender]:
+AfterTurn = Callable[[Sequence[Contender], int], None]  # with the number of turns that are done
+
+
+def measure(settings: Settings, after_turn: AfterTurn = lambda contenders, turns: None) -> list[Contender]:
     """Check all providers, then let them take turns. What goes wrong with one of them does not stop the others."""
     contenders = [Contender(name) for name in settings.providers]
     for contender in contenders:
@@ -171,7 +174,7 @@ def measure(settings: Settings) -> list[Contender]:
                     with _guarded(contender):
                         trainee = make_trainee(contender.name, model, preset)
                         contender.runners.append(Runner(trainee, model, preset, settings.device))
-        _take_turns(contenders, settings)
+        _take_turns(contenders, settings, after_turn)
     return contenders
 
 
@@ -182,7 +185,7 @@ def _check(contender: Contender, settings: Settings) -> None:
         contender.detail = f"{contender.error:.2g} from the oracle in float64, {TOLERANCE:g} allowed"
 
 
-def _take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
+def _take_turns(contenders: Sequence[Contender], settings: Settings, after_turn: AfterTurn) -> None:
     """Warm-up and memory first; then in each turn one step of every provider, beginning with another one each time."""
     for contender in contenders:
         with _guarded(contender):
@@ -198,6 +201,7 @@ def _take_turns(contenders: Sequence[Contender], settings: Settings) -> None:
             with _guarded(contender):
                 for runner in contender.runners:
                     runner.timed_step(batch)
+        after_turn(contenders, turn + 1)
         _progress(f"turn {turn + 1} of {settings.steps}: {_turn_text(contenders)}")
 
 
@@ -357,20 +361,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = _settings(parser, parsed)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
+    dtype = settings.preset.dtype
+    gemm_flops = measure_ceilings(settings.device, [dtype]).gemm_flops[dtype_name(dtype)]
+
+    def save(contenders: Sequence[Contender], turns: int) -> None:
+        """After every turn, so that a run that is cut off leaves what it measured."""
+        if parsed.json:
+            results = report(parsed.preset, settings, contenders, gemm_flops) | {"turns": turns}
+            write_text(parsed.json, json.dumps(results, indent=2) + "\n")
+
     with _bounded_memory(settings.device):
         try:
-            contenders = measure(settings)
+            contenders = measure(settings, save)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             _progress(f"out of memory: the base model of {parsed.preset} does not fit on {settings.device}")
             return 1
-    dtype = settings.preset.dtype
-    gemm_flops = measure_ceilings(settings.device, [dtype]).gemm_flops[dtype_name(dtype)]
-    results = report(parsed.preset, settings, contenders, gemm_flops)
-    if parsed.json:
-        write_text(parsed.json, json.dumps(results, indent=2) + "\n")
-    print(table(results))
+    save(contenders, settings.steps)
+    print(table(report(parsed.preset, settings, contenders, gemm_flops)))
     return 0 if all(contender.is_running for contender in contenders) else 1
 
 

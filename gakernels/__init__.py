@@ -1,6 +1,7 @@
 """Turn contexts into low-rank adapters of a frozen language model, in one forward pass."""
 
 from gakernels.adapter import Adapter
+from gakernels.compact import CompactAdapter
 from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream
 from gakernels.errors import BackendError, FormatError, InputError
@@ -14,6 +15,7 @@ __all__ = [
     "Adapter",
     "AdapterGenerator",
     "BackendError",
+    "CompactAdapter",
     "ContextStream",
     "FormatError",
     "GenerativeAdapter",

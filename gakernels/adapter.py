@@ -1,8 +1,8 @@
 """Adapter: the low-rank factors that one context became."""
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import FormatError, InputError
-from gakernels.files import entry, read_tensors, replacing, write_plain_tensors, write_tensors
+from gakernels.files import by_suffix, count_entry, entry, read_tensors, write_tensors
+from gakernels.gguf_export import write_gguf
+from gakernels.peft_export import write_peft
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Adapter:
         tokens_seen: number of context tokens behind it.
         target_modules: names that select exactly the adapted layers in the base model, for readers of the PEFT format:
             short ones (`o_proj`) where they do; empty for the full names.
+        base_config: what readers of other formats need to know of the base model: `model_type`, `num_hidden_layers`,
+            `num_attention_heads` and `num_key_value_heads`, as transformers names them; empty in early files.
     """
 
     lora_a: dict[str, Tensor]
@@ -37,6 +41,7 @@ class Adapter:
     base_name: str = ""
     tokens_seen: int = 0
     target_modules: tuple[str, ...] = ()
+    base_config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -54,6 +59,16 @@ class Adapter:
             for factors in (self.lora_a, self.lora_b)
         )
         return Adapter(lora_a, lora_b, **self._description())
+
+    def scaled(self, factor: float) -> "Adapter":
+        """The same factors with `factor` times the scale: 0 for no adapter at all, 0.5 for half of it, and so on.
+
+        Raises:
+            InputError: the factor is not finite.
+        """
+        if not math.isfinite(factor):
+            raise InputError(f"factor must be finite, but it is {factor}")
+        return replace(self, scale=self.scale * factor)
 
     def delta(self, name: str) -> Tensor:
         """scale lora_B lora_A (d_out, d_in), multiplied out in float32 or wider: for merging and for tests."""
@@ -82,57 +97,83 @@ class Adapter:
         """
         path = Path(path)
         tensors, description = read_tensors(path, "adapter")
-        lora_a, lora_b = (
-            {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
-            for suffix in (".lora_A", ".lora_B")
-        )
+        lora_a, lora_b = by_suffix(path, tensors, ".lora_A", ".lora_B")
         _check_factors(path, lora_a, lora_b)
-        values = {name: entry(path, description, name) for name in _DESCRIPTION}
-        return cls(lora_a, lora_b, **{**values, "target_modules": tuple(values["target_modules"])})
+        return cls(lora_a, lora_b, **_read_description(path, description))
 
-    def save_peft(self, folder: str | Path) -> None:
-        """Write a PEFT LoRA folder, which peft, vLLM and LoRAX load.
+    def save_peft(self, folder: str | Path, for_vllm: bool = False) -> None:
+        """Write a PEFT LoRA folder, which peft, vLLM and LoRAX load (docs/formats.md).
 
         lora_alpha equals r and the scale is multiplied into lora_B, because some readers know one global alpha only.
         Other files in the folder stay.
 
+        Args:
+            folder: the folder.
+            for_vllm: keep to vLLM's rules too: the rank is filled up with zeros to one that vLLM can be started with.
+
         Raises:
-            InputError: there is a file of that name.
+            InputError: there is a file of that name, or vLLM can't load such an adapter: its rank is above 512, or it
+                adapts layers that vLLM's models do not have under that name.
             OSError: it could not be written; the adapter that was there is unharmed.
         """
-        tensors = {f"base_model.model.{name}.lora_A.weight": factor for name, factor in self.lora_a.items()}
-        for name, factor in self.lora_b.items():
-            tensors[f"base_model.model.{name}.lora_B.weight"] = factor * self.scale
-        with replacing(Path(folder)) as temporary:
-            temporary.mkdir()
-            write_plain_tensors(temporary / "adapter_model.safetensors", tensors)
-            (temporary / "adapter_config.json").write_text(json.dumps(self._peft_config(), indent=2) + "\n")
+        write_peft(self, Path(folder), for_vllm)
 
-    def _peft_config(self) -> dict[str, object]:
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base_name,
-            "r": self.rank,
-            "lora_alpha": self.rank,
-            "target_modules": sorted(self.target_modules or self.lora_a),
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "use_rslora": False,
-            "use_dora": False,
-            "inference_mode": True,
-        }
+    def save_gguf(self, path: str | Path) -> None:
+        """Write a GGUF LoRA file, which llama.cpp loads (docs/formats.md). Needs the package `gguf`.
+
+        Numbers are written in the adapter's dtype: float32, float16 or bfloat16.
+
+        Raises:
+            InputError: the package is missing, llama.cpp's name of an adapted layer or its order of the rows is not
+                known for this kind of base model, or there is a folder of that name.
+            OSError: it could not be written; an older file of that name is unharmed.
+        """
+        write_gguf(self, Path(path))
 
     def _description(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _DESCRIPTION}
 
 
-_DESCRIPTION = ("scale", "base_fingerprint", "generator_fingerprint", "base_name", "tokens_seen", "target_modules")
+_DESCRIPTION = (
+    "scale",
+    "base_fingerprint",
+    "generator_fingerprint",
+    "base_name",
+    "tokens_seen",
+    "target_modules",
+    "base_config",
+)
+
+
+def _read_description(path: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that stand in the header, each of its type."""
+    values = {name: entry(path, description, name, str) for name in _DESCRIPTION[1:4]}
+    targets = entry(path, description, "target_modules", list)
+    if not all(isinstance(target, str) for target in targets):
+        raise FormatError(f"{path} is damaged: its entry 'target_modules' must be a list of names")
+    return {
+        **values,
+        "scale": float(entry(path, description, "scale", float)),
+        "tokens_seen": count_entry(path, description, "tokens_seen"),
+        "target_modules": tuple(targets),
+        "base_config": _read_base_config(path, entry(path, {"base_config": {}, **description}, "base_config", dict)),
+    }
+
+
+def _read_base_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The same, with its entries checked; early files have none."""
+    if config:
+        entry(path, config, "model_type", str)
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            count_entry(path, config, name, least=1)
+    return config
 
 
 def _check_factors(path: Path, lora_a: dict[str, Tensor], lora_b: dict[str, Tensor]) -> None:
-    ranks = {factor.shape[0] for factor in lora_a.values()} | {factor.shape[-1] for factor in lora_b.values()}
-    if not lora_a or set(lora_a) != set(lora_b) or len(ranks) != 1:
+    factors = [*lora_a.values(), *lora_b.values()]
+    plain = all(factor.dim() == 2 and factor.is_floating_point() for factor in factors)
+    ranks = {a.shape[:1] for a in lora_a.values()} | {b.shape[-1:] for b in lora_b.values()}
+    if not lora_a or set(lora_a) != set(lora_b) or not plain or len(ranks) != 1:
         raise FormatError(f"{path} is damaged: it must hold lora_A and lora_B of one rank for each of its layers")
 
 

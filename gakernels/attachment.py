@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from gakernels.errors import InputError
-from gakernels.nn import AdaptedLinear
+from gakernels.nn import AdaptedLinear, GatedMLP
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,22 @@ def find_sites(base: PreTrainedModel, linears: tuple[str, ...], layers: tuple[in
     return found
 
 
+def fuse_gated_mlps(base: PreTrainedModel) -> None:
+    """Exchange the feed-forward parts of the decoder layers that `GatedMLP` can stand for."""
+    for layer in decoder_layers(base)[1]:
+        for name, module in list(layer.named_children()):
+            if GatedMLP.can_stand_for(module):
+                setattr(layer, name, GatedMLP(module).train(module.training))
+
+
+def restore_gated_mlps(base: PreTrainedModel) -> None:
+    """The opposite of `fuse_gated_mlps`."""
+    for layer in decoder_layers(base)[1]:
+        for name, module in list(layer.named_children()):
+            if isinstance(module, GatedMLP):
+                setattr(layer, name, module.original)
+
+
 def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:
     """Names as PEFT's `target_modules` that select exactly the named layers of the base model.
 
@@ -84,6 +101,18 @@ def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[str, ..
         selected = [name for name, _ in base.named_modules() if name.rpartition(".")[2] == last]
         targets += [last] if set(meant) == set(selected) else meant
     return tuple(targets)
+
+
+def describe(base: PreTrainedModel) -> dict[str, Any]:
+    """Kind and sizes of a base model, as far as adapter formats of other programs depend on them."""
+    config = base.config.get_text_config()
+    heads = config.num_attention_heads
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+    }
 
 
 def _linear_names(layer: nn.Module) -> list[str]:

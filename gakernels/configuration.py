@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gakernels.errors import InputError
-from gakernels.nn.adapter_generator import NORMS
+from gakernels.nn.adapter_generator import NORMS, SKETCH_SIDES
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 
 
@@ -25,6 +25,7 @@ class GeneratorConfig:
         damping: tau of the polar factor (docs/numerics.md).
         power_iterations: of the polar factor.
         seed: of the start values and the sketches.
+        sketch_side: `input`: the sketch multiplies S, or `output`: S^T, as in the authors' released generators.
 
     Raises:
         InputError: a value is out of range.
@@ -40,10 +41,12 @@ class GeneratorConfig:
     damping: float = DEFAULT_DAMPING
     power_iterations: int = 1
     seed: int = 0
+    sketch_side: str = "input"
 
     def __post_init__(self) -> None:
-        if not self.linears or isinstance(self.linears, str):
-            raise InputError(f"linears must be a tuple of at least one layer name, but it is {self.linears!r}")
+        self._check_types()
+        if not self.linears:
+            raise InputError("linears must be a tuple of at least one layer name, but it is empty")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise InputError(f"layers must be different numbers, at least one, but it is {self.layers}")
         for name in ("chunk_size", "state_size"):
@@ -53,12 +56,26 @@ class GeneratorConfig:
             raise InputError(f"rank must be between 1 and state_size ({self.state_size}), but it is {self.rank}")
         if self.norm not in NORMS:
             raise InputError(f"norm must be one of {', '.join(NORMS)}, but it is {self.norm!r}")
+        if self.sketch_side not in SKETCH_SIDES:
+            raise InputError(f"sketch_side must be one of {', '.join(SKETCH_SIDES)}, but it is {self.sketch_side!r}")
         if self.power_iterations < 0:
             raise InputError(f"power_iterations must be at least 0, but it is {self.power_iterations}")
         if not 0 <= self.damping < math.inf:
             raise InputError(f"damping must be finite and at least 0, but it is {self.damping}")
         if not math.isfinite(self.adapter_scale):
             raise InputError(f"scale must be finite, but it is {self.scale}")
+
+    def _check_types(self) -> None:
+        if isinstance(self.linears, str) or not _all(self.linears, str):
+            raise InputError(f"linears must be a tuple of at least one layer name, but it is {self.linears!r}")
+        if self.layers is not None and not _all(self.layers, int):
+            raise InputError(f"layers must be different numbers, at least one, but it is {self.layers!r}")
+        for name in ("state_size", "rank", "chunk_size", "power_iterations", "seed"):
+            if not _all([getattr(self, name)], int):
+                raise InputError(f"{name} must be an integer, but it is {getattr(self, name)!r}")
+        for name, value in (("damping", self.damping), ("scale", 1.0 if self.scale is None else self.scale)):
+            if not _all([value], (int, float)):
+                raise InputError(f"{name} must be a number, but it is {value!r}")
 
     @property
     def adapter_scale(self) -> float:
@@ -82,3 +99,10 @@ class GeneratorConfig:
             raise InputError(f"unknown generator setting(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
+
+
+def _all(values: object, kind: type | tuple[type, ...]) -> bool:
+    """Whether it is a list or tuple of values of that type."""
+    if not isinstance(values, (list, tuple)):
+        return False
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)

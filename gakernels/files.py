@@ -1,6 +1,8 @@
 """Reading and writing this library's files: safetensors with a JSON description in the header, replaced atomically."""
 
+import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -19,6 +21,7 @@ from gakernels.version import __version__
 
 FORMAT_VERSION = 1
 _HEADER_KEY = "gakernels"
+_HEADER_CHECKSUM_KEY = "gakernels_header_sha256"  # missing in the files of early versions
 
 
 @contextmanager
@@ -44,8 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             for file in sorted(temporary.iterdir(), reverse=True):
                 file.replace(path / file.name)
+            _flush_folder(path)
         else:
             temporary.replace(path)
+        _flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise _named(error, temporary, path) from error
     finally:
@@ -77,14 +82,26 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], descript
         "checksum": tensor_fingerprint(tensors.items()),
         **description,
     }
+    text = json.dumps(header)
     with replacing(path) as temporary:
-        _save(temporary, tensors, {_HEADER_KEY: json.dumps(header), "format": "pt"})
+        _save(temporary, tensors, {_HEADER_KEY: text, _HEADER_CHECKSUM_KEY: _sha256(text), "format": "pt"})
 
 
 def write_plain_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors in another library's format (`save_file` with no description), atomically."""
     with replacing(path) as temporary:
         _save(temporary, tensors, {"format": "pt"})
+
+
+def read_plain_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of another library: its tensors, on the CPU.
+
+    Raises:
+        InputError: there is no such file.
+        FormatError: it is damaged or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,8 +112,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         FormatError: it is damaged, of another kind, or of a newer format.
     """
     description = read_description(path, kind)
-    with _opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    tensors = read_plain_tensors(path)
     if tensor_fingerprint(tensors.items()) != entry(path, description, "checksum"):
         raise FormatError(f"{path} is damaged: its numbers do not have the checksum that its header names")
     return tensors, description
@@ -105,9 +121,12 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
 def read_description(path: Path, kind: str) -> dict[str, Any]:
     """The description of a file of ours, without its tensors. Raises as `read_tensors`."""
     with _opened(path) as file:
-        text = (file.metadata() or {}).get(_HEADER_KEY)
+        metadata = file.metadata() or {}
+    text = metadata.get(_HEADER_KEY)
     if text is None:
         raise FormatError(f"{path} is not a gakernels file: its header has no {_HEADER_KEY!r} entry")
+    if metadata.get(_HEADER_CHECKSUM_KEY, _sha256(text)) != _sha256(text):
+        raise FormatError(f"{path} is damaged: its header does not have the checksum that stands beside it")
     description = _parse(path, text)
     if description["kind"] != kind:
         raise FormatError(f"{path} must be a {kind} file, but it is a {description['kind']} file")
@@ -119,24 +138,67 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
     return description
 
 
-def entry(path: Path, description: Mapping[str, Any], name: str) -> Any:
-    """One entry of a description. Raises: FormatError: there is none of that name."""
+def by_suffix(path: Path, tensors: Mapping[str, Tensor], *suffixes: str) -> list[dict[str, Tensor]]:
+    """The tensors of a file for each ending of their names, under the names without it.
+
+    Raises:
+        FormatError: a name has none of the endings.
+    """
+    groups = [
+        {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
+        for suffix in suffixes
+    ]
+    if sum(len(group) for group in groups) != len(tensors):
+        raise FormatError(f"{path} is damaged: it holds tensors whose names do not end in {' or '.join(suffixes)}")
+    return groups
+
+
+def entry(path: Path, description: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
+    """One entry of a description; `float` stands for any finite number.
+
+    Raises:
+        FormatError: there is none of that name, or it is of another type.
+    """
     if name not in description:
-        raise FormatError(f"{path} is damaged: its header has no entry {name!r}")
-    return description[name]
+        raise FormatError(f"{path} is damaged: it has no entry {name!r}")
+    value = description[name]
+    if kind is not None and not _is_of(value, kind):
+        raise FormatError(
+            f"{path} is damaged: its entry {name!r} must be of type {kind.__name__}, but it is {value!r:.60}"
+        )
+    return value
+
+
+def count_entry(path: Path, description: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """An entry that counts something. Raises: FormatError: it is missing or no integer of at least `least`."""
+    count: int = entry(path, description, name, int)
+    if count < least:
+        raise FormatError(f"{path} is damaged: its entry {name!r} must be at least {least}, but it is {count}")
+    return count
+
+
+def _is_of(value: object, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: its header is no JSON ({error})") from error
     if not isinstance(description, dict):
         raise FormatError(f"{path} is damaged: its header is no JSON object")
     for name, kind in (("kind", str), ("format_version", int), ("gakernels_version", str)):
-        if not isinstance(entry(path, description, name), kind):
-            raise FormatError(f"{path} is damaged: the entry {name!r} of its header is {description[name]!r}")
+        entry(path, description, name, kind)
     return description
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @contextmanager
@@ -171,6 +233,15 @@ def _flush(path: Path) -> None:
     for file in [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk, so that a renamed file is there after a loss of power too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -12,14 +12,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gakernels.adapter import Adapter, stack
-from gakernels.attachment import decoder_layers, find_sites, target_modules
+from gakernels.attachment import (
+    decoder_layers,
+    describe,
+    find_sites,
+    fuse_gated_mlps,
+    restore_gated_mlps,
+    target_modules,
+)
+from gakernels.compact import CompactAdapter
 from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode
 from gakernels.contextualization import ContextPass
 from gakernels.errors import FormatError, InputError
-from gakernels.files import entry, read_tensors, write_tensors, write_text
+from gakernels.files import entry, read_tensors, replacing, write_tensors, write_text
 from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
-from gakernels.nn import AdaptedLinear, AdapterGenerator, LowRankFactors
+from gakernels.hub import local_folder
+from gakernels.nn import AdaptedLinear, AdapterGenerator, CompactFactors, LowRankFactors
+from gakernels.token_loss import token_loss
 from gakernels.windows import pad_left, pad_windows, split_evenly
 
 GENERATOR_FILE = "generator.safetensors"
@@ -29,7 +39,8 @@ class GenerativeAdapter(nn.Module):
     """Generators attached to a base model.
 
     The base model is frozen and keeps its parameter names; its adapted linear layers are exchanged for `AdaptedLinear`
-    with the same parameters (`detach` puts the old ones back). The generators are the only trainable parameters.
+    with the same parameters, and feed-forward parts of the usual kind for `GatedMLP`, which computes the same with less
+    memory (`detach` puts the old ones back). The generators are the only trainable parameters.
 
     Args:
         base: any decoder-only transformers model whose decoder layers hold the named linear layers.
@@ -50,8 +61,11 @@ class GenerativeAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        find_sites(base, config.linears, config.layers)  # refuses before anything is changed
+        fuse_gated_mlps(base)
         self._sites = find_sites(base, config.linears, config.layers)
         self._target_modules = target_modules(base, self.adapted_names)
+        self._base_config = describe(base)
         self.base = base.requires_grad_(False).eval()
         self.generators = nn.ModuleDict()
         self._hooks: list[Any] = []
@@ -77,6 +91,7 @@ class GenerativeAdapter(nn.Module):
                     damping=self.config.damping,
                     power_iterations=self.config.power_iterations,
                     sketch_seed=self.config.seed * 1000 + number,
+                    sketch_side=self.config.sketch_side,
                 )
                 self.generators[_key(site.name)] = generator.to(site.linear.weight.device, dtype)
         layers = decoder_layers(self.base)[1]
@@ -95,6 +110,7 @@ class GenerativeAdapter(nn.Module):
             linear = site.linear
             if isinstance(linear, AdaptedLinear):
                 site.replace(linear.to_linear())
+        restore_gated_mlps(self.base)
         return self.base
 
     def _before_layer(self, number: int) -> Any:
@@ -231,6 +247,10 @@ class GenerativeAdapter(nn.Module):
         cap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood (N,) of tokens (N,) behind hidden states (N, d_h); see `gakernels.token_loss`."""
+        return token_loss(hidden, targets, self.logits, self.base.config.get_text_config().vocab_size)
+
     # Contexts
 
     def stream(self) -> ContextStream:
@@ -255,6 +275,20 @@ class GenerativeAdapter(nn.Module):
         Raises:
             InputError: a context is empty, a token id is not in the vocabulary, or chunks_per_pass is below 1.
         """
+        states: dict[str, Tensor] = {}
+        for states in self.passes(contexts, initial_states, chunks_per_pass):  # noqa: B007 (the last ones are meant)
+            pass
+        return states
+
+    @torch.no_grad()
+    def passes(
+        self,
+        contexts: Sequence[Sequence[int]],
+        initial_states: Mapping[str, Tensor] | None = None,
+        chunks_per_pass: int = 8,
+    ) -> Iterator[dict[str, Tensor]]:
+        """As `states`, one forward pass at a time: yields the states after each, so that a caller can do other things
+        between them."""
         if chunks_per_pass < 1:
             raise InputError(f"chunks_per_pass must be at least 1, but it is {chunks_per_pass}")
         if not contexts:
@@ -270,8 +304,7 @@ class GenerativeAdapter(nn.Module):
             part, part_mask = (tensor[:, start : start + chunks_per_pass].to(self.device) for tensor in (ids, mask))
             chunks = part.shape[1]
             states = self(part, part_mask, chunks, range(chunks), states)[1]
-        assert states is not None
-        return dict(states)
+            yield dict(states)
 
     @torch.no_grad()
     def adapters(self, states: Mapping[str, Tensor], tokens_seen: Sequence[int]) -> list[Adapter]:
@@ -289,9 +322,79 @@ class GenerativeAdapter(nn.Module):
                 base_name=self.base.config.name_or_path,
                 tokens_seen=tokens,
                 target_modules=self._target_modules,
+                base_config=self._base_config,
             )
             for row, tokens in enumerate(tokens_seen)
         ]
+
+    @torch.no_grad()
+    def compact_adapters(
+        self, states: Mapping[str, Tensor], tokens_seen: Sequence[int], dtype: torch.dtype | None = None
+    ) -> list[CompactAdapter]:
+        """The compact adapters of B states (B, d_r, d_r) by adapted layer; see `CompactAdapter`.
+
+        Args:
+            states: as `states` gives them.
+            tokens_seen: number of tokens behind each of them.
+            dtype: of U and V; that of the states if not given.
+
+        Raises:
+            InputError: the generator's norm is `frobenius`, whose factors are not smaller than the state.
+        """
+        if self.config.norm == "frobenius":
+            raise InputError('norm="frobenius" has no compact form: its factors are not smaller than the state itself')
+        factors = {name: self.generator(name).norm_factors(states[name]) for name in self.adapted_names}
+        left, right = (
+            {name: pair[side].to(dtype or pair[side].dtype) for name, pair in factors.items()} for side in (0, 1)
+        )
+        fingerprint = self.generator_fingerprint()
+        return [
+            CompactAdapter(
+                # Copies, so that one that is kept does not keep the memory of all.
+                left={name: factor[row].clone() for name, factor in left.items()},
+                right={name: factor[row].clone() for name, factor in right.items()},
+                base_fingerprint=self.base_fingerprint(),
+                generator_fingerprint=fingerprint,
+                tokens_seen=tokens,
+            )
+            for row, tokens in enumerate(tokens_seen)
+        ]
+
+    @torch.no_grad()
+    def expand(self, compact: CompactAdapter) -> Adapter:
+        """The adapter of a compact one, which this generator made; see `CompactAdapter.expand`."""
+        self._check_compact(compact)
+        factors = {}
+        for name in self.adapted_names:
+            generator = self.generator(name)
+            left, right = (factor[name].to(generator.sketch.device) for factor in (compact.left, compact.right))
+            factors[name] = generator.expand(left, right)
+        return Adapter(
+            lora_a={name: pair[0] for name, pair in factors.items()},
+            lora_b={name: pair[1] for name, pair in factors.items()},
+            scale=self.config.adapter_scale,
+            base_fingerprint=self.base_fingerprint(),
+            generator_fingerprint=compact.generator_fingerprint,
+            base_name=self.base.config.name_or_path,
+            tokens_seen=compact.tokens_seen,
+            target_modules=self._target_modules,
+            base_config=self._base_config,
+        )
+
+    def _check_compact(self, compact: CompactAdapter) -> None:
+        for what, found, own in (
+            ("base model", compact.base_fingerprint, self.base_fingerprint()),
+            ("generator", compact.generator_fingerprint, self.generator_fingerprint()),
+        ):
+            if found != own:
+                raise FormatError(
+                    f"the compact adapter belongs to a {what} of fingerprint {found}, but this one has {own}"
+                )
+        size = (self.config.state_size, compact.rank)
+        if any(set(side) != set(self.adapted_names) for side in (compact.left, compact.right)) or any(
+            factor.shape != size for factor in [*compact.left.values(), *compact.right.values()]
+        ):
+            raise FormatError("the compact adapter is of other linear layers or another size than this generator")
 
     def adapt(self, contexts: Sequence[str | Sequence[int]]) -> list[Adapter]:
         """The adapters of several contexts, texts or token ids, encoded together as one batch.
@@ -329,7 +432,7 @@ class GenerativeAdapter(nn.Module):
             yield
 
     @contextmanager
-    def using(self, factors: Mapping[str, LowRankFactors]) -> Iterator[None]:
+    def using(self, factors: Mapping[str, LowRankFactors | CompactFactors]) -> Iterator[None]:
         """The base model with the given factors, by adapted layer, while the block runs; then those from before."""
         before = {name: self._linear(name).factors for name in self.adapted_names}
         try:
@@ -365,6 +468,25 @@ class GenerativeAdapter(nn.Module):
             for name, original in self._originals.items():
                 self._linear(name).weight.copy_(original)
         self._originals.clear()
+
+    def save_merged(self, adapter: Adapter, folder: str | Path) -> None:
+        """Write a plain model folder, with the tokenizer: the base model with an adapter merged into its weights.
+
+        The base model here stays as it is. Other files in the folder stay.
+
+        Raises:
+            InputError: an adapter is merged already or in use, or there is a file of that name.
+            FormatError: the adapter was made for another base model or for other layers.
+            OSError: it could not be written; what was there is unharmed.
+        """
+        self.merge(adapter)
+        try:
+            with replacing(Path(folder)) as temporary:
+                self.base.save_pretrained(temporary)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(temporary)
+        finally:
+            self.unmerge()
 
     @torch.no_grad()
     def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
@@ -406,6 +528,10 @@ class GenerativeAdapter(nn.Module):
                 )
             if set(adapter.lora_a) != set(self.adapted_names):
                 raise FormatError("adapter adapts other linear layers than this generator")
+            for name, lora_a in adapter.lora_a.items():
+                linear, lora_b = self._linear(name), adapter.lora_b[name]
+                if (lora_b.shape[0], lora_a.shape[1]) != linear.weight.shape:
+                    raise FormatError(f"adapter does not have the sizes of {name}, {tuple(linear.weight.shape)}")
 
     def _linear(self, name: str) -> AdaptedLinear:
         linear = self.base.get_submodule(name)
@@ -424,6 +550,8 @@ class GenerativeAdapter(nn.Module):
         """Fingerprint of the generators' present parameters and sketches, and of what turns states into adapters."""
         settings = {name: getattr(self.config, name) for name in ("norm", "damping", "power_iterations")}
         settings["scale"] = self.config.adapter_scale
+        if self.config.sketch_side != "input":  # the name came later; fingerprints from before stay
+            settings["sketch_side"] = self.config.sketch_side
         return tensor_fingerprint(self.generator_tensors().items(), json.dumps(settings))
 
     def generator_tensors(self) -> dict[str, Tensor]:
@@ -466,7 +594,8 @@ class GenerativeAdapter(nn.Module):
         """Load generators and, unless given, their base model and its tokenizer.
 
         Args:
-            folder: what `save_pretrained` wrote.
+            folder: what `save_pretrained` wrote, or a generator in the format of the authors' released code (see
+                `gakernels.released.load_released`): a folder, or the name of a repository on the Hugging Face hub.
             base: the base model, or its name or path; if not given, the one that the generator names.
             tokenizer: if not given, the base model's, where there is one.
             dtype: of the generators' parameters.
@@ -476,12 +605,18 @@ class GenerativeAdapter(nn.Module):
             InputError: a file or model is missing.
             FormatError: a file is damaged, or the base model is not the one the generator was trained for.
         """
-        path = Path(folder) / GENERATOR_FILE
+        from gakernels.released import is_released, load_released  # which needs this class
+
+        folder = local_folder(folder)
+        if is_released(folder):
+            return load_released(folder, base, tokenizer, dtype, **base_options)
+        path = folder / GENERATOR_FILE
         tensors, description = read_tensors(path, "generator")
         config = _read_config(path, description)
-        base_name, wanted = (entry(path, description, name) for name in ("base_name", "base_fingerprint"))
+        _check_sketches(path, config, tensors)
+        base_name, wanted = (entry(path, description, name, str) for name in ("base_name", "base_fingerprint"))
         if not isinstance(base, PreTrainedModel):
-            name = _locate(Path(folder), base_name if base is None else str(base))
+            name = locate(folder, base_name if base is None else str(base))
             base, tokenizer = load_base(name, tokenizer, **base_options)
         fingerprint = model_fingerprint(base)
         if fingerprint != wanted:
@@ -516,9 +651,15 @@ class GenerativeAdapter(nn.Module):
 
 
 def load_base(
-    name: str, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    name: str, tokenizer: PreTrainedTokenizerBase | None = None, tokenizer_name: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer, if it has one, from a folder or the Hugging Face hub.
+
+    Args:
+        name: folder or name of the model.
+        tokenizer: the tokenizer, if there is one already.
+        tokenizer_name: folder or name of the tokenizer, if it is not with the model.
+        options: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         InputError: there is no model of that name, or a file of it is damaged.
@@ -529,6 +670,7 @@ def load_base(
         raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer is not None:
         return base, tokenizer
+    name = tokenizer_name or name
     try:
         return base, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -538,13 +680,21 @@ def load_base(
 
 
 def _read_config(path: Path, description: Mapping[str, Any]) -> GeneratorConfig:
+    config = entry(path, description, "config", dict)
     try:
-        return GeneratorConfig.from_dict(entry(path, description, "config"))
-    except (InputError, TypeError) as error:
+        return GeneratorConfig.from_dict(config)
+    except InputError as error:
         raise FormatError(f"{path} can't be read: {error}") from error
 
 
-def _locate(folder: Path, name: str) -> str:
+def _check_sketches(path: Path, config: GeneratorConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Before generators of the sizes that a file names are made: a damaged one may name sizes beyond any memory."""
+    sketches = [tensor for name, tensor in tensors.items() if name.endswith(".sketch")]
+    if not sketches or any(sketch.shape != (config.state_size, config.rank) for sketch in sketches):
+        raise FormatError(f"{path} is damaged: its tensors do not have the sizes that its settings name")
+
+
+def locate(folder: Path, name: str) -> str:
     """A relative path counts from the generator's folder, if it exists there."""
     beside = folder / name
     return str(beside) if name and beside.is_dir() else name

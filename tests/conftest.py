@@ -2,9 +2,20 @@
 
 import os
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms on a GPU
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+    try:
+        import interpreter
+    except ImportError:
+        pass  # without Triton the tests of its kernels are skipped
+    else:
+        interpreter.correct_bfloat16()
 
 torch.set_num_threads(1)  # the test processes share the cores; threads of tiny matrices only wait for each other
 
@@ -17,3 +28,20 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator of this test's own, so that a test draws the same numbers alone and in the whole suite."""
     request.node.add_report_section("setup", "seed", f"repeat with {SEED_VARIABLE}={SEED}")
     return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one, else the CPU, where Triton's interpreter runs them."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All operations run their Triton kernels, and memory that a kernel leaves unwritten holds NaN."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("GAKERNELS_BACKEND", "triton")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from gakernels.errors import InputError
+from gakernels.hub import is_repository_name
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter
+from gakernels.released import is_released
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +29,7 @@ def add_command(commands: Any, name: str, run: Any, summary: str, example: str) 
 
 def add_model_options(parser: argparse.ArgumentParser, generator_required: bool = True) -> None:
     """--generator, --model, --device and --dtype."""
-    parser.add_argument("--generator", type=Path, required=generator_required, help="folder of a trained generator")
+    parser.add_argument("--generator", type=Path, required=generator_required, help="folder or hub name of a generator")
     parser.add_argument("--model", help="base model, a folder or hub name (default: the one the generator names)")
     add_device_options(parser)
 
@@ -53,7 +55,8 @@ def load_generator(options: argparse.Namespace) -> GenerativeAdapter:
     Raises:
         InputError: there is none, or they don't belong together.
     """
-    if not (options.generator / GENERATOR_FILE).is_file():
+    folder = options.generator
+    if not ((folder / GENERATOR_FILE).is_file() or is_released(folder) or is_repository_name(folder)):
         raise InputError(f"--generator must be a folder with a {GENERATOR_FILE}, but {options.generator} has none")
     check_device(options.device)
     model = GenerativeAdapter.from_pretrained(options.generator, base=options.model, dtype=torch.float32)

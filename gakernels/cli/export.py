@@ -7,7 +7,8 @@ from typing import Any
 from gakernels.adapter import Adapter
 from gakernels.cli.common import add_command, add_device_options, load_generator
 from gakernels.errors import InputError
-from gakernels.files import replacing
+
+FORMATS = ("peft", "vllm", "gguf", "merged")
 
 
 def add_parser(commands: Any) -> None:
@@ -16,12 +17,14 @@ def add_parser(commands: Any) -> None:
         commands,
         "export",
         run,
-        "Write an adapter for other programs: a PEFT folder, or the base model with the adapter merged in.",
-        "  gakernels export --adapter report.safetensors --format peft --output report-lora",
+        "Write an adapter for other programs: a PEFT folder (also one that keeps to vLLM's rules), a GGUF LoRA file "
+        "for llama.cpp, or the base model with the adapter merged in.",
+        "  gakernels export --adapter report.safetensors --format peft --output report-lora\n"
+        "  gakernels export --adapter report.safetensors --format gguf --output report.gguf",
     )
     parser.add_argument("--adapter", type=Path, required=True, help="adapter file that `gakernels adapt` wrote")
-    parser.add_argument("--format", choices=("peft", "merged"), default="peft", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--format", choices=FORMATS, default="peft", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write (for --format gguf: file)")
     parser.add_argument("--generator", type=Path, help="folder of the generator (for --format merged)")
     parser.add_argument("--model", help="base model (for --format merged; default: the one the generator names)")
     add_device_options(parser)
@@ -30,18 +33,17 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Convert the adapter."""
     adapter = Adapter.load(options.adapter)
-    if options.output.is_file():
-        raise InputError(f"--output must be a folder, but {options.output} is a file")
-    if options.format == "peft":
-        adapter.save_peft(options.output)
-    else:
+    kind = "file" if options.format == "gguf" else "folder"
+    if options.output.exists() and options.output.is_file() != (kind == "file"):
+        other = "file" if kind == "folder" else "folder"
+        raise InputError(f"--output must be a {kind}, but {options.output} is a {other}")
+    if options.format == "gguf":
+        adapter.save_gguf(options.output)
+    elif options.format == "merged":
         if options.generator is None:
             raise InputError("--format merged needs --generator, to load the base model")
-        model = load_generator(options)
-        model.merge(adapter)
-        with replacing(options.output) as temporary:
-            model.base.save_pretrained(temporary)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(temporary)
-    print(f"{options.format} folder written: {options.output}")
+        load_generator(options).save_merged(adapter, options.output)
+    else:
+        adapter.save_peft(options.output, for_vllm=options.format == "vllm")
+    print(f"{options.format} {kind} written: {options.output}")
     return 0

@@ -1,18 +1,19 @@
 """`gakernels info`: versions, devices, and which implementation of each operation would run, and why."""
 
 import argparse
-import importlib
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gakernels.cli.common import add_command
-from gakernels.ops.dispatch import BACKENDS, choose
+from gakernels.ops.dispatch import BACKENDS, choose, why_not
+from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 from gakernels.version import __version__
 
-OPERATIONS = ("context_state", "low_rank_polar", "lowrank_linear")
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "peft", "flash-attn")
 
 
@@ -35,13 +36,41 @@ def run(options: argparse.Namespace) -> int:
         print(f"{package:13} {_version(package)}")
     for line in _devices():
         print(line)
-    print("\noperation       backend    why")
-    for operation in OPERATIONS:
-        available = importlib.import_module(f"gakernels.ops.{operation}").IMPLEMENTATIONS
-        choice = choose(operation, available)
-        missing = ", ".join(backend for backend in BACKENDS if backend not in available)
-        print(f"{operation:15} {choice.backend:10} {choice.reason}; not in this version: {missing or 'nothing'}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"\noperation       backend    why (on {device.type}, at the paper's sizes in bfloat16)")
+    for operation, example in EXAMPLES.items():
+        arguments = example(device)
+        choice = choose(operation, *arguments)
+        print(f"{operation:15} {choice.backend:10} {choice.reason}")
+        for backend in BACKENDS[2:]:
+            print(f"{'':15} {backend:10} {why_not(operation, backend, *arguments) or 'can run'}")
     return 0
+
+
+def _context_state_arguments(device: torch.device) -> tuple[Tensor, ...]:
+    options: Any = {"device": device, "dtype": torch.bfloat16}
+    return (
+        torch.empty(1, 8, 1024, 4096, **options),
+        torch.empty(1024, 4096, **options),
+        torch.empty(4096, 1024, **options),
+    )
+
+
+def _low_rank_polar_arguments(device: torch.device) -> tuple[Any, ...]:
+    return torch.empty(8, 1024, 1024, device=device), torch.empty(1024, 128, device=device), 1, DEFAULT_DAMPING
+
+
+def _lowrank_linear_arguments(device: torch.device) -> tuple[Tensor, ...]:
+    options: Any = {"device": device, "dtype": torch.bfloat16}
+    x, weight = torch.empty(16, 1024, 4096, **options), torch.empty(4096, 4096, **options)
+    return x, weight, torch.empty(16, 128, 4096, **options), torch.empty(16, 4096, 128, **options)
+
+
+EXAMPLES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
+    "context_state": _context_state_arguments,
+    "low_rank_polar": _low_rank_polar_arguments,
+    "lowrank_linear": _lowrank_linear_arguments,
+}
 
 
 def _version(package: str) -> str:

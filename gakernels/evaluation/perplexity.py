@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gakernels.errors import InputError
@@ -91,7 +90,6 @@ def _score(model: GenerativeAdapter, windows: Tensor, factors: Mapping[str, LowR
     """Summed negative log-likelihood (B,) of all windows (B, T, M), without the first token of each."""
     with model.using(factors):
         output = model.base.get_decoder()(input_ids=windows.flatten(0, 1), use_cache=False)
-    logits = model.logits(output.last_hidden_state[:, :-1])
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = F.cross_entropy(logits.to(wide).flatten(0, 1), windows.flatten(0, 1)[:, 1:].flatten(), reduction="none")
+    hidden, targets = output.last_hidden_state[:, :-1], windows.flatten(0, 1)[:, 1:]
+    losses = model.token_loss(hidden.flatten(0, 1), targets.flatten())
     return losses.view(len(windows), -1).double().sum(1)

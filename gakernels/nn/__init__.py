@@ -1,6 +1,7 @@
 """Drop-in modules on top of the operations."""
 
-from gakernels.nn.adapted_linear import AdaptedLinear, LowRankFactors
+from gakernels.nn.adapted_linear import AdaptedLinear, CompactFactors, LowRankFactors
 from gakernels.nn.adapter_generator import AdapterGenerator
+from gakernels.nn.gated_mlp import GatedMLP
 
-__all__ = ["AdaptedLinear", "AdapterGenerator", "LowRankFactors"]
+__all__ = ["AdaptedLinear", "AdapterGenerator", "CompactFactors", "GatedMLP", "LowRankFactors"]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gakernels.errors import InputError
@@ -27,6 +28,41 @@ class LowRankFactors:
     adapter_index: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class CompactFactors:
+    """A different adapter for each row, as scale A1 U_i V_i^T B2 with A1 and B2 shared: nothing is multiplied out.
+
+    Attributes:
+        output_map: A1 (d_out, d_r).
+        input_map: B2 (d_r, d_in).
+        left: U (rows, d_r, r), zero for a row without an adapter.
+        right: V (rows, d_r, r).
+        scale: factor of the low-rank term.
+    """
+
+    output_map: Tensor
+    input_map: Tensor
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add the low-rank term of x (rows, ..., d_in) to y (rows, ..., d_out), in place.
+
+        The maps are one matrix product each for all rows; the rows' own factors are two thin batched ones between them.
+
+        Raises:
+            InputError: the batch has another number of rows than there are factors.
+        """
+        rows = self.left.shape[0]
+        if x.shape[0] != rows:
+            raise InputError(f"the batch must have {rows} rows, one for each adapter, but it has {x.shape[0]}")
+        wide = torch.bmm(F.linear(x.reshape(rows, -1, x.shape[-1]), self.input_map), self.right)
+        wide = torch.bmm(wide, self.left.mT).view(-1, self.left.shape[1])
+        y.view(-1, y.shape[-1]).addmm_(wide, self.output_map.mT, alpha=self.scale)
+        return y
+
+
 class AdaptedLinear(nn.Linear):
     """A linear layer with frozen weight and bias and an exchangeable adapter.
 
@@ -34,7 +70,7 @@ class AdaptedLinear(nn.Linear):
     no difference. Without factors it computes exactly what the linear layer does.
     """
 
-    factors: LowRankFactors | None = None
+    factors: LowRankFactors | CompactFactors | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "AdaptedLinear":
@@ -59,6 +95,8 @@ class AdaptedLinear(nn.Linear):
         """
         if self.factors is None:
             return super().forward(input)
+        if isinstance(self.factors, CompactFactors):
+            return self.factors.add_to(super().forward(input), input)
         factors = self.factors
         windows, index = _as_windows(input, factors)
         y = lowrank_linear(

@@ -91,8 +91,10 @@ class AdapterGenerator(nn.Module):
 
         Computed in the dtype of the parameters; accumulated in float32 or wider. See `gakernels.ops.context_state`.
         """
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        normed = F.rms_norm(hidden.to(wide), self.norm_weight.shape, eps=self.eps).to(self.value_projection.dtype)
+        dtype = self.value_projection.dtype
+        if hidden.dtype != dtype:  # else rms_norm itself computes in float32 and rounds once
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        normed = F.rms_norm(hidden, self.norm_weight.shape, eps=self.eps).to(dtype)
         # The weight of the norm goes into the projections: they are much smaller than the hidden states.
         value_projection, key_projection = (
             self.value_projection * self.norm_weight,
@@ -102,12 +104,15 @@ class AdapterGenerator(nn.Module):
 
     def factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of states (..., d_r, d_r)."""
-        left, right = self._norm_factors(states)
+        return self.expand(*self.norm_factors(states))
+
+    def expand(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of U and V (..., d_r, r)."""
         dtype = self.output_map.dtype
         return right.to(dtype).mT @ self.input_map, self.output_map @ left.to(dtype)
 
-    def _norm_factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """U, V of norm(S) = U V^T."""
+    def norm_factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """U, V (..., d_r, r) of norm(S) = U V^T, in the dtype of the states; only their product has a meaning."""
         if self.norm == "frobenius":
             return _frobenius(states)
         sketch = self.sketch.to(states.dtype)

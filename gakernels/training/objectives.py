@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gakernels.errors import InputError
@@ -108,9 +107,7 @@ def token_losses(
 ) -> dict[str, Loss]:
     """Next-token losses from last hidden states (B, W, M, d_h), one for each set of target tokens."""
     union = torch.stack(list(targets.values())).any(0)[..., 1:]
-    logits = model.logits(hidden[..., :-1, :][union])
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = F.cross_entropy(logits.to(wide), input_ids[..., 1:][union], reduction="none")
+    losses = model.token_loss(hidden[..., :-1, :][union], input_ids[..., 1:][union])
     chosen = {name: target[..., 1:][union] for name, target in targets.items()}
     return {name: Loss((losses * where).sum(), where.sum()) for name, where in chosen.items()}
 

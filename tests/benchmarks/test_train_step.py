@@ -130,6 +130,24 @@ def test_a_model_that_needs_more_than_the_free_memory_is_refused_in_a_line(
     assert capsys.readouterr().err == "out of memory: the base model of huge does not fit on cpu\n"
 
 
+def test_a_run_that_is_cut_off_leaves_the_turns_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = train_step.Runner.timed_step, []
+
+    def interrupted(runner: train_step.Runner, batch: Any) -> None:
+        calls.append(runner)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        plain(runner, batch)
+
+    monkeypatch.setattr(train_step.Runner, "timed_step", interrupted)
+    file = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        main([*TINY, "--providers", "auto,frozen_base", "--json", str(file)])
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert results["turns"] == 1
+    assert [row["samples"] for row in results["rows"]] == [1, 1]
+
+
 def test_a_wrong_provider_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = step_providers.make_trainee
 
@@ -199,7 +217,7 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     preset = PRESETS["tiny"]
     model, batch = make_model(preset, CPU, 0), make_batch(preset, 0)
     trainee = step_providers.make_trainee("frozen_base", model, preset)
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         trainee.loss(batch)
     tokens, width = 2 * preset.segment_tokens, preset.heads * preset.head_dim
     causal_attention = preset.layers * tokens * width * preset.window * 2  # two products, half of the square

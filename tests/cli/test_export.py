@@ -1,5 +1,6 @@
-"""`gakernels export`, read by PEFT and by transformers."""
+"""`gakernels export`, read by PEFT, transformers and the gguf package."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,27 @@ def test_merging_needs_the_generator(refused: Callable[..., str], adapter: Path,
     assert "--format merged needs --generator" in line
 
 
-@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_for_vllm_the_rank_is_one_that_it_takes(run: Callable[..., Any], adapter: Path, tmp_path: Path) -> None:
+    outcome = run("export", "--adapter", adapter, "--format", "vllm", "--output", tmp_path / "lora")
+    assert (outcome.code, outcome.err, outcome.out) == (0, "", f"vllm folder written: {tmp_path / 'lora'}\n")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_a_gguf_file_is_written(run: Callable[..., Any], adapter: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    for _ in range(2):  # the second time the file is there
+        outcome = run("export", "--adapter", adapter, "--format", "gguf", "--output", tmp_path / "lora.gguf")
+        assert (outcome.code, outcome.err, outcome.out) == (0, "", f"gguf file written: {tmp_path / 'lora.gguf'}\n")
+    tensors = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "lora.gguf").tensors}
+    assert len(tensors) == 2 * len(Adapter.load(adapter).lora_a)
+
+
+def test_a_gguf_file_is_not_written_over_a_folder(refused: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    line = refused("export", "--adapter", adapter, "--format", "gguf", "--output", tmp_path)
+    assert f"--output must be a file, but {tmp_path} is a folder" in line
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged", "vllm"])
 def test_an_output_that_is_a_file_is_left_alone(
     refused: Callable[..., str], files: Any, adapter: Path, tmp_path: Path, kind: str
 ) -> None:

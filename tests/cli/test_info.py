@@ -33,7 +33,7 @@ def test_it_shows_versions_and_each_operation_with_its_reason(
     assert set(rows(outcome.out)) == set(OPERATIONS)
     for backend, reason in rows(outcome.out).values():
         assert backend == "eager"
-        assert reason.startswith("default: ")
+        assert reason.startswith("default")
 
 
 def test_a_forced_backend_is_the_reason(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_a_forced_backend_is_the_reason(run: Callable[..., Any], monkeypatch: py
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("triton", "GAKERNELS_BACKEND=triton, but context_state has no triton implementation in this installation"),
+        ("cuda", "GAKERNELS_BACKEND=cuda, but that can't run context_state here: "),
         ("fast", "GAKERNELS_BACKEND must be one of reference, eager, triton, cuda, but it is 'fast'"),
     ],
 )

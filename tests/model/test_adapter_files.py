@@ -1,5 +1,6 @@
 """Adapters and generators in files: bit by bit the same after loading, refused where they do not belong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,18 @@ def test_an_adapter_for_another_base_or_other_layers_is_refused() -> None:
         with pytest.raises(FormatError, match=message):
             model.merge(adapter)
     assert torch.equal(logits_of(model.base, ids), plain)
+
+
+def test_an_adapter_of_other_sizes_is_refused() -> None:
+    model = make_model()
+    adapter = model.adapt([random_context(9)])[0]
+    name = model.adapted_names[1]
+    for side, factor in (("lora_a", torch.zeros(4, 7)), ("lora_b", torch.zeros(7, 4))):
+        other = replace(adapter, **{side: {**getattr(adapter, side), name: factor}})
+        with pytest.raises(FormatError, match=rf"does not have the sizes of {name}"), model.adapted(other):
+            pass
+        with pytest.raises(FormatError, match=rf"does not have the sizes of {name}"):
+            model.merge(other)
 
 
 def test_an_adapter_of_another_generator_of_the_same_base_can_be_used() -> None:

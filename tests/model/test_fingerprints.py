@@ -1,5 +1,9 @@
 """Fingerprints tell models and generators apart, and nothing else."""
 
+import json
+from importlib.resources import files
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import FAMILIES, make_base, make_config, make_model, plain_copy
@@ -88,3 +92,13 @@ def test_a_training_step_changes_the_fingerprint_of_the_generator() -> None:
     with torch.no_grad():
         model.generator(name).key_projection[0, 0] += 1e-6
     assert model.generator_fingerprint() != before
+
+
+def test_the_generator_in_the_package_has_the_fingerprint_that_it_was_saved_with() -> None:
+    """Files that belong to a generator name its fingerprint, so later versions must find the same."""
+    folder = Path(str(files("gakernels.demo") / "assets" / "generator"))
+    saved = json.loads((folder / "generator.json").read_text())
+    model = GenerativeAdapter.from_pretrained(folder)
+    assert model.generator_fingerprint() == saved["generator_fingerprint"]
+    assert model.base_fingerprint() == saved["base_fingerprint"]
+    assert model.config.sketch_side == "input"

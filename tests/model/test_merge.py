@@ -1,10 +1,13 @@
 """merge and unmerge: the adapter in the weights of the base model, and the weights back."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import logits_of, make_model, plain_copy, random_context, random_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from gakernels import InputError
+from gakernels import FormatError, InputError
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox"])
@@ -85,3 +88,32 @@ def test_a_merged_model_can_be_saved_as_a_plain_one() -> None:
     model, ids = make_model(), random_ids(2, 8)
     model.merge(model.adapt([random_context(10)])[0])
     assert torch.equal(logits_of(plain_copy(model), ids), logits_of(model.base, ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
+def test_a_merged_model_is_a_folder_that_transformers_loads(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    model, ids = make_model(family, tokenizer=tokenizer), random_ids(2, 8)
+    plain = logits_of(model.base, ids)
+    adapter = model.adapt([random_context(20)])[0]
+    with model.adapted(adapter):
+        expected = logits_of(model.base, ids)
+    model.save_merged(adapter, tmp_path / "merged")
+    found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), ids)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("w7 w9")["input_ids"] == [1, 7, 9]
+    assert torch.equal(logits_of(model.base, ids), plain)
+
+
+def test_a_merged_model_that_can_not_be_written_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    model, ids = make_model(), random_ids(2, 8)
+    plain, adapter = logits_of(model.base, ids), model.adapt([random_context(20)])[0]
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(InputError, match="taken is a file"):
+        model.save_merged(adapter, tmp_path / "taken")
+    with pytest.raises(FormatError, match="belongs to a base model"):
+        model.save_merged(make_model().adapt([random_context(9)])[0], tmp_path / "other")
+    assert torch.equal(logits_of(model.base, ids), plain)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    model.merge(adapter)  # nothing is merged

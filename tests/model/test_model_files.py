@@ -1,6 +1,8 @@
-"""The file format under generators, adapters and states: damage, other kinds, newer versions, disks that are full."""
+"""The format of this library's files: damage, other kinds, newer and older versions, disks that are full."""
 
+import hashlib
 import json
+import pickle
 import resource
 import struct
 from collections.abc import Callable, Iterator
@@ -13,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_trained, plain_copy, random_context
 
-from gakernels import Adapter, ContextStream, FormatError, GenerativeAdapter, InputError
+from gakernels import Adapter, CompactAdapter, ContextStream, FormatError, GenerativeAdapter, InputError
 from gakernels.files import FORMAT_VERSION, read_tensors, replacing, write_tensors, write_text
+from gakernels.quantization import QuantizedCompactAdapter
 
-KINDS = ("generator", "adapter", "state")
+KINDS = ("generator", "adapter", "state", "compact", "quantized")
 
 
 class Files:
@@ -28,15 +31,35 @@ class Files:
         self.write()
 
     def write(self) -> None:
-        stream = self.model.stream().append(random_context(14))
+        other = self.model.stream().append(random_context(9))
+        stream = self.model.stream().append(random_context(14)).add(other, 0.5)
         self.model.save_pretrained(self.paths["generator"].parent)
         stream.adapter().save(self.paths["adapter"])
         stream.save(self.paths["state"])
+        stream.compact().save(self.paths["compact"])
+        QuantizedCompactAdapter.quantize(stream.compact(), bits=4).save(self.paths["quantized"])
 
     def load(self, kind: str) -> object:
+        path = self.paths[kind]
         if kind == "generator":
-            return GenerativeAdapter.from_pretrained(self.paths[kind].parent, plain_copy(self.model))
-        return Adapter.load(self.paths[kind]) if kind == "adapter" else ContextStream.load(self.model, self.paths[kind])
+            return GenerativeAdapter.from_pretrained(path.parent, plain_copy(self.model))
+        if kind == "state":
+            return ContextStream.load(self.model, path)
+        return {"adapter": Adapter, "compact": CompactAdapter, "quantized": QuantizedCompactAdapter}[kind].load(path)
+
+    def content(self, kind: str) -> str:
+        """Everything that loading the file gives, to compare: every bit of its tensors and all else."""
+        loaded = self.load(kind)
+        if isinstance(loaded, GenerativeAdapter):
+            return repr((loaded.config, loaded.generator_fingerprint(), loaded.base_fingerprint()))
+        values = {name: value for name, value in vars(loaded).items() if name != "_model"}
+        return repr({name: _bits(value) for name, value in values.items()})
+
+
+def _bits(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _bits(part) for name, part in value.items()}
+    return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.fixture
@@ -51,6 +74,7 @@ def change_header(path: Path, change: Callable[[dict], object]) -> None:
     description = json.loads(metadata["gakernels"])
     changed = change(description)
     metadata["gakernels"] = changed if isinstance(changed, str) else json.dumps(description)
+    metadata["gakernels_header_sha256"] = hashlib.sha256(metadata["gakernels"].encode()).hexdigest()
     save_file(load_file(path), path, metadata=metadata)
 
 
@@ -90,6 +114,23 @@ def test_a_flipped_bit_anywhere_is_refused(files: Files, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_bit_of_the_header_is_refused_or_changes_nothing(files: Files, kind: str) -> None:
+    path, good = files.paths[kind], files.content(kind)
+    data = path.read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    refused = 0
+    for place in [*range(8), *torch.randint(8, header, (40,)).tolist()]:
+        bad = bytearray(data)
+        bad[place] ^= 1 << int(torch.randint(8, ()))
+        path.write_bytes(bad)
+        try:
+            assert files.content(kind) == good
+        except FormatError:
+            refused += 1
+    assert refused > 24  # some bits do not matter: those of the padding and of the name of the checksum
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_random_bytes_and_foreign_files_are_refused(files: Files, kind: str, tmp_path: Path) -> None:
     path = files.paths[kind]
     path.write_bytes(bytes(torch.randint(256, (5000,)).tolist()))
@@ -120,18 +161,116 @@ NEEDED = {
     "generator": ("config", "base_name", "base_fingerprint"),
     "adapter": ("scale", "base_fingerprint", "tokens_seen", "target_modules"),
     "state": ("base_fingerprint", "generator_fingerprint", "tokens_seen"),
+    "compact": ("base_fingerprint", "generator_fingerprint", "tokens_seen"),
+    "quantized": ("bits", "state_size", "loss", "base_fingerprint", "generator_fingerprint", "tokens_seen"),
 }
+# Kind, entry of its header, a value of the wrong type or out of range.
+WRONG: list[tuple[str, str, object]] = [
+    ("generator", "config", []),
+    ("generator", "config", {"rank": "4"}),
+    ("generator", "config", {"state_size": 10**12, "rank": 4}),
+    ("generator", "config", {"linears": [3]}),
+    ("generator", "config", {"layers": "0"}),
+    ("generator", "config", {"seed": 1.5}),
+    ("generator", "config", {"damping": "low"}),
+    ("generator", "config", {"scale": True}),
+    ("generator", "config", {"sketch_side": "left"}),
+    ("generator", "base_name", 3),
+    ("generator", "base_fingerprint", None),
+    ("adapter", "scale", "1"),
+    ("adapter", "scale", float("nan")),
+    ("adapter", "scale", float("inf")),
+    ("adapter", "scale", True),
+    ("adapter", "tokens_seen", -1),
+    ("adapter", "tokens_seen", 1.5),
+    ("adapter", "base_fingerprint", ["a"]),
+    ("adapter", "target_modules", "o_proj"),
+    ("adapter", "target_modules", [1]),
+    ("adapter", "base_config", []),
+    ("adapter", "base_config", {"model_type": 1}),
+    ("adapter", "base_config", {"model_type": "llama", "num_hidden_layers": "3"}),
+    ("state", "tokens_seen", "20"),
+    ("state", "parts", {}),
+    ("state", "parts", [3]),
+    ("state", "parts", [{"fingerprint": "a", "tokens": 3}]),
+    ("state", "parts", [{"fingerprint": "a", "tokens": -3, "weight": 1.0}]),
+    ("state", "parts", [{"fingerprint": "a", "tokens": 3, "weight": float("nan")}]),
+    ("state", "parts", [{"fingerprint": "a", "tokens": 3000, "weight": 1.0}]),
+    ("compact", "tokens_seen", None),
+    ("compact", "generator_fingerprint", 3),
+    ("quantized", "bits", 3),
+    ("quantized", "bits", 8),
+    ("quantized", "state_size", 33),
+    ("quantized", "loss", {}),
+    ("quantized", "loss", {"somewhere": 0.1}),
+    ("quantized", "loss", [0.1]),
+]
 
 
 @pytest.mark.parametrize(("kind", "entry"), [(kind, entry) for kind, names in NEEDED.items() for entry in names])
 def test_a_header_that_lacks_an_entry_is_refused(files: Files, kind: str, entry: str) -> None:
     change_header(files.paths[kind], lambda description: [description.pop(entry)])
-    with pytest.raises(FormatError, match=rf"{kind}\.safetensors is damaged: its header has no entry '{entry}'"):
+    with pytest.raises(FormatError, match=rf"{kind}\.safetensors is damaged: it has no entry '{entry}'"):
         files.load(kind)
 
 
+@pytest.mark.parametrize(("kind", "entry", "value"), WRONG)
+def test_a_header_with_an_entry_of_another_type_is_refused(files: Files, kind: str, entry: str, value: object) -> None:
+    change_header(files.paths[kind], lambda description: description.update({entry: value}))
+    with pytest.raises(FormatError, match=rf"{kind}\.safetensors (is damaged|can't be read)"):
+        files.load(kind)
+
+
+def test_files_of_early_versions_are_read(files: Files) -> None:
+    """They lack what came later: the checksum of the header, the side of the sketch, parts and base_config."""
+    later = {"generator": "config", "adapter": "base_config", "state": "parts"}
+    for kind, entry in later.items():
+        path = files.paths[kind]
+        with safe_open(path, framework="pt") as file:
+            description = json.loads(file.metadata()["gakernels"])
+        if kind == "generator":
+            assert description["config"].pop("sketch_side") == "input"
+        else:
+            assert description.pop(entry)
+        save_file(load_file(path), path, metadata={"gakernels": json.dumps(description)})
+    assert files.load("generator").config == files.model.config
+    assert files.load("adapter").base_config == {}
+    assert files.load("state").parts == ()
+
+
+class Harm:
+    """What would run if a file were read as a pickle."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("harm"),))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("header", ["{", "[1]", "{}", '{"kind": 3, "format_version": 1, "gakernels_version": ""}'])
+def test_a_pickle_is_refused_and_not_run(
+    files: Files, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.paths[kind].write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(FormatError, match=rf"{kind}\.safetensors is damaged"):
+        files.load(kind)
+    torch.save({"weight": Harm()}, files.paths[kind])
+    with pytest.raises(FormatError, match=rf"{kind}\.safetensors is damaged"):
+        files.load(kind)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000,
+        '{"kind": 1' + "0" * 5000 + "}",
+        "{",
+        "[1]",
+        "{}",
+        '{"kind": 3, "format_version": 1, "gakernels_version": ""}',
+    ],
+)
 def test_a_header_that_is_no_description_is_refused(files: Files, kind: str, header: str) -> None:
     change_header(files.paths[kind], lambda _: header)
     with pytest.raises(FormatError, match=rf"{kind}\.safetensors is damaged"):
@@ -144,14 +283,32 @@ def test_unknown_settings_of_a_generator_are_named(files: Files) -> None:
         files.load("generator")
 
 
-def test_an_adapter_without_one_of_its_factors_is_refused(files: Files) -> None:
-    path = files.paths["adapter"]
-    tensors, description = read_tensors(path, "adapter")
-    description = {key: value for key, value in description.items() if key != "checksum"}
-    for name in list(tensors)[:2]:
-        write_tensors(path, "adapter", {key: value for key, value in tensors.items() if key != name}, description)
-        with pytest.raises(FormatError, match=r"adapter\.safetensors is damaged.*lora_A and lora_B"):
-            files.load("adapter")
+def change_tensors(path: Path, kind: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite a file with other tensors and a checksum that fits them."""
+    tensors, description = read_tensors(path, kind)
+    change(tensors)
+    write_tensors(path, kind, tensors, {key: value for key, value in description.items() if key != "checksum"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["one is missing", "one is too many", "one is a vector", "one is of integers"])
+def test_tensors_that_do_not_make_a_whole_are_refused(files: Files, kind: str, change: str) -> None:
+    def apply(tensors: dict[str, torch.Tensor]) -> None:
+        name = list(tensors)[int(torch.randint(len(tensors), ()))]
+        if change == "one is missing":
+            del tensors[name]
+        elif change == "one is too many":
+            tensors["another"] = torch.zeros(3, 3)
+        elif change == "one is a vector":
+            tensors[name] = tensors[name].flatten()[:5].clone()
+        else:
+            tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.int32)
+
+    change_tensors(files.paths[kind], kind, apply)
+    if kind == "generator" and change == "one is of integers":
+        return  # its shape fits, and its numbers become those of the parameter
+    with pytest.raises(FormatError, match=rf"{kind}\.safetensors (is damaged|does not fit)"):
+        files.load(kind)
 
 
 @contextmanager
@@ -174,7 +331,9 @@ def test_no_space_left_leaves_the_last_good_files_and_nothing_else(files: Files,
     stream = files.model.stream().append(random_context(14))
     stream.adapter().save_peft(tmp_path / "peft")
     before = content(tmp_path)
-    assert min(len(data) for name, data in before.items() if name.endswith("safetensors")) > 6000
+    assert (
+        min(len(before[name]) for name in ("generator.safetensors", "adapter.safetensors", "state.safetensors")) > 6000
+    )
     make_trained(files.model)
     stream = files.model.stream().append(random_context(14))
     adapter = stream.adapter()

@@ -1,4 +1,4 @@
-"""The PEFT folder, read by PEFT itself."""
+"""The PEFT folder, read by PEFT itself, and vLLM's rules for it."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import logits_of, make_model, plain_copy, random_context, random_ids
 from transformers import AutoModelForCausalLM
+
+from gakernels import InputError
 
 CASES = [
     ("llama", {"linears": ("o_proj", "down_proj")}, ["down_proj", "o_proj"]),
@@ -116,3 +118,33 @@ def test_a_half_precision_base_loads_the_export(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     found = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), ids)
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(("rank", "padded"), [(1, 1), (3, 8), (8, 8), (9, 16), (33, 64)])
+def test_for_vllm_the_rank_is_filled_up_with_zeros(tmp_path: Path, rank: int, padded: int) -> None:
+    model, ids = make_model(state_size=40, rank=rank), random_ids(3, 8)
+    adapter = model.adapt([random_context(20)])[0]
+    with model.adapted(adapter):
+        expected = logits_of(model.base, ids)
+    adapter.save_peft(tmp_path / "adapter", for_vllm=True)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (padded, padded)
+    assert (config["bias"], config["use_rslora"], config["use_dora"]) == ("none", False, False)
+    assert not config.get("modules_to_save")
+    for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
+        assert tensor.shape[0 if ".lora_A." in name else 1] == padded
+        assert not (tensor[rank:] if ".lora_A." in name else tensor[:, rank:]).any()
+    found = logits_of(peft.PeftModel.from_pretrained(plain_copy(model), tmp_path / "adapter"), ids)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_what_vllm_can_not_load_is_refused(tmp_path: Path) -> None:
+    adapter = make_model("gpt_neox").adapt([random_context(9)])[0]
+    with pytest.raises(
+        InputError, match=r"vLLM can't load an adapter of gpt_neox\.layers\.0\.attention\.dense;.*o_proj"
+    ):
+        adapter.save_peft(tmp_path / "adapter", for_vllm=True)
+    wide = make_model(layers=(0,), linears=("o_proj",), state_size=520, rank=513).adapt([random_context(9)])[0]
+    with pytest.raises(InputError, match="rank 512 at most, but this one has 513"):
+        wide.save_peft(tmp_path / "adapter", for_vllm=True)
+    assert not list(tmp_path.iterdir())

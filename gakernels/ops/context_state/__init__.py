@@ -8,9 +8,9 @@ from torch import Tensor
 from gakernels.errors import InputError
 from gakernels.ops import autocast, checks
 from gakernels.ops.context_state import eager, reference
-from gakernels.ops.dispatch import choose
+from gakernels.ops.dispatch import choose, module
 
-__all__ = ["IMPLEMENTATIONS", "context_state"]
+__all__ = ["context_state"]
 
 
 def context_state(
@@ -33,8 +33,11 @@ def context_state(
     """
     _check(hidden, a2, b1, mask, initial_state)
     hidden, a2, b1 = autocast.cast(hidden.device, hidden, a2, b1)
-    backend = choose("context_state", IMPLEMENTATIONS).backend
-    return IMPLEMENTATIONS[backend](hidden, a2, b1, mask, initial_state)
+    backend = choose("context_state", hidden, a2, b1, mask, initial_state).backend
+    if backend == "reference":
+        return reference.context_state(hidden, a2, b1, mask, initial_state)
+    states: Tensor = _operator(hidden, a2, b1, mask, initial_state, backend)[0]
+    return states
 
 
 def _check(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None) -> None:
@@ -57,14 +60,25 @@ def _check(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_
 
 @torch.library.custom_op("gakernels::context_state", mutates_args=())
 def _operator(
-    hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None
+    hidden: Tensor,
+    a2: Tensor,
+    b1: Tensor,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    backend: str = "eager",
 ) -> tuple[Tensor, Tensor]:
-    return eager.forward(hidden, a2, b1, mask, initial_state)
+    states, projected = module("context_state", backend).forward(hidden, a2, b1, mask, initial_state)
+    return states, projected
 
 
 @_operator.register_fake
 def _(
-    hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None
+    hidden: Tensor,
+    a2: Tensor,
+    b1: Tensor,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    backend: str = "eager",
 ) -> tuple[Tensor, Tensor]:
     batch, chunks, tokens, _ = hidden.shape
     state_size = a2.shape[0]
@@ -73,7 +87,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, a2, b1, mask, initial_state = inputs
+    hidden, a2, b1, mask, initial_state, ctx.backend = inputs
     projected = output[1]
     ctx.mark_non_differentiable(projected)
     ctx.set_materialize_grads(False)  # no zeros in place of the gradients of those
@@ -84,20 +98,56 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_states: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_states is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     hidden, a2, b1, mask, projected = ctx.saved_tensors
-    grad_hidden, grad_a2, grad_b1, grad_initial = eager.backward(
-        grad_states, hidden, a2, b1, mask, projected, ctx.needs
+    if ctx.backend == "eager":  # plain operations, which torch.compile may fuse
+        grads = eager.backward(grad_states, hidden, a2, b1, mask, projected, ctx.needs)
+    else:
+        grads = _kernel_backward(grad_states, hidden, a2, b1, mask, projected, *ctx.needs, ctx.backend)
+    needed = (*ctx.needs, ctx.has_initial_state)
+    grad_hidden, grad_a2, grad_b1, grad_initial = (g if need else None for g, need in zip(grads, needed, strict=True))
+    return grad_hidden, grad_a2, grad_b1, None, grad_initial, None
+
+
+@torch.library.custom_op("gakernels::context_state_backward", mutates_args=())
+def _kernel_backward(
+    grad_states: Tensor,
+    hidden: Tensor,
+    a2: Tensor,
+    b1: Tensor,
+    mask: Tensor | None,
+    projected: Tensor,
+    needs_hidden: bool,
+    needs_a2: bool,
+    needs_b1: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward of a kernel, opaque to tracing; a gradient that is not needed is an empty tensor."""
+    backward = module("context_state", backend).backward
+    grads = backward(grad_states, hidden, a2, b1, mask, projected, (needs_hidden, needs_a2, needs_b1))
+    grad_hidden, grad_a2, grad_b1, grad_initial = (hidden.new_empty(0) if g is None else g for g in grads)
+    return grad_hidden, grad_a2, grad_b1, grad_initial
+
+
+@_kernel_backward.register_fake
+def _(
+    grad_states: Tensor,
+    hidden: Tensor,
+    a2: Tensor,
+    b1: Tensor,
+    mask: Tensor | None,
+    projected: Tensor,
+    needs_hidden: bool,
+    needs_a2: bool,
+    needs_b1: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = (
+        hidden.new_empty(like.shape if needed else (0,))
+        for like, needed in ((hidden, needs_hidden), (a2, needs_a2), (b1, needs_b1))
     )
-    return grad_hidden, grad_a2, grad_b1, None, grad_initial if ctx.has_initial_state else None
+    grad_hidden, grad_a2, grad_b1 = grads
+    return grad_hidden, grad_a2, grad_b1, grad_states.new_empty(grad_states[:, 0].shape)
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _eager(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None) -> Tensor:
-    states: Tensor = _operator(hidden, a2, b1, mask, initial_state)[0]
-    return states
-
-
-IMPLEMENTATIONS = {"reference": reference.context_state, "eager": _eager}

@@ -16,6 +16,14 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sizes(
+    hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None = None, initial_state: Tensor | None = None
+) -> dict[str, int]:
+    """What the speed of a call depends on."""
+    batch, chunks, tokens, hidden_size = hidden.shape
+    return {"batch": batch * chunks, "tokens": tokens, "hidden": hidden_size, "state": a2.shape[0]}
+
+
 @autocast.without
 def forward(
     hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.ops import checks
-from gakernels.ops.dispatch import choose
+from gakernels.ops.dispatch import choose, module
 from gakernels.ops.low_rank_polar import eager, reference
 
-__all__ = ["DEFAULT_DAMPING", "IMPLEMENTATIONS", "low_rank_polar"]
+__all__ = ["DEFAULT_DAMPING", "low_rank_polar"]
 
 DEFAULT_DAMPING = 1e-3  # chosen in docs/numerics.md
 
@@ -38,8 +38,11 @@ def low_rank_polar(
         InputError: a shape, dtype, device or value does not fit.
     """
     _check(states, sketch, power_iterations, damping)
-    backend = choose("low_rank_polar", IMPLEMENTATIONS).backend
-    return IMPLEMENTATIONS[backend](states, sketch, power_iterations, damping)
+    backend = choose("low_rank_polar", states, sketch, power_iterations, damping).backend
+    if backend == "reference":
+        return reference.low_rank_polar(states, sketch, power_iterations, damping)
+    u, v, *_ = _operator(states, sketch.detach(), power_iterations, damping, backend)
+    return u, v
 
 
 def _check(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> None:
@@ -58,49 +61,80 @@ def _check(states: Tensor, sketch: Tensor, power_iterations: int, damping: float
 
 @torch.library.custom_op("gakernels::low_rank_polar", mutates_args=())
 def _operator(
-    states: Tensor, sketch: Tensor, power_iterations: int, damping: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    u, v, steps = eager.forward(states, sketch, power_iterations, damping)
+    states: Tensor, sketch: Tensor, power_iterations: int, damping: float, backend: str = "eager"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u, v, steps = module("low_rank_polar", backend).forward(states, sketch, power_iterations, damping)
     return u, v, *steps
 
 
 @_operator.register_fake
 def _(
-    states: Tensor, sketch: Tensor, power_iterations: int, damping: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states: Tensor, sketch: Tensor, power_iterations: int, damping: float, backend: str = "eager"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, (state_size, rank) = states.shape[:-2], sketch.shape
     count = 2 + 2 * power_iterations
     u, v = (states.new_empty(*batch, state_size, rank) for _ in range(2))
     inputs = states.new_empty(*batch, count, state_size, rank)
-    roots = states.new_empty((*batch, count, rank), dtype=torch.float64)
-    vectors = states.new_empty((*batch, count, rank, rank), dtype=torch.float64)
-    return u, v, inputs, roots, vectors
+    transforms = states.new_empty((*batch, count, rank, rank), dtype=torch.float64)
+    spectrum = rank if backend == "eager" else 0  # the kernels make no eigendecomposition
+    roots = states.new_empty((*batch, spectrum), dtype=torch.float64)
+    vectors = states.new_empty((*batch, spectrum, spectrum), dtype=torch.float64)
+    return u, v, inputs, transforms, roots, vectors
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    states, sketch, _, damping = inputs
+    states, sketch, _, ctx.damping, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # no zeros in place of the gradients of those
-    ctx.damping = damping
     ctx.save_for_backward(states, sketch, *output[2:])
 
 
 def _backward(ctx: Any, grad_u: Tensor | None, grad_v: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_u is None and grad_v is None:
-        return None, None, None, None
+        return None, None, None, None, None
     states, sketch, *steps = ctx.saved_tensors
     zero = states.new_zeros(()).expand(*states.shape[:-1], sketch.shape[1])
     grad_u, grad_v = (zero if grad is None else grad for grad in (grad_u, grad_v))
-    grad = eager.backward(grad_u, grad_v, states, sketch, eager.Steps(*steps), ctx.damping)
-    return grad, None, None, None
+    if ctx.backend == "eager":  # plain operations, which torch.compile may fuse
+        grad = eager.backward(grad_u, grad_v, states, sketch, eager.Steps(*steps), ctx.damping)
+    else:
+        grad = _kernel_backward(grad_u, grad_v, states, sketch, *steps, ctx.damping, ctx.backend)
+    return grad, None, None, None, None
+
+
+@torch.library.custom_op("gakernels::low_rank_polar_backward", mutates_args=())
+def _kernel_backward(
+    grad_u: Tensor,
+    grad_v: Tensor,
+    states: Tensor,
+    sketch: Tensor,
+    inputs: Tensor,
+    transforms: Tensor,
+    roots: Tensor,
+    vectors: Tensor,
+    damping: float,
+    backend: str,
+) -> Tensor:
+    """The backward of a kernel, opaque to tracing."""
+    steps = eager.Steps(inputs, transforms, roots, vectors)
+    grad: Tensor = module("low_rank_polar", backend).backward(grad_u, grad_v, states, sketch, steps, damping)
+    return grad
+
+
+@_kernel_backward.register_fake
+def _(
+    grad_u: Tensor,
+    grad_v: Tensor,
+    states: Tensor,
+    sketch: Tensor,
+    inputs: Tensor,
+    transforms: Tensor,
+    roots: Tensor,
+    vectors: Tensor,
+    damping: float,
+    backend: str,
+) -> Tensor:
+    return states.new_empty(states.shape)
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _eager(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor]:
-    u, v, *_ = _operator(states, sketch.detach(), power_iterations, damping)
-    return u, v
-
-
-IMPLEMENTATIONS = {"reference": reference.low_rank_polar, "eager": _eager}

@@ -1,6 +1,7 @@
-"""`low_rank_polar` in plain PyTorch: tall GEMMs with S, and r x r symmetric functions in float64.
+"""`low_rank_polar` in plain PyTorch: tall GEMMs with S, and r x r matrices in float64.
 
-The derivation of the backward is in docs/numerics.md.
+Only the product u v^T is defined, so every step but the last may use any W with W W^T = (X^T X + c^2 I)^(-1): a
+Cholesky factor, which costs a fraction of an eigendecomposition. The derivations are in docs/numerics.md.
 """
 
 from typing import NamedTuple
@@ -12,28 +13,42 @@ from gakernels.ops import autocast
 
 
 class Steps(NamedTuple):
-    """What every damped polar step X -> f(X) leaves for the backward; K steps stacked after the batch dimensions."""
+    """What the damped polar steps X -> X W leave for the backward; K steps stacked after the batch dimensions.
+
+    Backends that make no eigendecomposition leave `roots` and `vectors` empty.
+    """
 
     inputs: Tensor  # (..., K, d_r, r): X, in the dtype of the states
-    roots: Tensor  # (..., K, r) float64: h, the square roots of the eigenvalues of X^T X + c^2 I
-    vectors: Tensor  # (..., K, r, r) float64: its eigenvectors V
+    transforms: Tensor  # (..., K, r, r) float64: W; the symmetric root M in the last step
+    roots: Tensor  # (..., r) float64: h, the square roots of the eigenvalues of X^T X + c^2 I in the last step
+    vectors: Tensor  # (..., r, r) float64: its eigenvectors V
+
+
+def sizes(states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: float = 1e-3) -> dict[str, int]:
+    """What the speed of a call depends on."""
+    batch = states.shape[:-2].numel()
+    return {"batch": batch, "state": states.shape[-1], "rank": sketch.shape[1], "power_iterations": power_iterations}
 
 
 @autocast.without
 def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor, Steps]:
     """Returns u, v (..., d_r, r) and the steps: S Omega, then S^T and S in turn, K = 2 + 2 power_iterations in all."""
     shrink = power_of_two(states)
-    inputs, roots, vectors = [], [], []
+    inputs, transforms = [], []
     basis, previous = sketch, sketch
-    for step in range(2 + 2 * power_iterations):
+    last = 1 + 2 * power_iterations
+    for step in range(last + 1):
         x = (states if step % 2 == 0 else states.mT) @ (basis * shrink)
-        h, v = shifted_spectrum(x, damping)
+        wide = x.double()
+        if step < last:
+            w = inverse_factor(wide, damping)
+        else:
+            h, vectors = shifted_spectrum(wide, damping)
+            w = inverse_root(h, vectors)
         inputs.append(x)
-        roots.append(h)
-        vectors.append(v)
-        previous, basis = basis, (x.double() @ inverse_root(h, v)).to(x.dtype)
-    saved = Steps(torch.stack(inputs, -3), torch.stack(roots, -2), torch.stack(vectors, -3))
-    return previous, basis, saved
+        transforms.append(w)
+        previous, basis = basis, (wide @ w).to(x.dtype)
+    return previous, basis, Steps(torch.stack(inputs, -3), torch.stack(transforms, -3), h, vectors.contiguous())
 
 
 @autocast.without
@@ -41,33 +56,29 @@ def backward(grad_u: Tensor, grad_v: Tensor, states: Tensor, sketch: Tensor, ste
     """Gradient of the states. The steps are undone from the last; all outer products form one GEMM at the end."""
     shrink = power_of_two(states)
     left, right = [], []  # dS = sum of left right^T
-    grad = grad_v
     last = steps.inputs.shape[-3] - 1
-    x, h, vectors, root = _step(steps, last)
+    x, w = _step(steps, last)
+    grad_x = symmetric_step_backward(grad_v.double(), x, steps.roots, steps.vectors, w, damping).to(states.dtype)
     for k in range(last, -1, -1):
-        grad_x = damped_polar_backward(grad.double(), x, h, vectors, root, damping).to(states.dtype)
         if k > 0:
-            x, h, vectors, root = _step(steps, k - 1)
-            basis = (x @ root).to(states.dtype)
+            x, w = _step(steps, k - 1)
+            y = x @ w
+            basis = y.to(states.dtype)
         else:
             basis = sketch.expand(*states.shape[:-2], *sketch.shape)
-        if k % 2 == 0:  # X = S basis
-            left.append(grad_x)
-            right.append(basis)
-        else:  # X = S^T basis
-            left.append(basis)
-            right.append(grad_x)
+        left.append(grad_x if k % 2 == 0 else basis)  # X = S basis, or X = S^T basis
+        right.append(basis if k % 2 == 0 else grad_x)
         if k > 0:
             grad = (states.mT if k % 2 == 0 else states) @ (grad_x * shrink)
-        if k == last:
-            grad = grad + grad_u
+            if k == last:
+                grad = grad + grad_u
+            grad_x = triangular_step_backward(grad.double(), x, y, w, damping).to(states.dtype)
     return (torch.cat(left, -1) * shrink) @ torch.cat(right, -1).mT
 
 
-def _step(steps: Steps, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X, h, V and M = (X^T X + c^2 I)^(-1/2) of one step, in float64."""
-    h, vectors = steps.roots[..., k, :], steps.vectors[..., k, :, :]
-    return steps.inputs[..., k, :, :].double(), h, vectors, inverse_root(h, vectors)
+def _step(steps: Steps, k: int) -> tuple[Tensor, Tensor]:
+    """X and W of one step, in float64."""
+    return steps.inputs[..., k, :, :].double(), steps.transforms[..., k, :, :]
 
 
 def power_of_two(states: Tensor) -> Tensor:
@@ -83,17 +94,53 @@ def power_of_two(states: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), -exponent)
 
 
+def gram(x: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """X^T X with zeros for an X that is not finite, c^2 = damping^2 ||X||_F^2 (..., 1), and which X is not finite.
+
+    The Gram matrix squares the spectrum, which float32 can't hold over more than about 3 decades; float64 can.
+    """
+    product = x.mT @ x
+    broken = ~product.isfinite().all(-1).all(-1)[..., None, None]
+    shift = damping**2 * product.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    return torch.where(broken, 0.0, product), shift, broken
+
+
+def inverse_factor(x: Tensor, damping: float) -> Tensor:
+    """W = L^(-T) (..., r, r) with L L^T = X^T X + c^2 I, upper triangular, so that W W^T is the inverse of that.
+
+    Zero for X = 0. NaN where X is not finite, or the shifted matrix is not numerically positive definite, which only a
+    damping near zero can leave: not an error, as elsewhere in PyTorch.
+    """
+    product, shift, broken = gram(x, damping)
+    is_zero = (product.diagonal(dim1=-2, dim2=-1).sum(-1) == 0)[..., None, None]  # or not finite
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    shifted = product + torch.where(is_zero, 1.0, shift[..., None]) * identity
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).mT
+    failed = broken | (info != 0)[..., None, None]
+    return torch.where(failed, torch.nan, torch.where(is_zero, 0.0, inverse))
+
+
+def triangular_step_backward(grad: Tensor, x: Tensor, y: Tensor, w: Tensor, damping: float) -> Tensor:
+    """dX of Y = X W, W = L^(-T): dX = (G - 2 Y s) W^T + 2 damping^2 tr(G_A) X, G_A = -W s W^T, s = sym(Phi(G^T Y)).
+
+    Phi keeps the lower triangle and half of the diagonal. All in float64.
+    """
+    lower = (grad.mT @ y).tril()
+    twice_s = lower + lower.mT
+    diagonal = twice_s.diagonal(dim1=-2, dim2=-1)
+    diagonal.mul_(0.5)
+    trace = -0.5 * (w @ twice_s * w).sum((-2, -1), keepdim=True)  # of G_A
+    return (grad - y @ twice_s) @ w.mT + 2 * damping**2 * trace * x
+
+
 def shifted_spectrum(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """h (..., r) and V (..., r, r), float64, with X^T X + c^2 I = V diag(h^2) V^T and c = damping ||X||_F.
 
-    The Gram matrix squares the spectrum, which float32 can't hold over more than about 3 decades; float64 can. A matrix
-    with a NaN or infinity gives NaN, not an error, as elsewhere in PyTorch.
+    A matrix with a NaN or infinity gives NaN, not an error, as elsewhere in PyTorch.
     """
-    wide = x.double()
-    gram = wide.mT @ wide
-    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
-    eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
-    shift = damping**2 * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    product, shift, _ = gram(x, damping)
+    eigenvalues, vectors = torch.linalg.eigh(product)
     return (eigenvalues.clamp(min=0) + shift).sqrt(), vectors
 
 
@@ -102,7 +149,9 @@ def inverse_root(h: Tensor, vectors: Tensor) -> Tensor:
     return (vectors * _reciprocal(h)[..., None, :]) @ vectors.mT
 
 
-def damped_polar_backward(grad: Tensor, x: Tensor, h: Tensor, vectors: Tensor, root: Tensor, damping: float) -> Tensor:
+def symmetric_step_backward(
+    grad: Tensor, x: Tensor, h: Tensor, vectors: Tensor, root: Tensor, damping: float
+) -> Tensor:
     """dX = G M + 2 X (G_A + damping^2 tr(G_A) I), G_A = -V [sym(V^T X^T G V)_ij / (h_i h_j (h_i + h_j))] V^T.
 
     All in float64; `root` is M.

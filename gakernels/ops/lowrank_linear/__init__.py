@@ -7,10 +7,10 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.ops import autocast, checks
-from gakernels.ops.dispatch import choose
+from gakernels.ops.dispatch import choose, module
 from gakernels.ops.lowrank_linear import eager, reference
 
-__all__ = ["IMPLEMENTATIONS", "lowrank_linear"]
+__all__ = ["lowrank_linear"]
 
 
 def lowrank_linear(
@@ -43,8 +43,11 @@ def lowrank_linear(
     _check(x, weight, lora_a, lora_b, adapter_index, bias)
     x, weight, lora_a, lora_b = autocast.cast(x.device, x, weight, lora_a, lora_b)
     bias = None if bias is None else autocast.cast(x.device, bias)[0]
-    backend = choose("lowrank_linear", IMPLEMENTATIONS).backend
-    return IMPLEMENTATIONS[backend](x, weight, lora_a, lora_b, scale, adapter_index, bias)
+    backend = choose("lowrank_linear", x, weight, lora_a, lora_b, scale, adapter_index, bias).backend
+    if backend == "reference":
+        return reference.lowrank_linear(x, weight, lora_a, lora_b, scale, adapter_index, bias)
+    y: Tensor = _operator(x, weight, lora_a, lora_b, scale, adapter_index, bias, backend)[0]
+    return y
 
 
 def _check(
@@ -80,8 +83,11 @@ def _operator(
     scale: float,
     adapter_index: Tensor | None,
     bias: Tensor | None,
+    backend: str = "eager",
 ) -> tuple[Tensor, Tensor]:
-    return eager.forward(x, weight, lora_a, lora_b, scale, adapter_index, bias)
+    forward = module("lowrank_linear", backend).forward
+    y, z = forward(x, weight, lora_a, lora_b, scale, adapter_index, bias)
+    return y, z
 
 
 @_operator.register_fake
@@ -93,13 +99,14 @@ def _(
     scale: float,
     adapter_index: Tensor | None,
     bias: Tensor | None,
+    backend: str = "eager",
 ) -> tuple[Tensor, Tensor]:
     windows, tokens, _ = x.shape
     return x.new_empty(windows, tokens, weight.shape[0]), x.new_empty(windows, tokens, lora_a.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_a, lora_b, scale, adapter_index, _ = inputs
+    x, weight, lora_a, lora_b, scale, adapter_index, _, ctx.backend = inputs
     z = output[1]
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)  # no zeros in place of the gradients of those
@@ -110,26 +117,52 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return None, None, None, None, None, None, None
+        return None, None, None, None, None, None, None, None
     x, z, weight, lora_a, lora_b, adapter_index = ctx.saved_tensors
-    grad_x, grad_a, grad_b = eager.backward(grad_y, x, z, weight, lora_a, lora_b, ctx.scale, adapter_index, ctx.needs_x)
-    return grad_x, None, grad_a, grad_b, None, None, None
+    arguments = (grad_y, x, z, weight, lora_a, lora_b, ctx.scale, adapter_index, ctx.needs_x)
+    # The eager form is plain operations, which torch.compile may fuse.
+    grads = eager.backward(*arguments) if ctx.backend == "eager" else _kernel_backward(*arguments, ctx.backend)
+    needed = (ctx.needs_x, x is not None, z is not None)
+    grad_x, grad_a, grad_b = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    return grad_x, None, grad_a, grad_b, None, None, None, None
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _eager(
-    x: Tensor,
+@torch.library.custom_op("gakernels::lowrank_linear_backward", mutates_args=())
+def _kernel_backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
     adapter_index: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    y: Tensor = _operator(x, weight, lora_a, lora_b, scale, adapter_index, bias)[0]
-    return y
+    needs_x: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of a kernel, opaque to tracing; a gradient that is not needed is an empty tensor."""
+    backward = module("lowrank_linear", backend).backward
+    grads = backward(grad_y, x, z, weight, lora_a, lora_b, scale, adapter_index, needs_x)
+    grad_x, grad_a, grad_b = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_a, grad_b
 
 
-IMPLEMENTATIONS = {"reference": reference.lowrank_linear, "eager": _eager}
+@_kernel_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    needs_x: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1]) if needs_x else (0,))
+    grad_a = grad_y.new_empty((0,) if x is None else lora_a.shape)
+    return grad_x, grad_a, grad_y.new_empty((0,) if z is None else lora_b.shape)
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)

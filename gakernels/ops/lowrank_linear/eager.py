@@ -11,6 +11,21 @@ from torch import Tensor
 from gakernels.ops import autocast
 
 
+def sizes(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float = 1.0,
+    adapter_index: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> dict[str, int]:
+    """What the speed of a call depends on."""
+    windows, tokens, in_features = x.shape
+    sizes = {"batch": windows, "tokens": tokens, "in": in_features, "out": weight.shape[0]}
+    return {**sizes, "rank": lora_a.shape[1]}
+
+
 @autocast.without
 def forward(
     x: Tensor,
@@ -22,7 +37,8 @@ def forward(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y (windows, M, d_out) and the shrunk input z = x A^T (windows, M, r)."""
-    y = F.linear(x, weight, bias)
+    # In three dimensions F.linear with a bias returns a view, and PyTorch would let nobody change y in place.
+    y = torch.ops.aten._unsafe_view(F.linear(x.flatten(0, 1), weight, bias), [*x.shape[:2], weight.shape[0]])
     z = x @ select(lora_a, adapter_index).mT
     y.baddbmm_(z, select(lora_b, adapter_index).mT, alpha=scale)
     return y, z

@@ -1,0 +1,221 @@
+"""Scores of answers: SQuAD's F1 and exact match, accuracy, macro-F1, the choice among options (docs/evaluation.md)."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from gakernels.errors import InputError
+from gakernels.evaluation.bootstrap import interval
+
+PROTOCOLS = ("official", "released")
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean, or a statistic like one, with its uncertainty.
+
+    Attributes:
+        value: between 0 and 1.
+        low, high: 95% bootstrap interval, resampling contexts; of no width where there is only one context.
+        count: number of questions.
+        contexts: number of contexts they are about.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+    contexts: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+# One answer
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, single spaces: as SQuAD's evaluation script (v1.1) does."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def answer_f1(prediction: str, answers: Sequence[str], protocol: str = "official") -> float:
+    """Overlap of the words of a prediction and a gold answer: the harmonic mean of precision and recall.
+
+    Args:
+        prediction: the model's answer.
+        answers: gold answers, at least one.
+        protocol: `official`: the best over all gold answers; `released`: against one of them (`released_answer`), and 0
+            where prediction or answer consists of punctuation only.
+
+    Raises:
+        InputError: there is no gold answer or no such protocol.
+    """
+    if _is_blank_for_released(prediction, answers, protocol):
+        return 0.0
+    return max(_f1(prediction, answer) for answer in _gold(answers, protocol))
+
+
+def answer_exact_match(prediction: str, answers: Sequence[str], protocol: str = "official") -> float:
+    """1 if a prediction equals a gold answer after `normalize_answer`, else 0; otherwise as `answer_f1`."""
+    if _is_blank_for_released(prediction, answers, protocol):
+        return 0.0
+    return max(float(normalize_answer(prediction) == normalize_answer(answer)) for answer in _gold(answers, protocol))
+
+
+def released_answer(answers: Sequence[str]) -> str:
+    """The one gold answer that the authors' released code compares with: the first of the shortest, first letter in
+    upper case."""
+    shortest = min(answers, key=len).strip()
+    return shortest[:1].upper() + shortest[1:]
+
+
+def label_match(prediction: str, answer: str, protocol: str = "official") -> float:
+    """1 if a generated label is the gold one, else 0.
+
+    Args:
+        prediction: the model's answer.
+        answer: the gold label.
+        protocol: `official` (MetaICL): equal but for space around them; `released`: also but for case, and after
+            taking every "Output:" out of the prediction.
+
+    Raises:
+        InputError: there is no such protocol.
+    """
+    _check_protocol(protocol)
+    if protocol == "released":
+        prediction, answer = prediction.replace("Output:", "").lower(), answer.lower()
+    return float(prediction.strip() == answer.strip())
+
+
+def best_option(losses: Sequence[float], tokens: Sequence[int]) -> int:
+    """Which option the model likes best: the one with the least loss per token, the first of equals (as MetaICL does).
+
+    Args:
+        losses: summed negative log-likelihood of each option, in nats.
+        tokens: number of tokens of each, at least 1.
+
+    Raises:
+        InputError: there is no option, the numbers differ, or an option has no token.
+    """
+    if not losses or len(losses) != len(tokens) or min(tokens) < 1:
+        raise InputError(
+            f"there must be at least one option, each with a loss and at least one token, but the losses are {losses} "
+            f"and the numbers of tokens {tokens}"
+        )
+    return min(range(len(losses)), key=lambda option: losses[option] / tokens[option])
+
+
+def _f1(prediction: str, answer: str) -> float:
+    predicted, wanted = (Counter(normalize_answer(text).split()) for text in (prediction, answer))
+    common = (predicted & wanted).total()
+    return 2 * common / (predicted.total() + wanted.total()) if common else 0.0
+
+
+def _gold(answers: Sequence[str], protocol: str) -> Sequence[str]:
+    _check_protocol(protocol)
+    if isinstance(answers, str) or not answers:
+        raise InputError(f"answers must be a list of at least one gold answer, but it is {answers!r}")
+    return answers if protocol == "official" else [released_answer(answers)]
+
+
+def _is_blank_for_released(prediction: str, answers: Sequence[str], protocol: str) -> bool:
+    texts = [prediction, *_gold(answers, protocol)]
+    return protocol == "released" and not all(text.translate(_NO_PUNCTUATION).strip() for text in texts)
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
+
+
+# Many answers
+
+
+def mean_score(scores: Sequence[float], contexts: Sequence[int] | None = None, seed: int = 0) -> Score:
+    """The mean over questions; contexts are what is resampled, as questions about one context are not independent.
+
+    Args:
+        scores: of each question.
+        contexts: a number that says which context each question is about; None if each has its own.
+        seed: of the resampling.
+
+    Raises:
+        InputError: there is no score, or the lengths differ.
+    """
+    sums = _sums_by_context(torch.tensor(scores, dtype=torch.float64)[:, None], contexts)
+
+    def mean(total: Tensor) -> Tensor:
+        return total[:, 0] / total[:, 1]
+
+    return _score(sums, mean, seed)
+
+
+def macro_f1(
+    predictions: Sequence[str],
+    answers: Sequence[str],
+    gold_labels_only: bool = False,
+    contexts: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Score:
+    """The mean over labels of the F1 score of each.
+
+    Args:
+        predictions: a label for each question.
+        answers: the gold label of each.
+        gold_labels_only: average over the labels that occur in the answers, as MetaICL does; otherwise also over those
+            that occur in predictions only, with an F1 of 0, as scikit-learn does.
+        contexts: as for `mean_score`.
+        seed: of the resampling.
+
+    Raises:
+        InputError: there is no question, or the lengths differ.
+    """
+    if len(predictions) != len(answers) or not answers:
+        raise InputError(
+            f"predictions must be as many as answers, at least one, but they are {len(predictions)} and {len(answers)}"
+        )
+    labels = {label: number for number, label in enumerate(sorted({*predictions, *answers}))}
+    predicted, wanted = (
+        torch.nn.functional.one_hot(torch.tensor([labels[label] for label in row], dtype=torch.int64), len(labels))
+        for row in (predictions, answers)
+    )
+    sums = _sums_by_context(torch.cat([predicted & wanted, predicted, wanted], dim=1).double(), contexts)
+
+    def macro(total: Tensor) -> Tensor:
+        right, given, gold = total[:, :-1].chunk(3, dim=1)
+        f1 = 2 * right / (given + gold).clamp(min=1)
+        present = (gold if gold_labels_only else given + gold) > 0
+        return (f1 * present).sum(1) / present.sum(1)
+
+    return _score(sums, macro, seed)
+
+
+def _sums_by_context(values: Tensor, contexts: Sequence[int] | None) -> Tensor:
+    """Sums (contexts, k + 1) of the values (questions, k), and the number of questions."""
+    if not len(values) or (contexts is not None and len(contexts) != len(values)):
+        raise InputError(
+            f"there must be at least one score, and a context for each, but there are {len(values)} scores and "
+            f"{len(values) if contexts is None else len(contexts)} contexts"
+        )
+    numbers = torch.tensor(range(len(values)) if contexts is None else contexts)
+    order, rows = torch.unique(numbers, return_inverse=True)
+    sums = torch.zeros(len(order), values.shape[1] + 1, dtype=torch.float64)
+    return sums.index_add_(0, rows, torch.cat([values, torch.ones(len(values), 1, dtype=torch.float64)], dim=1))
+
+
+def _score(sums: Tensor, statistic: Callable[[Tensor], Tensor], seed: int) -> Score:
+    low, high = interval(sums, statistic, seed=seed)
+    total = sums.sum(0, keepdim=True)
+    return Score(float(statistic(total)), low, high, int(total[0, -1]), len(sums))

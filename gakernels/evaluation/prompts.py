@@ -1,0 +1,74 @@
+"""The prompts of the paper's figure 7, and where an answer ends."""
+
+from collections.abc import Iterable, Sequence
+
+from gakernels.errors import InputError
+
+QA_INSTRUCTION = (
+    "Instruction: Answer the question based on the context above. Respond with a short phrase only. Keep the answer "
+    "short and concise, without any explanation or additional words"
+)
+ICL_INSTRUCTION = (
+    "Instruction: Based on the demonstration above, provide a short and concise answer, without any explanation or "
+    "additional words."
+)
+STYLES = ("paper", "released", "bare")
+
+QA_STOPS, QA_NEW_TOKENS = ("\n", "Question:"), 20
+ICL_STOPS, ICL_NEW_TOKENS = ("\n",), 10
+
+
+def qa_prompt(question: str, context: str | None = None, style: str = "paper") -> str:
+    """The prompt of document question answering.
+
+    Args:
+        question: the question.
+        context: the documents, or None to ask closed-book.
+        style: `paper`: figure 7; `released`: the authors' code, which has "## " in front of the instruction; `bare`:
+            without instruction, the question itself, as that code asks tuned and adapted models.
+
+    Raises:
+        InputError: there is no such style.
+    """
+    _check_style(style)
+    text = question if style == "bare" else f"{_instruction(QA_INSTRUCTION, style)}Question: {question}\nAnswer:"
+    return text if context is None else f"{context}\n\n{text}"
+
+
+def icl_prompt(item: str, demonstrations: str | None = None, style: str = "paper") -> str:
+    """The prompt of in-context learning.
+
+    Args:
+        item: the input to answer.
+        demonstrations: as `demonstration_text` writes them, or None for no demonstrations.
+        style: `paper`: figure 7 (the paper's Llama-2 runs); `released`: the same with "## " in front of the
+            instruction; `bare`: without instruction (the paper's Mistral runs).
+
+    Raises:
+        InputError: there is no such style.
+    """
+    _check_style(style)
+    instruction = "" if style == "bare" else _instruction(ICL_INSTRUCTION, style)
+    text = f"{instruction}Input: {item}\nOutput:"
+    return text if demonstrations is None else f"{demonstrations}\n\n{text}"
+
+
+def demonstration_text(pairs: Iterable[tuple[str, str]]) -> str:
+    """Demonstrations, each of an input and an output, one after the other."""
+    return "\n\n".join(f"Input: {given}\nOutput: {wanted}" for given, wanted in pairs)
+
+
+def cut_answer(text: str, stops: Sequence[str]) -> str:
+    """The part of a generated text in front of the first stop of any kind, without space around it."""
+    for stop in stops:
+        text = text.split(stop, 1)[0]
+    return text.strip()
+
+
+def _instruction(text: str, style: str) -> str:
+    return f"{'## ' if style == 'released' else ''}{text}\n\n"
+
+
+def _check_style(style: str) -> None:
+    if style not in STYLES:
+        raise InputError(f"style must be one of {', '.join(STYLES)}, but it is {style!r}")

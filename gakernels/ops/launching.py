@@ -1,0 +1,69 @@
+"""What the Triton kernels share: where they can run, and how they are launched."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on a CPU: `TRITON_INTERPRET=1` when they were imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels can't run on a device, or None if they can."""
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels need an NVIDIA GPU, but the tensors are on {device.type} (or set TRITON_INTERPRET=1)"
+    capability = _capability(device.index)
+    if capability < MINIMUM_CAPABILITY:
+        return f"Triton kernels need compute capability 8.0, but this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+# torch.compile takes what the driver says for constant.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def gpu_name(index: int | None) -> str:
+    """The name of a GPU, as `NVIDIA H200`."""
+    return torch.cuda.get_device_name(index)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start a Triton kernel. Every launch of the library goes through here, so that tools can see what is launched.
+
+    Args:
+        kernel: a function decorated with `triton.jit`.
+        grid: programs in each direction; none is started where one of them is 0.
+        arguments: its tensors and numbers.
+        options: its `constexpr` arguments, `num_warps` and `num_stages`.
+    """
+    if 0 not in grid:
+        _launcher(kernel, grid, arguments, options)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device_of(first):  # Triton launches on the current device, which may be another one
+        kernel[grid](*arguments, **options)
+
+
+Launcher = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+_launcher: Launcher = _start
+
+
+def exchange_launcher(launcher: Launcher) -> Launcher:
+    """Have every launch go to another function, as one that only compiles; returns the one before."""
+    global _launcher
+    _launcher, before = launcher, _launcher
+    return before

@@ -1,0 +1,208 @@
+"""ContextStore: contexts on disk. What `create`, `commit` and `delete` return from has survived a crash of the machine.
+
+One file a context holds its states and all that is known about it, so that replacing this file is the one step that
+makes an append count: `write_tensors` writes beside it, brings that to the disk, renames it, and brings the folder to
+the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gakernels.errors import FormatError, InputError
+from gakernels.files import read_description, read_tensors, write_tensors
+
+KIND = "context"
+SUFFIX = ".safetensors"
+IDENTIFIER = r"ctx-[0-9a-f]{32}"
+_FILE = re.compile(rf"{IDENTIFIER}\.safetensors")
+_LEFT_OVER = re.compile(rf"\.{IDENTIFIER}\.safetensors\.[0-9a-f-]+\.tmp")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known about a context, apart from its states.
+
+    Attributes:
+        id: `ctx-` and 32 hexadecimal digits, drawn at random; the `model` of requests.
+        owner: whose it is, see `ApiKeys`.
+        label: the owner's own words for it.
+        created: seconds since 1970.
+        revision: number of appends.
+        tokens_seen: number of tokens appended.
+    """
+
+    id: str
+    owner: str
+    label: str
+    created: int
+    revision: int = 0
+    tokens_seen: int = 0
+
+
+class StaleError(RuntimeError):
+    """The context has gone on, or is gone: ask the store for it again."""
+
+
+_TYPES = {"id": str, "owner": str, "label": str, "created": int, "revision": int, "tokens_seen": int}
+
+
+class ContextStore:
+    """The contexts in a folder, which one process uses at a time. Safe to use from several threads.
+
+    Args:
+        folder: made if it is not there.
+        base_fingerprint: of the base model that the states belong to.
+        generator_fingerprint: of the generator that made them.
+
+    Raises:
+        InputError: another process uses the folder.
+        FormatError: a context in it was made with another base model or generator.
+
+    Attributes:
+        damaged: names of files that can't be read; they are left alone and their contexts are not there.
+    """
+
+    def __init__(self, folder: str | Path, base_fingerprint: str, generator_fingerprint: str) -> None:
+        self._folder = Path(folder)
+        self._fingerprints = {"base_fingerprint": base_fingerprint, "generator_fingerprint": generator_fingerprint}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._guard = (self._folder / "lock").open("w")
+        try:
+            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._guard.close()
+            raise InputError(f"folder {self._folder} is in use by another process") from error
+        self._lock = threading.Lock()
+        self._contexts: dict[str, Context] = {}
+        self.damaged: list[str] = []
+        try:
+            self._find()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        self._guard.close()
+
+    def create(self, owner: str, label: str = "") -> Context:
+        """A new, empty context."""
+        context = Context(f"ctx-{secrets.token_hex(16)}", owner, label, int(time.time()))
+        self._write(context, {})
+        return context
+
+    def get(self, identifier: str, owner: str) -> Context | None:
+        """The context of that name, if there is one and it is the owner's."""
+        with self._lock:
+            context = self._contexts.get(identifier)
+        return context if context is not None and context.owner == owner else None
+
+    def of(self, owner: str) -> list[Context]:
+        """The owner's contexts, the oldest first."""
+        with self._lock:
+            mine = [context for context in self._contexts.values() if context.owner == owner]
+        return sorted(mine, key=lambda context: (context.created, context.id))
+
+    def __len__(self) -> int:
+        """How many contexts there are."""
+        with self._lock:
+            return len(self._contexts)
+
+    def states(self, context: Context) -> dict[str, Tensor]:
+        """The states (1, d_r, d_r) by adapted layer, on the CPU; none for a context without an append.
+
+        Raises:
+            StaleError: the context is of another revision meanwhile, or deleted.
+            FormatError: the file is damaged.
+        """
+        path = self._path(context.id)
+        try:
+            tensors, description = read_tensors(path, KIND)
+        except (InputError, OSError):
+            if path.exists():
+                raise
+            raise StaleError(f"context {context.id} has been deleted") from None
+        if _context(path, description) != context:
+            raise StaleError(f"context {context.id} is not of revision {context.revision} any more")
+        # Copies: what was read is a view of the file, and reading a view of a file that is cut short ends the process.
+        return {name: state[None].clone() for name, state in tensors.items()}
+
+    def commit(self, context: Context, states: Mapping[str, Tensor], tokens: int) -> Context:
+        """Put new states in place of a context's, after so many more tokens.
+
+        Commits to one context, and its deletion, must not run at the same time.
+
+        Raises:
+            StaleError: the context is of another revision meanwhile, or deleted.
+            OSError: they could not be written; the context is as it was.
+        """
+        if self.get(context.id, context.owner) != context:
+            raise StaleError(f"context {context.id} has been deleted or is not of revision {context.revision} any more")
+        new = replace(context, revision=context.revision + 1, tokens_seen=context.tokens_seen + tokens)
+        self._write(new, {name: state[0] for name, state in states.items()})
+        return new
+
+    def delete(self, context: Context) -> None:
+        """Remove a context; nothing happens if it is gone already."""
+        with self._lock:
+            self._contexts.pop(context.id, None)
+        self._path(context.id).unlink(missing_ok=True)
+        self._sync_folder()
+
+    def _write(self, context: Context, states: Mapping[str, Tensor]) -> None:
+        write_tensors(self._path(context.id), KIND, states, {**asdict(context), **self._fingerprints})
+        with self._lock:
+            self._contexts[context.id] = context
+
+    def _sync_folder(self) -> None:
+        """Bring the folder's names to the disk: until then a crash of the machine could bring a deleted one back."""
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _path(self, identifier: str) -> Path:
+        return self._folder / f"{identifier}{SUFFIX}"
+
+    def _find(self) -> None:
+        """Read the descriptions of all contexts, and remove what a killed process was about to write."""
+        for path in sorted(self._folder.iterdir()):
+            if _LEFT_OVER.fullmatch(path.name):
+                path.unlink()
+            elif _FILE.fullmatch(path.name):
+                self._find_one(path)
+
+    def _find_one(self, path: Path) -> None:
+        try:
+            description = read_description(path, KIND)
+            context = _context(path, description)
+        except (InputError, OSError):
+            self.damaged.append(path.name)
+            return
+        for name, own in self._fingerprints.items():
+            if description.get(name) != own:
+                raise FormatError(
+                    f"{path} belongs to a {name.replace('_', ' ')} {description.get(name)}, but this one has {own}; "
+                    "use another folder for each generator"
+                )
+        self._contexts[context.id] = context
+
+
+def _context(path: Path, description: Mapping[str, Any]) -> Context:
+    values = {name: description.get(name) for name in _TYPES}
+    if any(type(values[name]) is not kind for name, kind in _TYPES.items()) or path.name != f"{values['id']}{SUFFIX}":
+        raise FormatError(f"{path} is damaged: its header does not describe a context of that name")
+    return Context(**values)  # type: ignore[arg-type]

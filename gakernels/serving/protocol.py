@@ -1,0 +1,252 @@
+"""What goes in and out of the server, as its OpenAPI schema shows it. Unknown fields are refused, not passed over."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_STOPS = 8
+
+
+def _whole(text: str) -> str:
+    """JSON can name half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be Unicode text") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+StopText = Annotated[Text, Field(min_length=1, max_length=256)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Request(BaseModel):
+    """A request's body."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# Contexts
+
+
+class CreateContext(Request):
+    """A new context, with a label for people and a first text, if wanted."""
+
+    label: Text = Field("", max_length=200)
+    text: Text | None = Field(None, description="read at once, as an append would")
+
+
+class AppendText(Request):
+    """More of a context: a text or token ids."""
+
+    text: Text | None = None
+    tokens: list[Token] | None = None
+    revision: int | None = Field(
+        None, ge=0, description="refuse the append if the context is not of this revision: for a retry without harm"
+    )
+
+
+class ContextInfo(BaseModel):
+    """What is known about a context."""
+
+    id: str = Field(description="also the `model` of requests that use it")
+    object: Literal["context"] = "context"
+    label: str
+    created: int = Field(description="seconds since 1970")
+    revision: int = Field(description="number of appends")
+    tokens_seen: int
+    adapter_bytes: int = Field(description="size of its compact adapter in memory")
+
+
+class ContextList(BaseModel):
+    """The contexts of a user, the oldest first."""
+
+    object: Literal["list"] = "list"
+    data: list[ContextInfo]
+
+
+class Deleted(BaseModel):
+    """A context is gone."""
+
+    id: str
+    object: Literal["context"] = "context"
+    deleted: bool = True
+
+
+# The OpenAI interface
+
+
+class ModelCard(BaseModel):
+    """The base model, or a context as a model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "gakernels"
+    parent: str | None = None
+
+
+class ModelList(BaseModel):
+    """The models of a user."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class StreamOptions(Request):
+    """How to stream."""
+
+    include_usage: bool = Field(False, description="send the numbers of tokens in a last event")
+
+
+class SamplingRequest(Request):
+    """What completions and chat completions have in common."""
+
+    model: Text = Field(min_length=1, max_length=200, description="the base model, or the id of a context")
+    temperature: Number = Field(1.0, ge=0, le=100)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, lt=2**31, description="0 for all")
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    user: Text | None = Field(None, max_length=200, description="not used")
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(SamplingRequest):
+    """Continue prompts: texts or token ids."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
+    )
+    max_tokens: int = Field(16, ge=1, lt=2**31)
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [item for item in self.prompt if isinstance(item, int)]
+        return [tokens] if tokens else [item for item in self.prompt if not isinstance(item, int)]
+
+
+class Message(Request):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class ChatRequest(SamplingRequest):
+    """Continue a conversation."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+
+
+class Usage(BaseModel):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, completion: int) -> Usage:
+        """With the sum."""
+        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class CompletionChoice(BaseModel):
+    """A continuation, or a piece of it."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: None = None
+
+
+class Completion(BaseModel):
+    """The answer to a completion request, or an event of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatMessage(BaseModel):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """A whole turn."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: FinishReason | None
+    logprobs: None = None
+
+
+class ChatCompletion(BaseModel):
+    """The answer to a chat request."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunkChoice(BaseModel):
+    """A piece of a turn."""
+
+    index: int
+    delta: dict[str, Any]
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """An event of a chat's stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class Health(BaseModel):
+    """Whether the server does its work."""
+
+    status: Literal["ok"] = "ok"
+    model: str
+    contexts: int
+    damaged_contexts: int = Field(description="files that could not be read at the start, and were left alone")

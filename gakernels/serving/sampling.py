@@ -1,0 +1,98 @@
+"""Which token comes next: greedy, or drawn from a row's distribution with the row's own random numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gakernels.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a row is continued.
+
+    Attributes:
+        max_new_tokens: longest continuation.
+        temperature: 0 for the most likely token each time; otherwise the logits are divided by it.
+        top_k: draw from the k most likely tokens only; 0 for all.
+        top_p: draw from the most likely tokens whose probabilities reach this sum.
+        seed: of the row's random numbers; None for a fresh one.
+        stop: texts in front of which the continuation ends.
+        stop_at_end_token: whether the tokenizer's end token ends it.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_at_end_token: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, but it is {self.max_new_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be finite and at least 0, but it is {self.temperature}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be at least 0, but it is {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, but it is {self.top_p}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InputError(f"stop must be a tuple of texts that are not empty, but it is {self.stop!r}")
+
+
+def next_tokens(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
+) -> list[int]:
+    """The next token of each row of logits (rows, vocabulary).
+
+    Args:
+        logits: of the rows.
+        samplings: of the rows.
+        generators: random numbers of the rows, on the CPU; not used where the temperature is 0.
+    """
+    tokens: list[int] = logits.argmax(-1).tolist()
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if drawn:
+        # One random number a row, drawn on the CPU: the same on every device, whoever else is in the batch.
+        uniform = torch.cat([torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawn])
+        found = draw(logits[drawn], [samplings[row] for row in drawn], uniform.to(logits.device))
+        for row, token in zip(drawn, found.tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tensor:
+    """The tokens (rows,) at which the cumulative distributions of the rows, most likely token first, exceed `uniform`.
+
+    Args:
+        logits: (rows, vocabulary).
+        samplings: of the rows, with temperatures above 0.
+        uniform: (rows,) float64 in [0, 1).
+    """
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    wide = logits.double()
+    scaled = (wide - wide.amax(-1, keepdim=True)) / column([sampling.temperature for sampling in samplings])
+    values, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
+    size = values.shape[-1]
+    most = column([sampling.top_k or size for sampling in samplings])
+    before = values.cumsum(-1) - values
+    inside = (before < column([sampling.top_p for sampling in samplings])) & (
+        torch.arange(size, device=logits.device) < most
+    )
+    inside[:, 0] = True  # also where top_p is so small that it rounds to nothing
+    total = values.masked_fill(~inside, 0).cumsum(-1)
+    place = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
+    return order.gather(-1, torch.minimum(place, inside.sum(-1, keepdim=True) - 1))[:, 0]

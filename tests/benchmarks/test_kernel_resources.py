@@ -1,0 +1,98 @@
+"""All kernels compile for a Hopper GPU within its limits, with each version of Triton, as the committed table says.
+
+Compiling needs a process without TRITON_INTERPRET; each version of Triton gets one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import kernel_resources
+from benchmarks.kernel_resources import PAGE, STORE, Resources
+from benchmarks.rows import ROOT
+
+OLDEST = "GAKERNELS_OLDEST_TRITON"  # a folder with the oldest version that is supported
+# Kernels that only move, compare or add numbers, so that there is nothing for the matrix units.
+NO_PRODUCTS = {
+    "context_state.clear_left_out",
+    "context_state.suffix_gradients",
+    "low_rank_polar.largest_entries",
+}
+ODD = "4095 -> 4093"  # rows that start at odd places can't be copied asynchronously; the operation's page says so
+
+
+def compiled(tmp_path: Path, folder: str | None) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), environment.get("PYTHONPATH"))))
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(file)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return document
+
+
+@pytest.mark.parametrize("version", ["development", "oldest"])
+def test_every_kernel_fits_a_hopper_gpu_and_the_table_is_true(tmp_path: Path, version: str) -> None:
+    pytest.importorskip("triton")
+    folder = os.environ.get(OLDEST) if version == "oldest" else None
+    if version == "oldest" and not folder:
+        pytest.skip(f"{OLDEST} names no folder with Triton 3.6.0 (`make test` makes one)")
+    document = compiled(tmp_path, folder)
+    rows = [Resources(**row) for row in document["rows"]]
+    assert {row.operation for row in rows} == set(kernel_resources.OPERATIONS)
+    for row in rows:
+        name = f"{row.operation}.{row.kernel}"
+        assert not row.faults, (name, row.settings, row.faults)
+        if name in NO_PRODUCTS:
+            assert row.wgmma == row.mma == 0, name
+        else:
+            check_matrix_kernel(row)
+    stored = STORE / f"sm_90-triton-{document['triton']}.json"
+    if version == "oldest" or stored.exists():
+        assert json.loads(stored.read_text(encoding="utf-8")) == document, "run benchmarks.kernel_resources --store"
+
+
+def check_matrix_kernel(row: Resources) -> None:
+    what = (row.operation, row.kernel, row.dtypes, row.settings)
+    precision = row.settings.get("PRECISION", "tf32x3")  # low_rank_polar knows no other
+    if "float64" in row.dtypes:
+        assert row.mma > 0, what
+    elif "float16" in row.dtypes or precision != "ieee":  # bfloat16 is in it
+        assert row.wgmma > 0, what
+    else:  # float32 without TF32 is no work for matrix units
+        assert row.wgmma == row.mma == 0, what
+    if not all(case.startswith(ODD) for case in row.cases):
+        assert row.async_copies > 0, what
+        # With two stages the only block under way is waited for, then the next one is copied during the product.
+        assert row.in_flight > 0 or row.settings["num_stages"] == 2, what
+
+
+def test_the_page_is_that_of_the_stored_rows() -> None:
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(STORE.glob("*.json"))]
+    assert documents
+    assert PAGE.read_text(encoding="utf-8") == kernel_resources.page(documents)
+
+
+def test_faults() -> None:
+    plain = Resources("o", "k", "float32", {}, ["c"], 128, 1000, 0, 0, 2, 1, 0, 1, 1)
+    assert plain.faults == []
+    values = vars(plain)
+    assert "spill" in Resources(**{**values, "spills": 3}).faults[0]
+    assert "stack" in Resources(**{**values, "stack": 8}).faults[0]
+    assert "shared" in Resources(**{**values, "shared": 232_449}).faults[0]
+    assert "registers" in Resources(**{**values, "programs_per_sm": 0}).faults[0]
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "programs"),
+    [(255, 0, 256, 1), (128, 0, 128, 4), (32, 0, 128, 16), (16, 100_000, 128, 2), (24, 232_448, 128, 1)],
+)
+def test_programs_per_sm(registers: int, shared: int, threads: int, programs: int) -> None:
+    assert kernel_resources._programs_per_sm(registers, shared, threads) == programs

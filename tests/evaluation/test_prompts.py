@@ -1,0 +1,71 @@
+"""The prompts are figure 7's."""
+
+import pytest
+
+from gakernels.errors import InputError
+from gakernels.evaluation.prompts import QA_STOPS, cut_answer, demonstration_text, icl_prompt, qa_prompt
+
+# The figure's words; where its lines end does not show in the text of the paper, so space is compared as one.
+FIGURE_7_QA = """
+{Context}
+Instruction: Answer the question based on the context above. Respond with a short phrase only. Keep the answer short and
+concise, without any explanation or additional words
+Question: {Question}
+Answer:
+"""
+FIGURE_7_ICL = """
+Input: {demo input}
+Output: {demo output}
+Input: {demo input}
+Output: {demo output}
+Instruction: Based on the demonstration above, provide a short and concise answer, without any explanation or additional
+words.
+Input: {input}
+Output:
+"""
+
+
+def test_the_words_are_the_figures() -> None:
+    assert qa_prompt("{Question}", "{Context}").split() == FIGURE_7_QA.split()
+    shown = demonstration_text([("{demo input}", "{demo output}")] * 2)
+    assert icl_prompt("{input}", shown).split() == FIGURE_7_ICL.split()
+
+
+def test_the_lines_are_those_of_the_released_code() -> None:
+    instruction = (
+        "Instruction: Answer the question based on the context above. Respond with a short phrase only. "
+        "Keep the answer short and concise, without any explanation or additional words\n\n"
+    )
+    assert qa_prompt("Who?", "A text.") == f"A text.\n\n{instruction}Question: Who?\nAnswer:"
+    assert qa_prompt("Who?", "A text.", "released") == f"A text.\n\n## {instruction}Question: Who?\nAnswer:"
+    assert qa_prompt("Who?") == f"{instruction}Question: Who?\nAnswer:"
+    assert qa_prompt("Who?", style="bare") == "Who?"
+    assert qa_prompt("Who?", "A text.", "bare") == "A text.\n\nWho?"
+    shown = demonstration_text([("1", "one"), ("2", "two")])
+    assert shown == "Input: 1\nOutput: one\n\nInput: 2\nOutput: two"
+    assert icl_prompt("3", shown, "bare") == shown + "\n\nInput: 3\nOutput:"
+    instruction = (
+        "## Instruction: Based on the demonstration above, provide a short and concise answer, without any explanation "
+        "or additional words.\n\n"
+    )
+    assert icl_prompt("3", shown, "released") == f"{shown}\n\n{instruction}Input: 3\nOutput:"
+    assert icl_prompt("3", style="released") == f"{instruction}Input: 3\nOutput:"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" Santa Clara\nQuestion: next", "Santa Clara"),
+        ("Santa Clara Question: next\n", "Santa Clara"),
+        ("\nSanta Clara", ""),
+        ("Santa Clara ", "Santa Clara"),
+    ],
+)
+def test_an_answer_ends_at_the_first_stop(text: str, answer: str) -> None:
+    assert cut_answer(text, QA_STOPS) == answer
+
+
+def test_other_styles_are_refused() -> None:
+    for prompt in (qa_prompt, icl_prompt):
+        with pytest.raises(InputError, match="style must be one of paper, released, bare, but it is 'mine'"):
+            prompt("x", None, "mine")

@@ -1,0 +1,353 @@
+"""Readers of data sets: tiny files of each format, good and bad."""
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gakernels.errors import InputError
+from gakernels.evaluation.metaicl import SEEDS, TEST_TASKS, Task, few_shot_context, read_task, task_file
+from gakernels.evaluation.msc import read_msc
+from gakernels.evaluation.persona_chat import COLUMNS, read_persona_chat
+from gakernels.evaluation.records import Context, Question
+from gakernels.evaluation.squad import group_contexts, read_squad
+
+
+@pytest.fixture
+def draw(generator: torch.Generator) -> random.Random:
+    return random.Random(generator.initial_seed())
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[Any], Path]:
+    """Writes a value as JSON, a list of values as JSON lines, a text as it is."""
+
+    def write(content: Any) -> Path:
+        if isinstance(content, list):
+            content = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in content)
+        text = content if isinstance(content, str) else json.dumps(content)
+        path = tmp_path / "data.json"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# SQuAD
+
+
+def paragraph(text: Any, *qas: Any) -> dict[str, Any]:
+    return {"context": text, "qas": list(qas)}
+
+
+def qa(question: Any, *answers: Any, id: str = "q") -> dict[str, Any]:
+    return {"id": id, "question": question, "answers": [{"text": text, "answer_start": 0} for text in answers]}
+
+
+def squad(*paragraphs: Any) -> dict[str, Any]:
+    return {"version": "1.1", "data": [{"title": "Warsaw", "paragraphs": list(paragraphs)}]}
+
+
+def test_squad(write: Callable[[Any], Path]) -> None:
+    path = write(
+        "\ufeff" + json.dumps(squad(paragraph(" Warsaw is old.\n", qa(" How old? ", "old", " very old", id="7"))))
+    )
+    data = read_squad(path)
+    assert data.contexts == (Context("Warsaw is old.", (Question("How old?", ("old", "very old"), id="7"),), "Warsaw"),)
+    assert data.skipped.total == 0
+
+
+def test_bad_records_of_squad_are_counted_and_the_rest_goes_on(write: Callable[[Any], Path]) -> None:
+    good = paragraph("Warsaw is old.", qa("How old?", "old"))
+    content = squad(
+        good,
+        paragraph("  ", qa("How old?", "old")),
+        paragraph(None),
+        "nothing",
+        paragraph("Text.", qa("Impossible?"), qa("", "x"), qa("Blank?", " "), 3),
+        paragraph("Text.", {"question": "x", "answers": [4, {"text": 5}]}),
+        good,
+    )
+    content["data"] += [{"title": "Empty"}, 5]
+    path = write(content)
+    data = read_squad(path)
+    assert len(data.contexts) == 2
+    assert data.skipped.counts == {
+        "paragraph without text": 3,
+        "question without answers": 3,
+        "question without text": 2,
+        "paragraph without questions": 2,
+        "article without paragraphs": 2,
+    }
+    assert data.skipped.first["question without text"] == f"{path}: data[0].paragraphs[4].qas[1]"
+    assert data.skipped.total == 12
+    assert f"2 x article without paragraphs (first: {path}: data[1])" in str(data.skipped)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"data": [', r"data\.json must be JSON, but it is not: .* line 1 column"),
+        ("[" * 10_000, "must be JSON, but it is not"),
+        ([], "must be JSON, but it is not"),
+        ("[1]", 'must be a SQuAD file, a JSON object with a list "data"'),
+        ({"data": {}}, 'must be a SQuAD file, a JSON object with a list "data"'),
+        ({"data": []}, "has no context with a question and an answer$"),
+        (squad(paragraph("x", qa("y"))), "and an answer: 1 x question without answers .first: .*1 x paragraph without"),
+    ],
+)
+def test_a_file_that_is_no_squad_is_refused(write: Callable[[Any], Path], content: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_squad(write(content))
+
+
+@pytest.mark.parametrize("read", [read_squad, read_task, read_msc, read_persona_chat])
+def test_a_file_that_is_missing_or_no_text_is_named(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    with pytest.raises(InputError, match=r"there is no file .*none"):
+        read(tmp_path / "none")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="binary must be UTF-8 text"):
+        read(tmp_path / "binary")
+
+
+def documents(draw: random.Random, count: int) -> list[Context]:
+    return [
+        Context("x" * draw.randint(20, 60) + str(n), (Question(f"q{n}", ("a",)),), f"title {n % 3}")
+        for n in range(count)
+    ]
+
+
+def test_groups_hold_every_document_once_and_in_order(draw: random.Random) -> None:
+    for _ in range(30):
+        given, length = documents(draw, draw.randint(1, 30)), draw.randint(10, 400)
+        groups = group_contexts(given, length)
+        assert "\n\n".join(group.text for group in groups) == "\n\n".join(document.text for document in given)
+        asked = [question for group in groups for question in group.questions]
+        assert asked == [question for document in given for question in document.questions]
+        sizes = [len(group.questions) for group in groups]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
+        total = len("\n\n".join(document.text for document in given))
+        assert len(groups) == min(-(-total // length), len(given))
+
+
+def test_groups_are_measured_in_what_one_likes() -> None:
+    given = [Context(f"word {n}", (Question("q", ("a",)),)) for n in range(10)]
+    assert len(group_contexts(given, 5, measure=lambda text: len(text.split()))) == 4  # 20 words
+    assert len(group_contexts(given, 88)) == 1  # 10 x 6 letters and 9 x 2 line ends
+    assert len(group_contexts(given, 77)) == 2
+
+
+def test_only_the_first_tenth_is_scored_in_the_released_protocol(draw: random.Random) -> None:
+    given = documents(draw, 40)
+    every = group_contexts(given, 50)
+    assert group_contexts(given, 50, part="first_tenth") == every[: max(1, len(every) // 10)]
+    assert group_contexts(given[:3], 50, part="first_tenth") == group_contexts(given[:3], 50)[:1]
+
+
+def test_a_document_that_comes_twice_counts_once() -> None:
+    one, two = (Context("text", (Question(name, ("a",)),), name) for name in ("one", "two"))
+    other = Context("other", (Question("three", ("a",)),), "three")
+    group = group_contexts([one, other, two], 1000)[0]
+    assert group.text == "text\n\nother"
+    assert [question.text for question in group.questions] == ["one", "two", "three"]
+    assert group.name == "one, three"
+
+
+def test_grouping_refuses_bad_arguments() -> None:
+    with pytest.raises(InputError, match="length must be at least 1, but it is 0"):
+        group_contexts([], 0)
+    with pytest.raises(InputError, match="part must be one of all, first_tenth, but it is 'some'"):
+        group_contexts([], 10, part="some")
+
+
+# MetaICL
+
+
+def item(given: Any = "x", wanted: Any = "yes", options: Any = ("yes", "no"), task: Any = "t") -> dict[str, Any]:
+    return {"task": task, "input": given, "output": wanted, "options": list(options)}
+
+
+def test_a_task(write: Callable[[Any], Path]) -> None:
+    path = write(
+        [item("one"), "", item("two", "no", ["no", "yes"]), "{", "[]", item(""), item("x", 3), item("x", "maybe")]
+    )
+    task = read_task(path)
+    assert task.name == "t"
+    assert [(q.text, q.answers, q.options) for q in task.items] == [
+        ("one", ("yes",), ("yes", "no")),
+        ("two", ("no",), ("no", "yes")),
+    ]
+    assert task.is_classification
+    assert task.skipped.counts == {
+        "line that is no JSON object": 2,
+        "item without input": 1,
+        "item without output": 1,
+        "item whose output is not among its options": 1,
+    }
+    assert task.skipped.first["line that is no JSON object"] == f"{path}:4"
+
+
+def test_tasks_with_different_options_or_none_are_no_classification(write: Callable[[Any], Path]) -> None:
+    assert not read_task(write([item("x", "a", ["a", "b"]), item("x", "c", ["c", "d"])])).is_classification
+    assert not read_task(write([item(options=[]), item(options=[])])).is_classification
+    assert read_task(write([{"input": "x", "output": "y"}])).name == "data"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "has no item with input and output$"),
+        ([item("")], "has no item with input and output: 1 x item without input"),
+        ([item(), item(task="other")], "must hold one task, but it holds other, t"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(write: Callable[[Any], Path], lines: list[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_task(write("".join(json.dumps(line) + "\n" for line in lines)))
+
+
+def test_demonstrations_are_drawn_from_the_training_items(write: Callable[[Any], Path]) -> None:
+    train = read_task(write([item(f"in {n}", f"out {n}", []) for n in range(16)]))
+    test = Task("t", tuple(Question(f"q{n}", ("a",)) for n in range(200)), train.skipped)
+    contexts = {seed: few_shot_context(train, test, 4, seed) for seed in SEEDS}
+    assert few_shot_context(train, test, 4, 13) == contexts[13]
+    assert len({context.text for context in contexts.values()}) > 1
+    for context in contexts.values():
+        shown = context.text.split("\n\n")
+        assert len(set(shown)) == 4
+        for text in shown:
+            given, wanted = text.split("\n")
+            assert given.removeprefix("Input: in ") == wanted.removeprefix("Output: out ")
+        assert context.questions == test.items
+    assert few_shot_context(train, test, 16, 13, "released").questions == test.items[:20]
+    few = Task("t", test.items[:30], train.skipped)
+    assert few_shot_context(train, few, 1, 13, "released").questions == test.items[:16]
+
+
+def test_few_shot_contexts_refuse_bad_arguments(write: Callable[[Any], Path]) -> None:
+    task = read_task(write([item()]))
+    with pytest.raises(InputError, match="shots must be between 1 and the 1 training items, but it is 2"):
+        few_shot_context(task, task, 2, 13)
+    with pytest.raises(InputError, match="protocol must be one of"):
+        few_shot_context(task, task, 1, 13, "mine")
+
+
+def test_files_of_tasks() -> None:
+    assert len(set(TEST_TASKS)) == 26
+    assert task_file(Path("data"), "glue-rte", "test", 100) == Path("data/glue-rte/glue-rte_16_100_test.jsonl")
+    with pytest.raises(InputError, match="split must be one of train, dev, test, but it is 'all'"):
+        task_file(Path("data"), "glue-rte", "all", 100)
+
+
+# Conversations
+
+
+def session(*texts: str, **more: Any) -> dict[str, Any]:
+    return {"dialog": [{"text": text} for text in texts], **more}
+
+
+LAST = [
+    {"text": "New job?", "id": "Speaker 1"},
+    {"text": "Yes.", "id": "Speaker 2"},
+    {"text": "Ah.", "id": "Speaker 1"},
+]
+LINE = {
+    "previous_dialogs": [session("Hi.", " Hello. ", ""), session("Cats?", "Dogs.")],
+    "dialog": LAST,
+    "personas": [["I have a cat.", "I work."], ["I have a dog."]],
+    "self_instruct": {"B": "What pet do I have?", "A": "a dog"},
+}
+SESSIONS = "Speaker 1: Hi.\nSpeaker 2: Hello.\n\nSpeaker 1: Cats?\nSpeaker 2: Dogs."
+
+
+def test_self_instruct_asks_about_all_sessions(write: Callable[[Any], Path]) -> None:
+    (context,) = read_msc(write([LINE])).contexts
+    assert context.text == f"{SESSIONS}\n\nSpeaker 1: New job?\nSpeaker 2: Yes.\nSpeaker 1: Ah."
+    assert context.questions == (Question("What pet do I have?", ("a dog",), id="data.json:1"),)
+
+
+def test_responses_are_asked_after_the_earlier_sessions(write: Callable[[Any], Path]) -> None:
+    (context,) = read_msc(write([LINE]), "response").contexts
+    assert context.text == SESSIONS
+    assert [(question.text, question.answers) for question in context.questions] == [
+        ("Speaker 1: New job?\nSpeaker 2:", ("Yes.",)),
+        ("Speaker 1: New job?\nSpeaker 2: Yes.\nSpeaker 1:", ("Ah.",)),
+    ]
+
+
+def test_personas_are_recalled(write: Callable[[Any], Path]) -> None:
+    (context,) = read_msc(write([{**LINE, "personas": [["I have a cat.", "I work."], []]}]), "recall").contexts
+    assert context.text == SESSIONS
+    assert [(question.text, question.answers) for question in context.questions] == [
+        ("What is known about Speaker 1?", ("I have a cat. I work.",))
+    ]
+
+
+def test_bad_lines_of_conversations_are_counted(write: Callable[[Any], Path]) -> None:
+    lines = [LINE, "{", {**LINE, "previous_dialogs": [3, {}]}, {**LINE, "self_instruct": {"B": "x"}}, {}]
+    path = write(lines)
+    data = read_msc(path)
+    assert len(data.contexts) == 1
+    assert data.skipped.counts == {
+        "line that is no JSON object": 1,
+        "line without earlier sessions": 2,
+        "line without what self_instruct questions need": 1,
+    }
+    assert data.skipped.first["line without earlier sessions"] == f"{path}:3"
+    with pytest.raises(InputError, match="questions must be one of self_instruct, response, recall, but it is 'all'"):
+        read_msc(path, "all")
+
+
+def rows(path: Path, *rows: tuple[str, ...], header: tuple[str, ...] = COLUMNS) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+CHAT = "User 1: Hi!\nUser 2: Hello: you?\nand more\n\nUser 1: Bye."
+
+
+def test_personas_of_a_chat_are_recalled(tmp_path: Path) -> None:
+    path = rows(tmp_path / "chat.csv", ("I bake.\nI knit.", "", CHAT), ("I run.", "I swim.", CHAT))
+    one, two = read_persona_chat(path).contexts
+    assert one.text == "User 1: Hi!\nUser 2: Hello: you? and more\nUser 1: Bye."
+    assert [(question.text, question.answers) for question in one.questions] == [
+        ("What is known about User 1?", ("I bake. I knit.",))
+    ]
+    assert [question.answers for question in two.questions] == [("I run.",), ("I swim.",)]
+
+
+def test_responses_are_asked_after_the_personas(tmp_path: Path) -> None:
+    path = rows(tmp_path / "chat.csv", ("I bake.\nI knit.", "I swim.", CHAT))
+    (context,) = read_persona_chat(path, "response").contexts
+    assert context.text == "User 1: I bake. I knit.\n\nUser 2: I swim."
+    assert [question.answers for question in context.questions] == [("Hello: you? and more",), ("Bye.",)]
+    assert context.questions[0].text == "User 1: Hi!\nUser 2:"
+
+
+def test_bad_rows_of_a_chat_are_counted(tmp_path: Path) -> None:
+    good = ("I bake.", "I swim.", CHAT)
+    path = rows(tmp_path / "chat.csv", good, ("I bake.", "I swim.", "words"), ("", " ", CHAT), ("I bake.",), good)
+    data = read_persona_chat(path)
+    assert len(data.contexts) == 2
+    assert data.skipped.counts == {"row without a conversation": 2, "row without personas": 1}
+    assert data.skipped.first["row without a conversation"].startswith(f"{path}:")
+
+
+def test_a_file_that_is_no_chat_is_refused(tmp_path: Path) -> None:
+    path = rows(tmp_path / "chat.csv", ("x", "y"), header=("user 1 personas", "text"))
+    with pytest.raises(InputError, match=r"must have the columns .*, but 'user 2 personas' is missing"):
+        read_persona_chat(path)
+    path.write_text(",".join(COLUMNS) + '\n"open', encoding="utf-8")
+    with pytest.raises(InputError, match=r"chat.csv:\d is no CSV: unexpected end of data"):
+        read_persona_chat(path)
+    with pytest.raises(InputError, match="has no context with a question and an answer"):
+        read_persona_chat(rows(path))
+    with pytest.raises(InputError, match="questions must be one of recall, response"):
+        read_persona_chat(path, "all")

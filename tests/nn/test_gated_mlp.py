@@ -1,0 +1,102 @@
+"""GatedMLP computes what the modules of transformers do, bit for bit, and keeps less."""
+
+import copy
+
+import pytest
+import torch
+from torch import Generator, nn
+from transformers import GemmaConfig, LlamaConfig
+from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from gakernels.nn import GatedMLP
+
+
+def make(generator: Generator, dtype: torch.dtype, bias: bool = False) -> LlamaMLP:
+    module = LlamaMLP(LlamaConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2, mlp_bias=bias)).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_are_the_same_bits(generator: Generator, dtype: torch.dtype, bias: bool) -> None:
+    theirs = make(generator, dtype, bias)
+    assert GatedMLP.can_stand_for(theirs)
+    ours = GatedMLP(theirs)
+    x, upstream = (torch.randn(2, 7, 12, generator=generator).to(dtype) for _ in range(2))
+    results = []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        results.append((y, torch.autograd.grad(y, leaf, upstream)[0]))
+    for mine, wanted in zip(*results, strict=True):
+        assert torch.equal(mine, wanted)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_gradcheck(generator: Generator) -> None:
+    ours = GatedMLP(make(generator, torch.float64))
+    x = torch.randn(3, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(ours, x)
+
+
+def test_it_keeps_two_tensors_between_the_linear_layers(generator: Generator) -> None:
+    theirs = make(generator, torch.float32)
+    x = torch.randn(5, 12, generator=generator).requires_grad_()
+    weights = {parameter.data_ptr() for parameter in theirs.parameters()}
+
+    def kept(module: nn.Module) -> int:
+        """Bytes of the tensors that the graph keeps, the weights apart."""
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.setdefault(t.data_ptr(), t.untyped_storage().nbytes()) and t, lambda t: t
+        ):
+            module(x)
+        return sum(size for place, size in found.items() if place not in weights)
+
+    assert kept(GatedMLP(theirs)) == 2 * 5 * 20 * 4
+    assert kept(theirs) > kept(GatedMLP(theirs))
+
+
+def test_another_activation_or_other_parts_are_left_alone(generator: Generator) -> None:
+    gemma = GemmaMLP(
+        GemmaConfig(hidden_size=12, intermediate_size=20, num_attention_heads=2, hidden_activation="gelu_pytorch_tanh")
+    )
+    assert not GatedMLP.can_stand_for(gemma)
+    assert not GatedMLP.can_stand_for(nn.Linear(3, 3))
+    more = make(generator, torch.float32)
+    more.extra = nn.Linear(12, 12)
+    assert not GatedMLP.can_stand_for(more)
+    assert not GatedMLP.can_stand_for(make(generator, torch.float32).to("meta"))
+
+    class Halved(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    halved = make(generator, torch.float32)
+    halved.__class__ = Halved
+    assert not GatedMLP.can_stand_for(halved)
+
+
+def test_the_original_comes_back_with_the_layers_that_are_there(generator: Generator) -> None:
+    theirs = make(generator, torch.float32)
+    ours = GatedMLP(theirs)
+    assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
+    ours.down_proj = nn.Linear(20, 12)
+    assert ours.original is theirs
+    assert theirs.down_proj is ours.down_proj
+
+
+def test_a_copy_is_independent(generator: Generator) -> None:
+    ours = GatedMLP(make(generator, torch.float32))
+    x = torch.randn(2, 12, generator=generator)
+    twin = copy.deepcopy(ours)
+    before = twin(x)
+    with torch.no_grad():
+        ours.gate_proj.weight.zero_()
+    assert torch.equal(twin(x), before)
+    assert torch.equal(twin.original(x), before)
