@@ -16,6 +16,7 @@ from benchmarks.operations import SEED
 from benchmarks.providers import with_backend
 from benchmarks.rows import FLOOR, OK, OTHER
 from gakernels import Adapter, GenerativeAdapter, GeneratorConfig
+from gakernels.serving.row_adapters import RowAdapters, SharedMaps
 
 # Errors add up over the layers of a model, and the norm answers to the small directions of a state.
 MODEL_TOLERANCE = 10
@@ -52,7 +53,7 @@ POWERS = tuple(1024 * 2**k for k in range(8))  # 1K to 128K
 PRESETS = {
     "tiny": Sizes(32, 48, 2, 2, 4, 2, 64, 16, 4, 16, (32, 64), (1, 2), 4, 2),
     "cpu": Sizes(256, 704, 4, 4, 8, 4, 1024, 128, 16, 256, POWERS[:3], (1, 8), 64, 8),
-    "mistral-7b": Sizes(4096, 14336, 4, 32, 32, 8, 32000, 1024, 128, 1024, POWERS, (1, 8, 32), 512, 32),
+    "mistral-7b": Sizes(4096, 14336, 4, 32, 32, 8, 32000, 1024, 128, 1024, POWERS, (1, 8, 64), 512, 32),
 }
 
 
@@ -144,6 +145,13 @@ def _adapters(made: GenerativeAdapter, build: Builder, users: int = 1) -> list[A
     return made.adapters(made.states(contexts), [len(tokens) for tokens in contexts])
 
 
+def _row_adapters(made: GenerativeAdapter, build: Builder, users: int) -> RowAdapters:
+    """The same in the compact form: U and V for each row, A1 and B2 shared."""
+    contexts = [build.tokens(2 * build.sizes.chunk, 2 + user) for user in range(users)]
+    compact = made.compact_adapters(made.states(contexts), [len(tokens) for tokens in contexts], build.dtype)
+    return RowAdapters.of(SharedMaps(made), compact)
+
+
 def _delta_error(build: Builder, backend: str) -> float:
     expected = _expected(build)[0]
     values = with_backend(backend, lambda: _answers(model(build), build))()[0]
@@ -169,9 +177,17 @@ def _contextualisation(build: Builder, length: int) -> Case:
         metrics = _per_second("tokens_per_s", length)
         return Trial(lambda i: contexts[i % 2], run, None, metrics, status=OTHER)
 
+    def chunks() -> Trial:
+        """The base model reads the chunks side by side, without generators: what reading a context costs at least."""
+        base, chunk = model(build).base, build.sizes.chunk
+        contexts = [torch.tensor(build.tokens(length, 10 + i), device=build.device).view(-1, chunk) for i in range(2)]
+        run = torch.no_grad()(lambda ids: base.get_decoder()(input_ids=ids, use_cache=True))
+        return Trial(lambda i: contexts[i % 2], run, None, _per_second("tokens_per_s", length), status=FLOOR)
+
     names = ("reference", "auto") if length <= MOST_REFERENCE_TOKENS else ("auto",)
     providers: dict[str, Callable[[], Trial]] = {name: functools.partial(reading, name) for name in names}
-    return build.case("contextualisation", f"tokens={length}", {**providers, "full_prompt": prompt})
+    others = {"full_prompt": prompt, "base_chunks": chunks}
+    return build.case("contextualisation", f"tokens={length}", {**providers, **others})
 
 
 # Decoding
@@ -186,7 +202,11 @@ def _decoding(build: Builder, users: int) -> Case:
         if setting == "merged" and users > 1:
             raise UnavailableError("one merged model serves one adapter")
         adapters = _adapters(made, build, users)
-        contexts = {"merged": lambda: _merged(made, adapters[0]), "unmerged": lambda: made.adapted(adapters)}
+        contexts = {
+            "merged": lambda: _merged(made, adapters[0]),
+            "unmerged": lambda: made.adapted(adapters),
+            "compact": lambda: made.using(_row_adapters(made, build, users).factors()),
+        }
         return Trial(
             prepare=lambda _: ids,
             run=lambda prompt: _greedy(made.base, prompt, build.sizes.new_tokens),
@@ -197,7 +217,7 @@ def _decoding(build: Builder, users: int) -> Case:
         )
 
     shape = f"users={users} prompt={build.sizes.prompt} new={build.sizes.new_tokens}"
-    providers = {name: functools.partial(trial, name) for name in ("base", "merged", "unmerged")}
+    providers = {name: functools.partial(trial, name) for name in ("base", "merged", "unmerged", "compact")}
     return build.case("decoding", shape, providers)
 
 
@@ -223,9 +243,13 @@ def _greedy(base: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
 def _logit_error(build: Builder, setting: str) -> float:
     """Distance of the logits behind the prompt to the float64 model with the same adapter."""
     made = model(build)
-    adapter = _adapters(made, build)[0]
     ids = torch.tensor([build.tokens(build.sizes.prompt, 1)], device=build.device)
-    with _merged(made, adapter) if setting == "merged" else made.adapted(adapter), torch.no_grad():
+    contexts = {
+        "merged": lambda: _merged(made, _adapters(made, build)[0]),
+        "unmerged": lambda: made.adapted(_adapters(made, build)[0]),
+        "compact": lambda: made.using(_row_adapters(made, build, 1).factors()),
+    }
+    with contexts[setting](), torch.no_grad():
         logits = made.base(input_ids=ids, use_cache=False).logits[:, -1]
     return largest_error([logits], [_expected(build)[1]])
 

@@ -44,7 +44,7 @@ def provider(operation: str, name: str, device: torch.device) -> Implementation:
     if name == "compiled":
         return _compiled(operation, device)
     if name in dispatch.BACKENDS:
-        return _library(operation, name)
+        return _library(operation, name, device)
     return OTHERS[operation, name]
 
 
@@ -70,10 +70,13 @@ def auto(operation: str, *arguments: Any) -> str:
     return dispatch.choose(operation, *arguments).backend
 
 
-def _library(operation: str, name: str) -> Implementation:
-    obstacle = dispatch.missing(operation, name) if name in ("triton", "cuda") else None
-    if obstacle is not None:
-        raise UnavailableError(obstacle)
+def _library(operation: str, name: str, device: torch.device) -> Implementation:
+    if name in ("triton", "cuda"):
+        obstacle = dispatch.missing(operation, name)
+        if obstacle is not None:
+            raise UnavailableError(obstacle)
+        if device.type != "cuda":
+            raise UnavailableError("kernels are timed on a GPU only")
     return with_backend(name, getattr(ops, operation))
 
 

@@ -78,8 +78,8 @@ class CudaThread {
 #endif
   }
 
-  // c (64 x 128, over the four warps of a warpgroup) = or += a (64 x 8) b (8 x 128), TF32 operands, float32 sums. b lies
-  // in shared memory as SwizzledTile says; `inner` is the first of its eight inner indices. Between begin_wide() and
+  // c (64 x 128, over the four warps of a warpgroup) = or += a (64 x 8) b (8 x 128), TF32 operands, float32 sums. b is
+  // in shared memory, as SwizzledTile says; `inner` is the first of its eight inner indices. Between begin_wide() and
   // finish_wide() nothing else may touch c and a.
   __device__ __forceinline__ void multiply_wide(float (&c)[64], const std::uint32_t (&a)[4], const float* b, int inner,
                                                 bool add) const {

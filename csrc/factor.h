@@ -52,10 +52,10 @@ struct Factor {
     }
     const double shift = trace * arguments.rule.nodes[block.x];
     thread.sync();
+    // No barrier after this: a lane that factorises the first tile reads the entry that it shifts, others come later.
     for (int i = thread.index(); i < rank; i += kThreads) {
       a[offset(i / kSide, i / kSide) + i % kSide * (kLeading + 1)] += shift;
     }
-    thread.sync();
     factorise(thread, a, tiles, shift);
     invert(thread, a, tiles);
     if constexpr (kInverse == Inverse::kTransform) {

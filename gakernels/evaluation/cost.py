@@ -210,6 +210,6 @@ def stream_state(shape: ModelShape, config: GeneratorConfig) -> Storage:
 
 
 def key_value_numbers(shape: ModelShape, tokens: int) -> int:
-    """Numbers in the key-value cache of so many tokens; a layer with a sliding window keeps no more than that."""
-    kept = sum(tokens if window is None else min(tokens, window) for window in shape.windows)
+    """Numbers in the key-value cache of so many tokens; a sliding window keeps only what the next token sees."""
+    kept = sum(tokens if window is None else min(tokens, window - 1) for window in shape.windows)
     return 2 * shape.kv_heads * shape.head_dim * kept

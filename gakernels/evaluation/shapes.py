@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +75,8 @@ class ModelShape:
                 would miss.
         """
         with FakeTensorMode(allow_non_fake_inputs=True):
-            try:
+            with _refusing("config must be that of a causal language model"):
                 base = AutoModelForCausalLM.from_config(config)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(f"config must be that of a causal language model, but it is not: {reason}") from error
             return _shape_of(base, name or config.name_or_path or config.model_type)
 
 
@@ -110,6 +109,16 @@ SHAPES = {
         llama_shape("llama3-70b", hidden=8192, ffn=28672, layers=80, heads=64, kv_heads=8, vocabulary=128256),
     )
 }
+
+
+@contextmanager
+def _refusing(expected: str) -> Iterator[None]:
+    """Tells a user that transformers can't make, or run, the model of a configuration."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{expected}, but it is not: {reason}") from error
 
 
 def _shape_of(base: PreTrainedModel, name: str) -> ModelShape:
@@ -167,9 +176,9 @@ def _one_token(
 
     for name in linears:
         layer.get_submodule(name).register_forward_pre_hook(note(name))
-    with torch.no_grad():
+    with torch.no_grad(), _refusing("config must be that of a model that reads a token and keeps its keys and values"):
         output = base.get_decoder()(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
-    cached = output.past_key_values.layers[0]
+        cached = output.past_key_values.layers[0]
     return tuple(tuple(stage) for stage in stages.values()), cached.keys, cached.values
 
 

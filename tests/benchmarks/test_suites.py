@@ -33,9 +33,8 @@ def operation(name: str) -> Operation:
 
 def test_the_suites_run(tmp_path: Path) -> None:
     """`pytest benchmarks/ --benchmark-only` with the rows that it writes: every benchmark, checked and timed."""
-    names = (
-        "auto,reference,eager,triton,svd_lowrank,linalg_svd,baddbmm,base_gemm,linear,full_prompt,merged,unmerged,base"
-    )
+    names = "auto,reference,eager,triton,svd_lowrank,linalg_svd,baddbmm,base_gemm,linear,full_prompt,base_chunks"
+    names += ",merged,unmerged,compact,base"
     words = ["--preset", "tiny", "--providers", f"{names},frozen_base", "--seconds", "0.001", "--on", "cpu"]
     options = ["--benchmark-only", "-q", "-p", "no:cacheprovider", "--rows", str(tmp_path / "rows.jsonl")]
     # pytest-benchmark does not time anything inside a worker of pytest-xdist; this process is none.
@@ -58,13 +57,14 @@ def test_the_suites_run(tmp_path: Path) -> None:
         "lowrank_linear": 8,
         "AdapterGenerator": 4,
         "AdaptedLinear": 6,
-        "contextualisation": 6,
-        "decoding": 5,
+        "contextualisation": 8,
+        "decoding": 7,
         "adapter_generation": 4,
         "train_step": 3,
     }
-    assert {row.detail for row in measured if row.provider == "triton"} == {
-        f"{name} has no triton implementation in this version" for name in providers.NAMES
+    assert {row.detail for row in measured if row.provider == "triton"} <= {
+        "kernels are timed on a GPU only",
+        "No module named 'triton'",
     }
     assert all(row.error is not None and row.error < 1e-2 for row in measured if row.status == OK)
     assert all(row.gemm_share for row in measured if row.kernel == "context_state" and row.status == OK)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny import FAMILIES, SIZES, make_base, random_ids
+from transformers import DynamicCache
 
 from gakernels import GeneratorConfig
 from gakernels.errors import InputError
@@ -52,9 +53,12 @@ def test_shapes_of_all_families(family: str) -> None:
     shape = ModelShape.from_config(base.config)
     assert shape.parameters == sum(parameter.numel() for parameter in base.parameters())
     assert shape.vocabulary == base.get_output_embeddings().out_features
-    with torch.no_grad():
-        cache = base(input_ids=random_ids(1, 4), use_cache=True).past_key_values
-    assert key_value_numbers(shape, 4) == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    for tokens in (4, 9):  # fewer and more than the sliding windows reach back
+        cache = DynamicCache(config=base.config)
+        with torch.no_grad():
+            base(input_ids=random_ids(1, tokens), past_key_values=cache)
+        kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        assert key_value_numbers(shape, tokens) == kept
     weights = sum(
         module.weight.numel() for module in base.get_decoder().layers[0].modules() if type(module) is torch.nn.Linear
     )
@@ -78,6 +82,10 @@ def test_sliding_windows_are_those_of_the_configuration() -> None:
         (lambda: config_of("mixtral"), "matrices in linear layers, but mlp.* is of another kind"),
         (lambda: transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64), "but attn.c_attn.weight is"),
         (lambda: transformers.ViTConfig(), "must be that of a causal language model, but it is not"),
+        (
+            lambda: transformers.BertConfig(num_hidden_layers=1),
+            "reads a token and keeps its keys and values, but it is",
+        ),
     ],
 )
 def test_other_models_are_refused(config: Any, message: str) -> None:
