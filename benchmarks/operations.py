@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from gakernels.ops.low_rank_polar import reference as polar_reference
 from gakernels.ops.lowrank_linear import reference as linear_reference
 
 DAMPING = 1e-4
+MANY = 32  # segments or users in `many_states`
 SEED = int(os.environ.get("GAKERNELS_TEST_SEED") or int.from_bytes(os.urandom(4), "big"))
 
 
@@ -212,6 +213,19 @@ def operations_of(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> lis
         LowRankPolar(sizes, device, torch.promote_types(dtype, torch.float32)),
         *(LowRankLinear(sizes, layer, device, dtype) for layer in sizes.layers),
     ]
+
+
+def many_states(
+    preset: str, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None
+) -> list[Case]:
+    """`low_rank_polar` for the states of many segments or users at once, without the decompositions of whole matrices,
+    which take minutes. Raises: ValueError: there is no such preset."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but it is {preset!r}")
+    sizes = replace(PRESETS[preset], chunks=MANY * PRESETS[preset].chunks)
+    polar = LowRankPolar(sizes, device, torch.promote_types(dtype, torch.float32))
+    wanted = [name for name in polar.provider_names if name not in ("reference", "compiled", "linalg_svd")]
+    return cases_of([polar], [name for name in wanted if names is None or name in names])
 
 
 def cases(

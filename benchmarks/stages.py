@@ -61,7 +61,7 @@ def _build(_: Settings) -> list[str] | Result:
         return Result(SKIPPED, "there are no CUDA sources in this version")
     if shutil.which("nvcc") is None:
         return Result(FAILED, "nvcc is not there to build the CUDA sources")
-    return [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return ["env", "GAKERNELS_CUDA_BUILD=force", sys.executable, "setup.py", "build_ext", "--inplace"]
 
 
 def _tests(_: Settings) -> list[str]:
@@ -111,6 +111,7 @@ STAGES = (
     Stage("training", "a training step against the eager baseline and floors", 2.0, True, _worker),
     Stage("modules", "the modules, forward and backward", 0.6, True, _worker),
     Stage("inference", "contexts of 1K to 128K tokens, decoding, many users", 1.2, True, _worker),
+    Stage("many_states", "low_rank_polar for 32 segments or users at once", 2.0, False, _worker),
     Stage("compile", "the operations under torch.compile", 2.0, False, _worker),
     Stage("flash_attention", "inference with flash-attn", 1.0, False, _flash_attention, needs_gpu=True),
     *(

@@ -166,6 +166,7 @@ def _without_compiled(settings: Settings) -> Sequence[Case]:
 STAGES: dict[str, Callable[[Settings], int]] = {
     "device": _device,
     "operations": _cases(_without_compiled),
+    "many_states": _cases(lambda s: operations.many_states(s.preset, s.device, s.dtype, s.providers)),
     "modules": _cases(lambda s: modules.cases(s.preset, s.device, s.dtype, s.providers)),
     "inference": _cases(lambda s: inference.cases(s.preset, s.device, s.dtype, s.providers)),
     "compile": _cases(lambda s: operations.cases(s.preset, s.device, s.dtype, ["compiled"])),

@@ -1,10 +1,10 @@
 // A thread of a CUDA block on the host, so that the kernels run, unchanged, where there is no GPU.
 //
 // The threads of a block are fibers of one host thread; they switch at barriers and at operations of a whole warp. The
-// emulation is harsher than the hardware where it can be: shared memory starts as NaN, the order of the threads is drawn
-// anew for every block, and so are whether asynchronous copies arrive at once or only when they are waited for, and
-// whether one warp lags behind; a barrier that not all threads reach is an error. Products of TF32 numbers are exact;
-// their sums are cut off, not rounded, as a tensor core does.
+// emulation is harsher than the hardware where it can be: shared memory starts as NaN, the order of the threads is
+// drawn anew for every block, and so are whether asynchronous copies arrive at once or only when they are waited for,
+// and whether one warp lags behind; a barrier that not all threads reach is an error. Products of TF32 numbers are
+// exact; their sums are cut off, not rounded, as a tensor core does.
 #pragma once
 
 #include <algorithm>
@@ -74,7 +74,7 @@ class EmulatedThread {
     return side.value[source];
   }
 
-  [[gnu::noinline]] void copy_async(void* to, const void* from, bool valid);
+  void copy_async(void* to, const void* from, bool valid);
   void commit() {
     groups_.push_back(std::move(copies_));
     copies_.clear();
@@ -196,7 +196,7 @@ class EmulatedBlock {
     for (std::size_t i = 0; i + sizeof nan <= bytes_; i += sizeof nan) std::memcpy(shared() + i, &nan, sizeof nan);
     std::shuffle(order_.begin(), order_.end(), random_);
     copies_at_once_ = random_() % 2 == 0;
-    slow_warp_ = random_() % 8 == 0 ? static_cast<int>(random_() % warps_.size()) : -1;
+    slow_warp_ = random_() % 32 == 0 ? static_cast<int>(random_() % warps_.size()) : -1;
     for (auto& thread : threads_) begin(thread);
     while (pass()) {
     }
@@ -244,7 +244,7 @@ class EmulatedBlock {
   // Lets every thread run up to its next barrier, those of a slow warp only now and then. False when all are done.
   bool pass() {
     bool moved = false, finished = true;
-    const bool waiting = ++passes_ % 16 != 0;
+    const bool waiting = ++passes_ % 8 != 0;
     for (const int index : order_) {
       auto& thread = threads_[index];
       if (thread.done_) continue;

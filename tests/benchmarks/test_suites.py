@@ -274,6 +274,12 @@ def test_a_backend_is_forced_only_inside(monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ[variable] == "eager"
 
 
+@pytest.mark.parametrize("case", operations.many_states("tiny", CPU, torch.float32, ["eager", "svd_lowrank"]), ids=str)
+def test_many_states(case: Case, session: Session) -> None:
+    assert case.shape.startswith("T=96 ")
+    assert [run_case(case, name, session).row.status for name in case.providers] == [OK, OK]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", operations.cases("tiny", CPU, torch.float32, ["compiled"]), ids=str)
 def test_compiled(case: Case, session: Session) -> None:

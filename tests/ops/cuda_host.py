@@ -34,7 +34,14 @@ FLAGS = (
 
 @functools.cache
 def kernels() -> Any:
-    """The extension module of the emulation, compiled once for all test processes. Skips where it can't be built."""
+    """The extension module of the emulation. Skips where it can't be built, fails where it does not compile."""
+    built = _build()
+    return _load(built) if isinstance(built, Path) else pytest.fail(built)
+
+
+@functools.cache
+def _build() -> Path | str:
+    """The library, compiled once for all test processes, or what the compiler said."""
     pybind11 = pytest.importorskip("pybind11", reason="the Python package pybind11 is not installed")
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -52,9 +59,11 @@ def kernels() -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
             made = folder / "_host.tmp"
-            subprocess.run([*command, *map(str, sources), "-o", str(made)], check=True)
+            done = subprocess.run([*command, *map(str, sources), "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                return done.stderr
             made.replace(library)
-    return _load(library)
+    return library
 
 
 def _load(library: Path) -> Any:
