@@ -89,11 +89,11 @@ class FrozenBase(nn.Module):
 
 def frozen_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor) -> Tensor:
     """Mean cross-entropy over the next tokens of windows (windows, M), as the library's training computes it."""
-    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     with part("loss"):
-        predicted = valid[:, 1:]
-        head = base.get_output_embeddings()
-        return token_loss(hidden[predicted], ids[:, 1:][predicted], head, base.config.vocab_size).mean()
+        head, predicted = base.get_output_embeddings(), F.pad(valid[:, 1:], (0, 1)).flatten()
+        losses = token_loss(hidden.flatten(0, 1), F.pad(ids[:, 1:], (0, 1)).flatten(), head, base.config.vocab_size)
+        return (losses * predicted).sum() / predicted.sum()
 
 
 def step_flops(preset: Preset) -> float:
@@ -104,9 +104,8 @@ def step_flops(preset: Preset) -> float:
     """
     width, kv_width = preset.heads * preset.head_dim, preset.kv_heads * preset.head_dim
     attention = preset.hidden * (2 * width + 2 * kv_width)
+    weights = preset.layers * (attention + 3 * preset.hidden * preset.ffn) + preset.hidden * preset.vocabulary
     tokens = 2 * preset.segment_tokens
-    predicted = tokens - tokens // preset.window  # the last token of a window predicts none
-    layers = preset.layers * (attention + 3 * preset.hidden * preset.ffn)
-    forward_linear = 2.0 * (layers * tokens + preset.hidden * preset.vocabulary * predicted)
+    forward_linear = 2.0 * weights * tokens
     forward_attention = preset.layers * 2.0 * width * preset.window * tokens
     return 2 * forward_linear + 3 * forward_attention

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gakernels.errors import InputError
@@ -107,8 +108,12 @@ def token_losses(
 ) -> dict[str, Loss]:
     """Next-token losses from last hidden states (B, W, M, d_h), one for each set of target tokens."""
     union = torch.stack(list(targets.values())).any(0)[..., 1:]
-    losses = model.token_loss(hidden[..., :-1, :][union], input_ids[..., 1:][union])
-    chosen = {name: target[..., 1:][union] for name, target in targets.items()}
+    if union.all():  # then nothing is gathered; what follows the last token of a window does not count
+        losses = model.token_loss(hidden.flatten(0, -2), F.pad(input_ids[..., 1:], (0, 1)).flatten())
+        chosen = {name: F.pad(target[..., 1:], (0, 1)).flatten() for name, target in targets.items()}
+    else:
+        losses = model.token_loss(hidden[..., :-1, :][union], input_ids[..., 1:][union])
+        chosen = {name: target[..., 1:][union] for name, target in targets.items()}
     return {name: Loss((losses * where).sum(), where.sum()) for name, where in chosen.items()}
 
 

@@ -124,14 +124,14 @@ def inverse_factor(x: Tensor, damping: float) -> Tensor:
 def triangular_step_backward(grad: Tensor, x: Tensor, y: Tensor, w: Tensor, damping: float) -> Tensor:
     """dX of Y = X W, W = L^(-T): dX = (G - 2 Y s) W^T + 2 damping^2 tr(G_A) X, G_A = -W s W^T, s = sym(Phi(G^T Y)).
 
-    Phi keeps the lower triangle and half of the diagonal. All in float64.
+    Phi keeps the lower triangle and half of the diagonal. All in float64. G is overwritten.
     """
     lower = (grad.mT @ y).tril()
     twice_s = lower + lower.mT
     diagonal = twice_s.diagonal(dim1=-2, dim2=-1)
     diagonal.mul_(0.5)
     trace = -0.5 * (w @ twice_s * w).sum((-2, -1), keepdim=True)  # of G_A
-    return (grad - y @ twice_s) @ w.mT + 2 * damping**2 * trace * x
+    return (grad.sub_(y @ twice_s) @ w.mT).addcmul_(x, 2 * damping**2 * trace)
 
 
 def shifted_spectrum(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:
