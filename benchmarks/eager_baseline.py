@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from benchmarks.parts import part
-from gakernels.attachment import decoder_layers
-from gakernels.nn import AdapterGenerator, GatedMLP
+from gakernels.attachment import decoder_layers, lean_modules
+from gakernels.nn import AdapterGenerator
 
 GUARD = 1e-7  # singular values that come closer, relative or absolute, make the released code drop the matrix
 
@@ -33,8 +33,8 @@ GUARD = 1e-7  # singular values that come closer, relative or absolute, make the
 class EagerBaseline(nn.Module):
     """The released computation on a base model, with the parameters of our generators.
 
-    The base may carry a `GenerativeAdapter`, which stays idle outside its own passes, except for its feed-forward
-    modules: `plain_feed_forward` puts those of transformers in their place.
+    The base may carry a `GenerativeAdapter`, which stays idle outside its own passes, except for its lean
+    modules: `plain_modules` puts those of transformers in their place.
 
     Args:
         base: a transformers causal language model; nothing of it is changed outside `forward` and `attached`.
@@ -133,17 +133,16 @@ def next_token_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor, attention
 
 
 @contextmanager
-def plain_feed_forward(base: PreTrainedModel) -> Iterator[None]:
-    """The base model with the feed-forward modules of transformers in place of ours, while the block runs."""
-    layers = decoder_layers(base)[1]
-    ours = [(layer, name, m) for layer in layers for name, m in layer.named_children() if isinstance(m, GatedMLP)]
-    for layer, name, module in ours:
-        setattr(layer, name, module.original)
+def plain_modules(base: PreTrainedModel) -> Iterator[None]:
+    """The base model with the modules of transformers in place of our lean ones, while the block runs."""
+    ours = lean_modules(base)
+    for parent, name, module in ours:
+        setattr(parent, name, module.original)
     try:
         yield
     finally:
-        for layer, name, module in ours:
-            setattr(layer, name, module)
+        for parent, name, module in ours:
+            setattr(parent, name, module)
 
 
 def _adapter_hook(generator: AdapterGenerator, norms: Tensor, scale: float) -> Callable[..., Tensor]:

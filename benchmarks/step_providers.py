@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.cases import largest_error
-from benchmarks.eager_baseline import EagerBaseline, plain_feed_forward
+from benchmarks.eager_baseline import EagerBaseline, plain_modules
 from benchmarks.floors import DenseLora, FrozenBase
 from benchmarks.parts import part, paused
 from benchmarks.presets import Preset, check_preset, make_batch, make_model
@@ -70,7 +70,7 @@ def make_trainee(name: str, model: GenerativeAdapter, preset: Preset, guard: boo
 
         def plain() -> ExitStack:
             stack = ExitStack()
-            stack.enter_context(plain_feed_forward(base))
+            stack.enter_context(plain_modules(base))
             return stack
 
         return Trainee(parameters, lambda batch: baseline(batch.input_ids, batch.mask, batch.seen), plain)

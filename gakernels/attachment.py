@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gakernels.errors import InputError
-from gakernels.nn import AdaptedLinear, GatedMLP
+from gakernels.nn import AdaptedLinear, FrozenRMSNorm, GatedMLP
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,34 @@ def find_sites(base: PreTrainedModel, linears: tuple[str, ...], layers: tuple[in
     return found
 
 
-def fuse_gated_mlps(base: PreTrainedModel) -> None:
-    """Exchange the feed-forward parts of the decoder layers that `GatedMLP` can stand for."""
-    for layer in decoder_layers(base)[1]:
-        for name, module in list(layer.named_children()):
-            if GatedMLP.can_stand_for(module):
-                setattr(layer, name, GatedMLP(module).train(module.training))
+LEAN_MODULES = (GatedMLP, FrozenRMSNorm)
 
 
-def restore_gated_mlps(base: PreTrainedModel) -> None:
-    """The opposite of `fuse_gated_mlps`."""
-    for layer in decoder_layers(base)[1]:
-        for name, module in list(layer.named_children()):
-            if isinstance(module, GatedMLP):
-                setattr(layer, name, module.original)
+def put_in_lean_modules(base: PreTrainedModel) -> None:
+    """Exchange the feed-forward parts and norms that `GatedMLP` and `FrozenRMSNorm` can stand for."""
+    for parent, name, module in _parts(base):
+        lean = next((kind for kind in LEAN_MODULES if kind.can_stand_for(module)), None)
+        if lean is not None:
+            setattr(parent, name, lean(module).train(module.training))
+
+
+def take_out_lean_modules(base: PreTrainedModel) -> None:
+    """The opposite of `put_in_lean_modules`."""
+    for parent, name, module in lean_modules(base):
+        setattr(parent, name, module.original)
+
+
+def lean_modules(base: PreTrainedModel) -> list[tuple[nn.Module, str, GatedMLP | FrozenRMSNorm]]:
+    """Those that are there, each with its parent and name."""
+    return [
+        (parent, name, module) for parent, name, module in _parts(base) if isinstance(module, (GatedMLP, FrozenRMSNorm))
+    ]
+
+
+def _parts(base: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The parts of the decoder layers and what is beside these layers, each with its parent and name."""
+    parents = [*decoder_layers(base)[1], base.get_decoder()]
+    return [(parent, name, module) for parent in parents for name, module in parent.named_children()]
 
 
 def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:

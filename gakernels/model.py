@@ -16,8 +16,8 @@ from gakernels.attachment import (
     decoder_layers,
     describe,
     find_sites,
-    fuse_gated_mlps,
-    restore_gated_mlps,
+    put_in_lean_modules,
+    take_out_lean_modules,
     target_modules,
 )
 from gakernels.compact import CompactAdapter
@@ -39,8 +39,9 @@ class GenerativeAdapter(nn.Module):
     """Generators attached to a base model.
 
     The base model is frozen and keeps its parameter names; its adapted linear layers are exchanged for `AdaptedLinear`
-    with the same parameters, and feed-forward parts of the usual kind for `GatedMLP`, which computes the same with less
-    memory (`detach` puts the old ones back). The generators are the only trainable parameters.
+    with the same parameters, and feed-forward parts and norms of the usual kind for `GatedMLP` and `FrozenRMSNorm`,
+    which compute the same with less memory (`detach` puts the old ones back). The generators are the only trainable
+    parameters.
 
     Args:
         base: any decoder-only transformers model whose decoder layers hold the named linear layers.
@@ -62,7 +63,7 @@ class GenerativeAdapter(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         find_sites(base, config.linears, config.layers)  # refuses before anything is changed
-        fuse_gated_mlps(base)
+        put_in_lean_modules(base)
         self._sites = find_sites(base, config.linears, config.layers)
         self._target_modules = target_modules(base, self.adapted_names)
         self._base_config = describe(base)
@@ -110,7 +111,7 @@ class GenerativeAdapter(nn.Module):
             linear = site.linear
             if isinstance(linear, AdaptedLinear):
                 site.replace(linear.to_linear())
-        restore_gated_mlps(self.base)
+        take_out_lean_modules(self.base)
         return self.base
 
     def _before_layer(self, number: int) -> Any:
