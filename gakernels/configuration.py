@@ -26,6 +26,7 @@ class GeneratorConfig:
         power_iterations: of the polar factor.
         seed: of the start values and the sketches.
         sketch_side: `input`: the sketch multiplies S, or `output`: S^T, as in the authors' released generators.
+        static_rank: rank of a learned term that is the same for every context (`AdapterGenerator`); 0 for none.
 
     Raises:
         InputError: a value is out of range.
@@ -42,6 +43,7 @@ class GeneratorConfig:
     power_iterations: int = 1
     seed: int = 0
     sketch_side: str = "input"
+    static_rank: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -58,8 +60,9 @@ class GeneratorConfig:
             raise InputError(f"norm must be one of {', '.join(NORMS)}, but it is {self.norm!r}")
         if self.sketch_side not in SKETCH_SIDES:
             raise InputError(f"sketch_side must be one of {', '.join(SKETCH_SIDES)}, but it is {self.sketch_side!r}")
-        if self.power_iterations < 0:
-            raise InputError(f"power_iterations must be at least 0, but it is {self.power_iterations}")
+        for name in ("power_iterations", "static_rank"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, but it is {getattr(self, name)}")
         if not 0 <= self.damping < math.inf:
             raise InputError(f"damping must be finite and at least 0, but it is {self.damping}")
         if not math.isfinite(self.adapter_scale):
@@ -70,7 +73,7 @@ class GeneratorConfig:
             raise InputError(f"linears must be a tuple of at least one layer name, but it is {self.linears!r}")
         if self.layers is not None and not _all(self.layers, int):
             raise InputError(f"layers must be different numbers, at least one, but it is {self.layers!r}")
-        for name in ("state_size", "rank", "chunk_size", "power_iterations", "seed"):
+        for name in ("state_size", "rank", "chunk_size", "power_iterations", "seed", "static_rank"):
             if not _all([getattr(self, name)], int):
                 raise InputError(f"{name} must be an integer, but it is {getattr(self, name)!r}")
         for name, value in (("damping", self.damping), ("scale", 1.0 if self.scale is None else self.scale)):

@@ -23,7 +23,8 @@ class ContextPass:
     Attributes:
         batch: B.
         chunks: T, the first T of the W windows are the context.
-        seen: (W,) numbers of context chunks behind the adapter of each window, 0..T; 0 means the initial state.
+        seen: (W,) numbers of context chunks behind the adapter of each window, 0..T; 0 means the initial state, and
+            in a fresh context no adapter, or the static term where the generators have one.
         mask: (B, T, M) bool, False for padding in the context.
         initial_states: S_0 (B, d_r, d_r) by name of the adapted layer; None for a fresh context.
         differentiable: whether the adapters and states carry gradients, whatever the pass itself does; if not given,
@@ -54,17 +55,18 @@ class ContextPass:
         mask = None if self.mask is None else self.mask.to(hidden.device)
         states = generator.states(windows, mask, initial)
         self.states[name] = states[:, -1]
-        distinct = self._distinct()
+        if generator.static_rank and initial is None and 0 in self.seen:
+            initial = torch.zeros_like(states[:, 0])  # norm(0) = 0: what is left is the static term
+        distinct = self._distinct(initial is not None)
         if not distinct:
             return None
         lora_a, lora_b = generator.factors(_prefixes(states, initial, distinct))
         index = self._adapter_index(distinct).to(hidden.device)
         return LowRankFactors(lora_a.flatten(0, 1), lora_b.flatten(0, 1), scale, index)
 
-    def _distinct(self) -> list[int]:
+    def _distinct(self, has_initial: bool) -> list[int]:
         """The prefix lengths that some window sees; each needs one adapter per row."""
-        first = 1 if self.initial_states is None else 0
-        return sorted({count for count in self.seen if count >= first})
+        return sorted({count for count in self.seen if count or has_initial})
 
     def _adapter_index(self, distinct: Sequence[int]) -> Tensor:
         """(B W,): number of the adapter of each window, row by row; -1 where it sees nothing."""

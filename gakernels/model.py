@@ -93,6 +93,7 @@ class GenerativeAdapter(nn.Module):
                     power_iterations=self.config.power_iterations,
                     sketch_seed=self.config.seed * 1000 + number,
                     sketch_side=self.config.sketch_side,
+                    static_rank=self.config.static_rank,
                 )
                 self.generators[_key(site.name)] = generator.to(site.linear.weight.device, dtype)
         layers = decoder_layers(self.base)[1]
@@ -178,7 +179,8 @@ class GenerativeAdapter(nn.Module):
             InputError: a shape does not fit, or an adapter is merged into the base.
         """
         self._check_pass(input_ids, mask, chunks, seen, initial_states)
-        if torch.is_grad_enabled() and initial_states is None and chunks > 1 and _only_first_is_plain(seen, chunks):
+        first_is_plain = initial_states is None and chunks > 1 and _only_first_is_plain(seen, chunks)
+        if torch.is_grad_enabled() and first_is_plain and not self.config.static_rank:
             return self._forward_in_two(input_ids, mask, chunks, seen)
         context = ContextPass(len(input_ids), chunks, tuple(seen), mask[:, :chunks], initial_states)
         return self._encode(context, input_ids)

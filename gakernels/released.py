@@ -221,6 +221,8 @@ def _check_expressible(model: GenerativeAdapter) -> None:
             'the released code computes with sketch_side="output" and power_iterations=1, but this generator was made '
             f"with {config.sketch_side!r} and {config.power_iterations}"
         )
+    if config.static_rank:
+        raise InputError(f"the released code has no static term, but static_rank is {config.static_rank}")
 
 
 def _split(name: str) -> tuple[str, int, str]:

@@ -20,6 +20,9 @@ class AdapterGenerator(nn.Module):
     At start the adapter is zero (A1 is); the other maps start as in the released code, normal with standard deviation
     sqrt(1/3) / sqrt(fan_in).
 
+    A static term, scale B_s A_s with `static_rank` > 0, is learned beside the generated one and is part of every
+    adapter, also of that of a zero state. It takes over what all contexts have in common, as in Doc-to-LoRA.
+
     Args:
         hidden_size: d_h, size of the hidden states that make up the context.
         in_features: d_in of the adapted linear layer.
@@ -31,13 +34,16 @@ class AdapterGenerator(nn.Module):
         power_iterations: of the polar factor.
         sketch_seed: seed of the fixed Gaussian sketch Omega, a buffer that is stored with the generator.
         sketch_side: what the sketch multiplies: S (`input`), or S^T (`output`), as in the authors' released code.
+        static_rank: of the static term; 0 for none, as in the paper.
         eps: of the RMSNorm in front of the projections.
 
     Raises:
-        InputError: rank > state_size, a size below 1, or an unknown norm or sketch side.
+        InputError: rank > state_size, a size below 1, a negative static_rank, or an unknown norm or sketch side.
     """
 
     sketch: Tensor
+    static_lora_a: nn.Parameter | None
+    static_lora_b: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class AdapterGenerator(nn.Module):
         power_iterations: int = 1,
         sketch_seed: int = 0,
         sketch_side: str = "input",
+        static_rank: int = 0,
         eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,7 +68,9 @@ class AdapterGenerator(nn.Module):
         if sketch_side not in SKETCH_SIDES:
             raise InputError(f"sketch_side must be one of {', '.join(SKETCH_SIDES)}, but it is {sketch_side!r}")
         self.norm, self.damping, self.power_iterations, self.eps = norm, damping, power_iterations, eps
-        self.sketch_side = sketch_side
+        if static_rank < 0:
+            raise InputError(f"static_rank must be at least 0, but it is {static_rank}")
+        self.sketch_side, self.static_rank = sketch_side, static_rank
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -71,6 +80,8 @@ class AdapterGenerator(nn.Module):
         self.value_projection = empty(state_size, hidden_size)  # A2
         self.key_projection = empty(hidden_size, state_size)  # B1
         self.input_map = empty(state_size, in_features)  # B2
+        self.static_lora_a = empty(static_rank, in_features) if static_rank else None  # A_s
+        self.static_lora_b = empty(out_features, static_rank) if static_rank else None  # B_s
         self.register_buffer("sketch", _gaussian(state_size, rank, sketch_seed).to(self.norm_weight))
         self.reset_parameters()
 
@@ -79,11 +90,15 @@ class AdapterGenerator(nn.Module):
         with torch.no_grad():
             self.norm_weight.fill_(1)
             self.output_map.zero_()
-            for parameter, fan_in in (
+            maps = [
                 (self.value_projection, self.value_projection.shape[1]),
                 (self.key_projection, self.key_projection.shape[0]),
                 (self.input_map, self.input_map.shape[1]),
-            ):
+            ]
+            if self.static_lora_a is not None and self.static_lora_b is not None:
+                self.static_lora_b.zero_()
+                maps.append((self.static_lora_a, self.static_lora_a.shape[1]))
+            for parameter, fan_in in maps:
                 parameter.normal_(std=math.sqrt(1 / 3 / fan_in))
 
     def states(self, hidden: Tensor, mask: Tensor | None = None, initial_state: Tensor | None = None) -> Tensor:
@@ -103,13 +118,30 @@ class AdapterGenerator(nn.Module):
         return context_state(normed, value_projection, key_projection, mask, initial_state)
 
     def factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of states (..., d_r, d_r)."""
+        """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of states (..., d_r, d_r).
+
+        With a static term [V^T B2; A_s] and [A1 U, B_s], of rank r + static_rank.
+        """
         return self.expand(*self.norm_factors(states))
 
     def expand(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of U and V (..., d_r, r)."""
+        """lora_A and lora_B, as `factors`, of U and V (..., d_r, r)."""
         dtype = self.output_map.dtype
-        return right.to(dtype).mT @ self.input_map, self.output_map @ left.to(dtype)
+        lora_a, lora_b = right.to(dtype).mT @ self.input_map, self.output_map @ left.to(dtype)
+        if self.static_lora_a is None or self.static_lora_b is None:
+            return lora_a, lora_b
+        front = lora_a.shape[:-2]
+        static_a, static_b = (static.expand(*front, -1, -1) for static in (self.static_lora_a, self.static_lora_b))
+        return torch.cat([lora_a, static_a], dim=-2), torch.cat([lora_b, static_b], dim=-1)
+
+    def shared_maps(self) -> tuple[Tensor, Tensor]:
+        """What the adapters of all contexts share: [A1, B_s] (d_out, d_r + k) and [B2; A_s] (d_r + k, d_in).
+
+        k is the static rank. With U and V in a diagonal block beside the identity of size k they make up the adapter.
+        """
+        if self.static_lora_a is None or self.static_lora_b is None:
+            return self.output_map, self.input_map
+        return torch.cat([self.output_map, self.static_lora_b], 1), torch.cat([self.input_map, self.static_lora_a])
 
     def norm_factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """U, V (..., d_r, r) of norm(S) = U V^T, in the dtype of the states; only their product has a meaning."""
@@ -130,7 +162,8 @@ class AdapterGenerator(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"hidden={self.norm_weight.shape[0]}, in={self.input_map.shape[1]}, out={self.output_map.shape[0]}"
-        return f"{sizes}, state={self.sketch.shape[0]}, rank={self.sketch.shape[1]}, norm={self.norm}"
+        static = f", static_rank={self.static_rank}" if self.static_rank else ""
+        return f"{sizes}, state={self.sketch.shape[0]}, rank={self.sketch.shape[1]}, norm={self.norm}{static}"
 
 
 def _frobenius(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from gakernels.nn import CompactFactors
 
 
 class SharedMaps:
-    """What all compact adapters of a generator share: A1 and B2 of each adapted layer, in the base model's dtype.
+    """What all compact adapters of a generator share: A1 and B2 of each adapted layer, in the base model's dtype, and
+    the static term where the generator has one (`AdapterGenerator.shared_maps`).
 
     Args:
         model: its generators must not change while these maps are in use.
@@ -28,8 +29,7 @@ class SharedMaps:
         for name in model.adapted_names:
             weight, generator = model.base.get_submodule(name).weight, model.generator(name)
             output_map, input_map = (
-                parameter.detach().to(weight.device, weight.dtype)
-                for parameter in (generator.output_map, generator.input_map)
+                shared.detach().to(weight.device, weight.dtype) for shared in generator.shared_maps()
             )
             self.maps[name] = output_map, input_map
 
@@ -49,8 +49,9 @@ class RowAdapters:
 
     Attributes:
         shared: A1 and B2.
-        left: U (rows, d_r, r) by adapted layer.
-        right: V (rows, d_r, r) by adapted layer.
+        left: U (rows, d_r, r) by adapted layer; beside a static term of rank k (rows, d_r + k, r + k), with the
+            identity in the last block.
+        right: V, the same.
     """
 
     shared: SharedMaps
@@ -63,16 +64,20 @@ class RowAdapters:
         for adapter in adapters:
             if adapter is not None:
                 shared.check(adapter)
-        settings = shared.model.config
+        size, rank, static = (getattr(shared.model.config, name) for name in ("state_size", "rank", "static_rank"))
         left: dict[str, Tensor] = {}
         right: dict[str, Tensor] = {}
         for name, (output_map, _) in shared.maps.items():
-            left[name] = output_map.new_zeros(len(adapters), settings.state_size, settings.rank)
+            left[name] = output_map.new_zeros(len(adapters), size + static, rank + static)
             right[name] = torch.zeros_like(left[name])
             for row, adapter in enumerate(adapters):
                 if adapter is not None:
-                    left[name][row].copy_(adapter.left[name], non_blocking=True)
-                    right[name][row].copy_(adapter.right[name], non_blocking=True)
+                    for side, factor in (
+                        (left[name][row], adapter.left[name]),
+                        (right[name][row], adapter.right[name]),
+                    ):
+                        side[:size, :rank].copy_(factor, non_blocking=True)
+                        side[size:, rank:].fill_diagonal_(1)
         return cls(shared, left, right)
 
     def factors(self) -> dict[str, CompactFactors]:

@@ -74,11 +74,14 @@ class SlowPass:
         return logits
 
     def _delta(self, name: str) -> Tensor:
-        generator = self.model.generator(name)
+        generator, scale = self.model.generator(name), self.model.config.adapter_scale
+        static = torch.zeros_like(self.weights[name])
+        if generator.static_rank:
+            static = scale * generator.static_lora_b @ generator.static_lora_a
         if self.states[name].abs().max() == 0:
-            return torch.zeros_like(self.weights[name])
+            return static
         u, v = low_rank_polar(self.states[name], generator.sketch, 1, generator.damping)
-        return self.model.config.adapter_scale * generator.output_map @ u @ v.T @ generator.input_map
+        return static + scale * generator.output_map @ u @ v.T @ generator.input_map
 
     def _sum(self, name: str) -> Tensor:
         generator = self.model.generator(name)
@@ -96,9 +99,10 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(((left[name] - right[name]).abs().max() / right[name].abs().max()).item() for name in left)
 
 
+@pytest.mark.parametrize("static_rank", [0, 2])
 @pytest.mark.parametrize("family", [*WITH_FLOAT64_NORMS, "llama_bias", "llama_tied"])
-def test_a_pass_equals_the_slow_definition(family: str) -> None:
-    model = float64_model(family)
+def test_a_pass_equals_the_slow_definition(family: str, static_rank: int) -> None:
+    model = float64_model(family, static_rank=static_rank)
     slow = SlowPass(model)
     windows = [random_context(length) for length in (6, 5, 6, 3, 6, 1)]
     expected = [slow.read(window) for window in windows]
@@ -115,8 +119,9 @@ def test_a_pass_equals_the_slow_definition(family: str) -> None:
 
 
 @pytest.mark.parametrize("with_initial", [False, True])
-def test_windows_after_the_context_see_the_chunks_that_they_are_told_to(with_initial: bool) -> None:
-    model = float64_model()
+@pytest.mark.parametrize("static_rank", [0, 3])
+def test_windows_after_the_context_see_the_chunks_that_they_are_told_to(with_initial: bool, static_rank: int) -> None:
+    model = float64_model(static_rank=static_rank)
     slow = SlowPass(model)
     before = [random_context(6) for _ in range(2)] if with_initial else []
     context, after = ([random_context(6) for _ in range(4)] for _ in range(2))

@@ -85,6 +85,8 @@ def make_trained(model: GenerativeAdapter) -> GenerativeAdapter:
             generator = model.generator(name)
             generator.output_map.normal_(std=0.5)
             generator.norm_weight.add_(0.2 * torch.randn_like(generator.norm_weight))
+            if generator.static_lora_b is not None:
+                generator.static_lora_b.normal_(std=0.5)
     return model
 
 
