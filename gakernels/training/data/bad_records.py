@@ -1,0 +1,60 @@
+"""What could not be used of a data set: counted by kind, with the places of the first few."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gakernels.errors import InputError
+
+_PLACES = 3
+
+
+class BadRecords:
+    """Counts records that were left out.
+
+    Args:
+        strict: raise at the first one instead.
+
+    Attributes:
+        counts: how many, by kind.
+        places: where the first three of each kind stand.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.counts: dict[str, int] = {}
+        self.places: dict[str, list[str]] = {}
+        self._strict = strict
+
+    def add(self, kind: str, place: str) -> None:
+        """Count one.
+
+        Raises:
+            InputError: it is not to be tolerated.
+        """
+        if self._strict:
+            raise InputError(f"data: {place}: {kind}")
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        places = self.places.setdefault(kind, [])
+        if len(places) < _PLACES:
+            places.append(place)
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.counts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {kind: {"count": count, "first": self.places[kind]} for kind, count in self.counts.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BadRecords":
+        """What `to_dict` gave."""
+        bad = cls()
+        bad.counts = {kind: int(value["count"]) for kind, value in values.items()}
+        bad.places = {kind: [str(place) for place in value["first"]] for kind, value in values.items()}
+        return bad
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{count} x {kind} (first: {', '.join(self.places[kind])})" for kind, count in self.counts.items()
+        )

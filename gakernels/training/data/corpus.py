@@ -1,0 +1,93 @@
+"""Tokens of documents one after the other, in memory or in a file, and parts of them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gakernels.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A sequence of tokens that knows its documents.
+
+    Attributes:
+        ids: integers, in memory or mapped from a file; each document is a range of it.
+        places: (documents,) where in `ids` each document begins.
+        offsets: (documents + 1,) where in this corpus each document begins, and the number of all tokens.
+        document_ids: (documents,) their numbers; in a part of a corpus they are the numbers in the whole.
+        fingerprint: of the tokens and the borders of the documents.
+    """
+
+    ids: NDArray[Any]
+    places: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    document_ids: NDArray[np.int64]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, documents: Sequence[Tensor]) -> "Corpus":
+        """A corpus in memory, of the token ids (n,) of each document."""
+        offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+        ids = torch.cat(list(documents)).long().cpu().numpy()
+        fingerprint = hashlib.sha256(ids.tobytes() + offsets.tobytes()).hexdigest()[:32]
+        return cls(ids, offsets[:-1], offsets, np.arange(len(documents)), fingerprint)
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return int(self.offsets[-1])
+
+    @property
+    def documents(self) -> int:
+        """How many."""
+        return len(self.document_ids)
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens `start` to `start + count`, which must exist, int64."""
+        end = start + count
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, end, side="left")) - 1
+        if self.places[last] - self.places[first] == self.offsets[last] - self.offsets[first]:  # all in one range
+            place = int(self.places[first] + start - self.offsets[first])
+            return self.ids[place : place + count].astype(np.int64)
+        half = int(self.offsets[(first + last + 1) // 2])
+        return np.concatenate([self.read(start, half - start), self.read(half, end - half)])
+
+    def select(self, kept: NDArray[np.bool_]) -> "Corpus":
+        """The part made of some documents, without a copy of the tokens.
+
+        Args:
+            kept: (documents,) which.
+        """
+        lengths = np.diff(self.offsets)[kept]
+        fingerprint = hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest()[:32]
+        return Corpus(
+            self.ids,
+            self.places[kept],
+            np.concatenate([[0], np.cumsum(lengths)]),
+            self.document_ids[kept],
+            fingerprint,
+        )
+
+
+def hold_out_documents(corpus: Corpus, every: int) -> tuple[Corpus, Corpus]:
+    """All documents but every k-th, and these.
+
+    Raises:
+        InputError: `every` is below 2, or there are fewer documents than that.
+    """
+    if every < 2:
+        raise InputError(f"held-out documents must be every 2nd or fewer, but every is {every}")
+    if corpus.documents < every:
+        raise InputError(
+            f"data: every {every}th document is to be held out, but there are only {corpus.documents} documents"
+        )
+    held_out = np.arange(1, corpus.documents + 1) % every == 0
+    return corpus.select(~held_out), corpus.select(held_out)
