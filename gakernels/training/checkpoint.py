@@ -1,78 +1,245 @@
-"""Checkpoints of a training run: everything that is needed to go on exactly."""
+"""Checkpoints of a training run: everything that is needed to go on exactly, with any number of processes.
 
+A checkpoint is a folder: PyTorch's distributed checkpoint (every process writes its part), and `manifest.json` with the
+settings of the run and a checksum of every file. It gets its name when all of it is on the disk.
+"""
+
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from gakernels.errors import FormatError
-from gakernels.files import entry, read_tensors, write_tensors
+from gakernels.files import replacing
+from gakernels.training.parallel import Parallel
+from gakernels.version import __version__
 
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+FORMAT_VERSION = 2  # 1: a safetensors file
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8})")
+_UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What of a run is kept.
+
+    Attributes:
+        parameters: what is trained, by name; plain tensors or `DTensor`s.
+        optimizer: AdamW over them.
+        tensors: of the run itself, the same on all processes; they are written into when a checkpoint is loaded.
+        settings: what the run depends on, JSON types.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def by_name(self) -> dict[str, Tensor]:
+        """All tensors, those of an optimizer that has taken no step yet with zeros."""
+        found = {f"run/{name}": tensor for name, tensor in self.tensors.items()}
+        for name, parameter in self.parameters.items():
+            found[f"parameter/{name}"] = parameter.detach()
+            for key, value in self._moments(parameter).items():
+                found[f"{key}/{name}"] = value
+        return found
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter.detach())
+            state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+        return state
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-    keep: int = 2,
+    folder: Path, step: int, state: RunState, notes: Mapping[str, Any], parallel: Parallel, keep: int = 2
 ) -> Path:
-    """Write parameters and optimizer state after a step to `folder/step-<number>.safetensors`; delete older ones.
+    """Write a checkpoint after a step to `folder/step-<number>/` and delete all but the newest `keep`.
+
+    All processes call this together; each writes its part.
+
+    Args:
+        folder: of the checkpoints.
+        step: number of steps taken.
+        state: what is kept.
+        notes: JSON types that `load_checkpoint` hands back.
+        parallel: the processes.
+        keep: how many stay, this one included.
 
     Raises:
         OSError: it could not be written; the earlier checkpoints are unharmed.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value
-    path = folder / f"step-{step:08d}.safetensors"
-    write_tensors(path, "checkpoint", tensors, {"step": step, "settings": dict(settings)})
-    for old in find_checkpoints(folder)[:-keep]:
-        old.unlink()
+    path = folder / f"step-{step:08d}"
+    with _one_writes(path, parallel) as temporary:
+        _save(temporary, state, parallel)
+        sums = {name: sum for part in parallel.gather(_own_sums(temporary, parallel)) for name, sum in part.items()}
+        if parallel.ranks.rank == 0:
+            entries = {"step": step, "settings": dict(state.settings), "notes": dict(notes), "files": sums}
+            _write_manifest(temporary / MANIFEST, entries)
+    if parallel.ranks.rank == 0:
+        for old in find_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
     return path
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def load_checkpoint(
-    path: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-) -> int:
-    """Restore parameters and optimizer state; returns the number of steps taken.
+def newest_good(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole; damaged ones are put aside under the ending `.damaged`.
+
+    What a killed process left unfinished is deleted.
+
+    Returns:
+        It, or None where there is no checkpoint; and what was found damaged, in words.
 
     Raises:
-        FormatError: the file is damaged, holds other parameters, or comes from a run with other settings.
+        FormatError: it belongs to a run with other settings, or all checkpoints are damaged.
     """
-    tensors, description = read_tensors(path, "checkpoint")
-    _check_settings(path, entry(path, description, "settings"), json.loads(json.dumps(dict(settings))))
-    step = int(entry(path, description, "step"))
-    names = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
-    if names != set(parameters) or any(parameters[n].shape != tensors[f"parameter/{n}"].shape for n in names):
+    for path in folder.glob(".step-*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    damage: list[str] = []
+    for path in reversed(find_checkpoints(folder)):
+        try:
+            manifest = _verified(path)
+        except FormatError as error:
+            damage.append(str(error))
+            continue
+        _check_settings(path, manifest["settings"], json.loads(json.dumps(dict(settings))))
+        _put_aside([bad for bad in find_checkpoints(folder) if bad > path])
+        return path, damage
+    if damage:
+        raise FormatError("; ".join(damage) + ". None is left to go on from: delete them, or use another folder")
+    return None, damage
+
+
+def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[int, dict[str, Any]]:
+    """Restore what `save_checkpoint` kept, into the tensors that are there. All processes call this together.
+
+    Returns:
+        The number of steps taken, and the notes.
+
+    Raises:
+        FormatError: it holds other parameters than `state`.
+    """
+    tensors = state.by_name()
+    reader = FileSystemReader(path)
+    saved = {name: getattr(entry, "size", None) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    if saved != {name: tensor.shape for name, tensor in tensors.items()}:
         raise FormatError(f"{path} holds other parameters than this run trains")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
-            state = {
-                key.split("/", 1)[0]: value.to(parameter.device) if value.dim() else value
-                for key, value in tensors.items()
-                if key.split("/", 1)[1] == name and not key.startswith("parameter/")
-            }
-            if state:
-                optimizer.state[parameter] = state
-    return step
+    with _quiet():
+        load(tensors, storage_reader=reader, no_dist=parallel.ranks.world == 1)
+    manifest = _read_manifest(path)
+    return manifest["step"], manifest["notes"]
+
+
+@contextmanager
+def _one_writes(path: Path, parallel: Parallel) -> Iterator[Path]:
+    """A temporary folder for all processes, which takes the name `path` when all have written; see `replacing`."""
+    if parallel.ranks.rank > 0:
+        yield parallel.broadcast(path)
+        parallel.gather(None)
+        return
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        parallel.broadcast(temporary)
+        yield temporary
+    parallel.gather(None)  # nobody goes on before it has its name
+
+
+def _save(folder: Path, state: RunState, parallel: Parallel) -> None:
+    writer = FileSystemWriter(folder, sync_files=True)
+    try:
+        with _quiet():
+            save(state.by_name(), storage_writer=writer, no_dist=parallel.ranks.world == 1)
+    except CheckpointException as error:
+        causes = ", ".join(dict.fromkeys(str(failure[0]).split("\n")[0] for failure in error.failures.values()))
+        raise OSError(f"{folder} could not be written: {causes}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a single process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _own_sums(folder: Path, parallel: Parallel) -> dict[str, str]:
+    """Checksums of the files that this process wrote."""
+    own = sorted(folder.glob(f"__{parallel.ranks.rank}_*"))
+    if parallel.ranks.rank == 0:
+        own.append(folder / ".metadata")
+    return {path.name: _sha256(path) for path in own}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write_manifest(path: Path, entries: Mapping[str, Any]) -> None:
+    values = {"format_version": FORMAT_VERSION, "gakernels_version": __version__, **entries}
+    text = json.dumps(values)
+    path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        outer = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        text: str = outer["manifest"]
+        if hashlib.sha256(text.encode()).hexdigest() != outer["sha256"]:
+            raise ValueError("it does not have the checksum that it names")
+        manifest: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path} is damaged: {MANIFEST} can't be read ({error})") from error
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise FormatError(
+            f"{path} has format version {manifest['format_version']}, written by gakernels "
+            f"{manifest['gakernels_version']}; this version reads up to {FORMAT_VERSION}: upgrade gakernels"
+        )
+    return manifest
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there and as they were written."""
+    manifest = _read_manifest(path)
+    for name, expected in manifest["files"].items():
+        if not (path / name).is_file():
+            raise FormatError(f"{path} is damaged: {name} is missing")
+        if _sha256(path / name) != expected:
+            raise FormatError(f"{path} is damaged: {name} does not have the checksum that {MANIFEST} names")
+    return manifest
+
+
+def _put_aside(paths: list[Path]) -> None:
+    for path in paths:
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def _check_settings(path: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

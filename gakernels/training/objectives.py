@@ -47,7 +47,11 @@ class Loss:
 
 
 def pretraining_windows(
-    segments: Tensor, chunks: int, generator: torch.Generator, reconstruction: str = "random_slice"
+    segments: Tensor,
+    chunks: int,
+    generator: torch.Generator,
+    reconstruction: str = "random_slice",
+    slices: int = 1,
 ) -> WindowBatch:
     """T context windows and T reconstruction windows of each segment (B, T * M): 2 T windows, T adapters.
 
@@ -63,10 +67,12 @@ def pretraining_windows(
         chunks: T.
         generator: draws the slices.
         reconstruction: one of the three.
+        slices: reconstruction windows for each of the T adapters, all the first ones before all the second ones; 0
+            leaves completion alone. More than one need slices that differ.
 
     Raises:
-        InputError: T does not divide the segment into chunks of two or more tokens, or the kind of reconstruction is
-            unknown.
+        InputError: T does not divide the segment into chunks of two or more tokens, the kind of reconstruction is
+            unknown, there are several slices of a kind that repeats a chunk, or there is nothing to train on.
     """
     if reconstruction not in RECONSTRUCTIONS:
         raise InputError(f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}, but it is {reconstruction!r}")
@@ -75,16 +81,27 @@ def pretraining_windows(
         raise InputError(
             f"chunks must divide the {tokens} tokens of a segment into pieces of at least 2, but it is {chunks}"
         )
+    _check_slices(slices, chunks, reconstruction)
     context = segments.reshape(len(segments), chunks, -1)
-    length = context.shape[2]
-    repeated = _slices(segments, chunks, length, generator) if reconstruction == "random_slice" else context
-    input_ids = torch.cat([context, repeated], dim=1)
-    after = [chunks] * chunks if reconstruction == "final" else range(1, chunks + 1)
+    length, drawn = context.shape[2], reconstruction == "random_slice"
+    repeated = [_slices(segments, chunks, length, generator) if drawn else context for _ in range(slices)]
+    input_ids = torch.cat([context, *repeated], dim=1)
+    after = ([chunks] * chunks if reconstruction == "final" else list(range(1, chunks + 1))) * slices
     targets = {name: torch.zeros(input_ids.shape, dtype=torch.bool) for name in ("reconstruction", "completion")}
     targets["reconstruction"][:, chunks:, 1:] = True
     targets["completion"][:, 1:chunks, 1:] = True
     mask = torch.ones(input_ids.shape, dtype=torch.bool)
     return WindowBatch(input_ids, mask, chunks, (*range(chunks), *after), targets)
+
+
+def _check_slices(slices: int, chunks: int, reconstruction: str) -> None:
+    if slices < 0 or (slices > 1 and reconstruction != "random_slice"):
+        raise InputError(
+            f"slices must be 0 or 1, or more with reconstruction 'random_slice', but it is {slices} with "
+            f"{reconstruction!r}"
+        )
+    if slices == 0 and chunks == 1:
+        raise InputError("chunks must be at least 2 where completion is all that is trained on, but it is 1")
 
 
 def _slices(segments: Tensor, chunks: int, length: int, generator: torch.Generator) -> Tensor:
@@ -96,24 +113,32 @@ def _slices(segments: Tensor, chunks: int, length: int, generator: torch.Generat
     return torch.stack(rows)
 
 
+def count_targets(batch: WindowBatch) -> dict[str, int | Tensor]:
+    """How many tokens count in each loss of a batch of windows."""
+    return {name: target[..., 1:].sum() for name, target in batch.targets.items()}
+
+
 def window_losses(model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
     """Encode a batch of windows with their adapters and take each loss; logits are formed only where a loss is."""
-    batch = to_device(batch, model.device)
-    hidden, _ = model(batch.input_ids, batch.mask, batch.chunks, batch.seen)
-    return token_losses(model, hidden, batch.input_ids, batch.targets)
+    moved = to_device(batch, model.device)
+    hidden = model(moved.input_ids, moved.mask, batch.chunks, batch.seen)[0]  # the states go: they are large
+    return token_losses(model, hidden, moved.input_ids, batch.targets)
 
 
 def token_losses(
     model: GenerativeAdapter, hidden: Tensor, input_ids: Tensor, targets: Mapping[str, Tensor]
 ) -> dict[str, Loss]:
-    """Next-token losses from last hidden states (B, W, M, d_h), one for each set of target tokens."""
+    """Next-token losses from last hidden states (B, W, M, d_h), one for each set of target tokens.
+
+    Targets that are on the host spare the wait for a GPU that is to say which tokens count.
+    """
     union = torch.stack(list(targets.values())).any(0)[..., 1:]
     if union.all():  # then nothing is gathered; what follows the last token of a window does not count
         losses = model.token_loss(hidden.flatten(0, -2), F.pad(input_ids[..., 1:], (0, 1)).flatten())
-        chosen = {name: F.pad(target[..., 1:], (0, 1)).flatten() for name, target in targets.items()}
+        chosen = {name: F.pad(target[..., 1:], (0, 1)).flatten().to(losses.device) for name, target in targets.items()}
     else:
         losses = model.token_loss(hidden[..., :-1, :][union], input_ids[..., 1:][union])
-        chosen = {name: target[..., 1:][union] for name, target in targets.items()}
+        chosen = {name: target[..., 1:][union].to(losses.device) for name, target in targets.items()}
     return {name: Loss((losses * where).sum(), where.sum()) for name, where in chosen.items()}
 
 

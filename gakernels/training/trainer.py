@@ -1,134 +1,124 @@
-"""The training loop: AdamW, warm-up and linear decay, clipping, progress, log, checkpoints."""
+"""The training loop: steps, log, evaluations, checkpoints, signals, on one or several processes."""
 
-import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from gakernels.errors import InputError
-from gakernels.files import write_text
-from gakernels.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from gakernels.errors import FormatError
+from gakernels.training.checkpoint import RunState, load_checkpoint, newest_good, save_checkpoint
+from gakernels.training.guard import SkippedSteps, culprit
+from gakernels.training.objective import Objective
 from gakernels.training.objectives import Loss
-from gakernels.training.schedule import warmup_then_linear_decay
+from gakernels.training.parallel import Parallel
+from gakernels.training.randomness import random_kept
+from gakernels.training.run_log import RunLog
+from gakernels.training.sharding import local_part
+from gakernels.training.signals import StopRequest, TrainingStopped, stop_requests
+from gakernels.training.step import StepResult, TrainingStep
+from gakernels.training.throughput import StepCost, peak_bytes, peak_tflops
+from gakernels.training.trainer_config import OUTER_SETTINGS, TrainerConfig
 
-Objective = Callable[[int], Mapping[str, Loss]]
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """How to optimise; the defaults are the paper's for Mistral-7B (appendix B).
-
-    Attributes:
-        steps: optimizer steps in all.
-        learning_rate: at the end of the warm-up.
-        warmup_steps: of the schedule.
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient.
-        betas: of AdamW.
-        loss_weights: factor of each loss by name; 1 for those that are not named, and 0 leaves a loss out.
-        log_every: steps between lines of the log; every checkpoint is preceded by one.
-        checkpoint_every: steps between checkpoints; the last step always writes one.
-        label: shown in front of the progress bar.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-
-    steps: int
-    learning_rate: float = 5e-5
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    loss_weights: tuple[tuple[str, float], ...] = ()
-    log_every: int = 10
-    checkpoint_every: int = 500
-    label: str = "training"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate must be above 0, but it is {self.learning_rate}")
-        if not self.clip > 0:
-            raise InputError(f"clip must be above 0 (infinity for no clipping), but it is {self.clip}")
-        for name in ("warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be at least 0, but it is {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"betas must be at least 0 and below 1, but they are {self.betas}")
+__all__ = ["Trainer", "TrainerConfig"]
 
 
 class Trainer:
-    """Trains parameters on an objective, in a folder that keeps the log and the checkpoints.
+    """Trains parameters on an objective, in a folder that keeps the log and the checkpoints (docs/training.md).
 
     Args:
         config: how to optimise.
         parameters: what to train, by name.
-        objective: takes the number of a step, counted from 0, and returns the losses of its batch. What it does must
-            depend on that number alone, so that a run that is resumed equals one that was not interrupted.
+        objective: see `Objective`; or a function that takes the number of a step, counted from 0, and returns the
+            losses of its batch. What it does must follow from that number (and seed, rank and number of processes)
+            alone, so that a run that is resumed equals one that was not interrupted.
         folder: gets `log.jsonl` and `checkpoints/`; None keeps nothing.
         settings: what else the run depends on (data, seed, ...), JSON types; a checkpoint is resumed only by a run
             with equal settings.
         progress: show a progress bar.
+        parallel: the processes; one alone if not given.
+        evaluate: gives the numbers of an evaluation, JSON types; called on every process.
+        cost: what a step works on, for the rates in the log.
+
+    Attributes:
+        step: takes one step by its number, see `TrainingStep`.
+
+    Raises:
+        InputError: there is nothing to train, or a pattern of learning_rate_factors fits nothing.
     """
 
     def __init__(
         self,
         config: TrainerConfig,
         parameters: Mapping[str, nn.Parameter],
-        objective: Objective,
+        objective: Objective[Any] | Callable[[int], Mapping[str, Loss]],
         folder: Path | None = None,
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
+        parallel: Parallel | None = None,
+        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        cost: StepCost | None = None,
     ) -> None:
-        self.config, self.parameters, self.objective = config, dict(parameters), objective
-        self.folder, self.progress = folder, progress
-        self.settings = {"trainer": asdict(config), **(settings or {})}
-        decayed = [parameter for parameter in self.parameters.values() if parameter.dim() > 1]
-        others = [parameter for parameter in self.parameters.values() if parameter.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas
-        )
-        self._history: list[tuple[dict[str, Loss], Tensor]] = []  # losses and gradient norms since the last line
+        self.config, self.parameters, self.folder = config, dict(parameters), folder
+        self.parallel, self.evaluate, self.cost = parallel or Parallel(), evaluate, cost or StepCost()
+        self.progress = progress and self._leads
+        inner = {name: value for name, value in asdict(config).items() if name not in OUTER_SETTINGS}
+        self.settings = {"trainer": inner, **(settings or {})}
+        self.step = TrainingStep(config, self.parameters, objective, self.parallel)
+        self._peak_tflops = config.peak_tflops or peak_tflops(self.step.device)
+        self._forget()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over the parameters."""
+        return self.step.optimizer
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this process writes the log and talks."""
+        return self.parallel.ranks.rank == 0
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to the end, from the newest checkpoint of the folder if there is one.
+        """Train to the end, from the newest good checkpoint of the folder if there is one.
 
         Returns:
             The lines of the log that this call added.
 
         Raises:
-            InputError: loss_weights names a loss that the objective does not have.
-            FormatError: the checkpoint is damaged or belongs to a run with other settings.
+            InputError: loss_weights names a loss that the objective does not have, or a report's package is missing.
+            FormatError: all checkpoints are damaged, or the newest belongs to a run with other settings.
             OSError: the log or a checkpoint could not be written.
-            FloatingPointError: a loss, gradient or parameter is not finite; no checkpoint holds what came of it.
+            FloatingPointError: too many steps in a row were skipped, or a parameter is not finite.
+            TrainingStopped: SIGTERM or SIGINT came; the step under way is done and in a checkpoint.
         """
         first = self._resume()
+        log = RunLog(self.folder if self._leads else None, first, self.config.reports, self.settings)
         lines: list[dict[str, Any]] = []
-        started = time.perf_counter()
-        with self._bar(first) as bar:
-            for step in range(first, self.config.steps):
-                self._step(step)
-                bar.update()
-                done = step + 1
-                to_save = done % self.config.checkpoint_every == 0 or done == self.config.steps
-                if to_save or done % self.config.log_every == 0:
-                    # Also in front of a checkpoint: the sums start anew there, as they do in a run that is resumed.
-                    lines.append(self._log(done, started))
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in lines[-1]["loss"].items()})
-                    started = time.perf_counter()
-                if to_save:
-                    self._save(done)
+        try:
+            with stop_requests() as request, random_kept(self.step.device), self._bar(first) as bar:
+                clock = _Clock()
+                for done in range(first + 1, self.config.steps + 1):
+                    self._add(done, self.step(done - 1))
+                    clock.steps += 1
+                    bar.update()
+                    if self._ends_line(done):
+                        lines.append(self._line(done, clock))
+                        log.write(lines[-1])
+                        self._show(bar, lines[-1])
+                        clock = _Clock()
+                    stop = self._asked_to_stop(request)
+                    self._save_if_due(done, bool(stop))
+                    if stop and done < self.config.steps:
+                        raise self._stopped(stop, done)
+        finally:
+            log.close()
         return lines
 
     def _bar(self, first: int) -> "tqdm[NoReturn]":
@@ -136,105 +126,183 @@ class Trainer:
             total=self.config.steps, initial=first, desc=self.config.label, unit="step", disable=not self.progress
         )
 
-    def _step(self, step: int) -> None:
-        rate = self.config.learning_rate * warmup_then_linear_decay(step, self.config.warmup_steps, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        losses = self.objective(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._total(losses).backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
-        self.optimizer.step()
-        detached = {name: Loss(loss.total.detach(), loss.tokens) for name, loss in losses.items()}
-        self._history.append((detached, norm))
+    def _show(self, bar: "tqdm[NoReturn]", line: Mapping[str, Any]) -> None:
+        shown = {name: f"{value:.3f}" for name, value in line["loss"].items()}
+        if "tokens_per_second" in line:
+            shown["tokens/s"] = f"{line['tokens_per_second']:,.0f}"
+        if "mfu" in line:
+            shown["MFU"] = f"{line['mfu']:.1%}"
+        bar.set_postfix({**shown, "GB": f"{line['peak_bytes'] / 1e9:.1f}"})
 
-    def _total(self, losses: Mapping[str, Loss]) -> Tensor:
-        """The weighted sum of the means of the losses."""
-        weights = dict.fromkeys(losses, 1.0) | dict(self.config.loss_weights)
-        if set(weights) != set(losses):
-            unknown = ", ".join(sorted(set(weights) - set(losses)))
-            raise InputError(f"loss_weights must name losses out of {', '.join(losses)}, but names {unknown}")
-        return torch.stack([weights[name] * loss.mean for name, loss in losses.items() if weights[name]]).sum()
+    # Steps since the last line of the log
 
-    def _log(self, step: int, started: float) -> dict[str, Any]:
-        """Write a line about the steps since the last one, which began at the time `started`."""
-        self._check_finite(step)
-        names = dict.fromkeys(name for losses, _ in self._history for name in losses)
-        means = {name: self._mean(name) for name in names}
-        line = {
-            "step": step,
-            "loss": means,
-            "perplexity": {name: math.exp(min(mean, 700.0)) for name, mean in means.items()},
-            "gradient_norm": self._history[-1][1].item(),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds_per_step": (time.perf_counter() - started) / len(self._history),
-        }
-        self._history.clear()
-        if self.folder:
-            _append(self.folder / "log.jsonl", json.dumps(line))
-        return line
+    def _forget(self) -> None:
+        self._results: list[StepResult | list[float]] = []  # numbers where they come from a checkpoint
+        self._skipped_here: list[int] = []
+        self._skipped = SkippedSteps()
+        self._is_due = False
 
-    def _mean(self, name: str) -> float:
-        losses = [losses[name] for losses, _ in self._history if name in losses]
-        tokens = torch.stack([loss.tokens for loss in losses]).sum()
-        return (torch.stack([loss.total for loss in losses]).sum() / tokens.clamp(min=1)).item()
+    def _add(self, done: int, result: StepResult) -> None:
+        self._results.append(result)
+        self._skipped.add(done, result.bad)
+        self._report_skipped(done, self._skipped.read())
 
-    def _check_finite(self, step: int) -> None:
-        """Look at the steps since the last line, all at once: a look at each step would slow a GPU."""
-        finite = torch.stack([_is_finite(losses, norm) for losses, norm in self._history]).tolist()
-        if all(finite):
-            return
-        losses = self._history[finite.index(False)][0]
-        names = [f"loss {name!r}" for name, loss in losses.items() if not loss.total.isfinite()] or ["gradient"]
-        bad = step - len(finite) + 1 + finite.index(False)
-        raise FloatingPointError(
-            f"training stopped: the {names[0]} of step {bad} is not finite; a lower learning rate may help"
+    def _report_skipped(self, done: int, numbers: list[int]) -> None:
+        """Say which steps were skipped and why; too many in a row end the run.
+
+        The numbers of steps are counted from 1 here, as in the log.
+        """
+        for number in numbers:
+            self._skipped_here.append(number)
+            *sums, norm, _ = _numbers(self._results[number - 1 - done])
+            reason = culprit(dict(zip(self.step.names, sums, strict=False)), norm)
+            if self._leads:
+                tqdm.write(f"{self.config.label}: step {number} was skipped: {reason}", file=sys.stderr)
+            if self._skipped.in_a_row >= self.config.most_skipped:
+                raise self._diverged(number, reason)
+
+    def _diverged(self, number: int, reason: str) -> FloatingPointError:
+        count = self._skipped.in_a_row
+        return FloatingPointError(
+            f"training stopped: {count} steps in a row were skipped, and in step {number} {reason}; "
+            "a lower learning rate may help"
         )
 
-    def _save(self, step: int) -> None:
-        for name, parameter in self.parameters.items():
-            if not parameter.isfinite().all():
-                raise FloatingPointError(f"training stopped: {name} is not finite after step {step}")
+    def _ends_line(self, done: int) -> bool:
+        return done == self.config.steps or _due(done, self.config.log_every) or self._evaluates(done)
+
+    def _evaluates(self, done: int) -> bool:
+        return self.evaluate is not None and _due(done, self.config.evaluate_every)
+
+    def _line(self, done: int, clock: "_Clock") -> dict[str, Any]:
+        """The line of the log about the steps since the one before; it waits for the device."""
+        rows = [_numbers(result) for result in self._results]
+        self._report_skipped(done, self._skipped.read(all_of_them=True))
+        seconds = clock.seconds_per_step()
+        means = self._means([row for row in rows if not row[-1]])
+        line: dict[str, Any] = {
+            "step": done,
+            "loss": means,
+            "perplexity": {name: math.exp(min(mean, 700.0)) for name, mean in means.items()},
+            "gradient_norm": next((row[-2] for row in reversed(rows) if not row[-1]), None),
+            "learning_rate": self.step.learning_rate,
+            "seconds_per_step": seconds,
+            **self.cost.rates(seconds, self.parallel.ranks.world, self._peak_tflops),
+            "peak_bytes": peak_bytes(self.step.device),
+        }
+        if self._skipped_here:
+            line["skipped"] = self._skipped_here
+        if self.evaluate is not None and self._evaluates(done):
+            line["evaluation"] = dict(self.evaluate())
+        self._results, self._skipped_here = [], []
+        return line
+
+    def _means(self, rows: list[list[float]]) -> dict[str, float]:
+        """Mean of each loss over the tokens of all good steps; a loss that had none is left out."""
+        if not rows:
+            return {}
+        sums = [sum(column) for column in zip(*rows, strict=True)]
+        totals = zip(self.step.names, sums, sums[len(self.step.names) :], strict=False)
+        return {name: total / tokens for name, total, tokens in totals if tokens}
+
+    # Checkpoints
+
+    def _state(self) -> RunState:
+        tensors = {f"guard/{name}": tensor for name, tensor in self.step.guard.tensors().items()}
+        return RunState(self.parameters, self.optimizer, tensors, self.settings)
+
+    def _save_if_due(self, done: int, stops: bool) -> None:
+        """After a bad step the parameters may be bad already: a checkpoint that is due waits for the next good one."""
+        last = done == self.config.steps
+        self._is_due |= last or stops or _due(done, self.config.checkpoint_every)
+        if not self._is_due:
+            return
+        self._report_skipped(done, self._skipped.read(all_of_them=True))
+        if last and self._skipped.in_a_row > 1:
+            raise self._diverged(done, "the run ended")
+        if last or not self._skipped.in_a_row:
+            self._save(done)
+            self._is_due = False
+
+    def _save(self, done: int) -> None:
+        finite = torch.stack([local_part(parameter).isfinite().all() for parameter in self.parameters.values()])
+        broken = self.parallel.sum((~finite).long()).tolist()
+        for name, count in zip(self.parameters, broken, strict=True):
+            if count:
+                raise FloatingPointError(f"training stopped: {name} is not finite after step {done}")
         if self.folder:
-            save_checkpoint(self.folder / "checkpoints", step, self.parameters, self.optimizer, self.settings)
+            notes = {
+                "names": list(self.step.names),
+                "results": [_numbers(result) for result in self._results],
+                "skipped": self._skipped_here,
+            }
+            folder = self.folder / "checkpoints"
+            save_checkpoint(folder, done, self._state(), notes, self.parallel, self.config.keep_checkpoints)
 
     def _resume(self) -> int:
-        """Load the newest checkpoint, cut the log back to it, and return the step to go on with."""
-        self._history.clear()
+        """Load the newest good checkpoint and return the number of steps taken."""
+        self._forget()
         if self.folder is None:
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = find_checkpoints(self.folder / "checkpoints")
-        if not checkpoints:
-            _cut_log(self.folder / "log.jsonl", 0)
+        path = self._newest()
+        if path is None:
             return 0
-        step = load_checkpoint(checkpoints[-1], self.parameters, self.optimizer, self.settings)
-        _cut_log(self.folder / "log.jsonl", step)
+        step, notes = load_checkpoint(path, self._state(), self.parallel)
+        self.step.names = tuple(notes["names"])
+        self._results, self._skipped_here = notes["results"], notes["skipped"]
         return step
 
+    def _newest(self) -> Path | None:
+        """The newest good checkpoint, as the first process finds it."""
+        assert self.folder
+        path: Path | None = None
+        damage: list[str] = []
+        refusal: str | None = None
+        if self._leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                path, damage = newest_good(self.folder / "checkpoints", self.settings)
+            except FormatError as error:
+                refusal = str(error)
+            for text in damage:
+                tqdm.write(f"{self.config.label}: {text}; going on from an earlier one", file=sys.stderr)
+        path, refusal = self.parallel.broadcast((path, refusal))
+        if refusal:
+            raise FormatError(refusal)
+        return path
 
-def _is_finite(losses: Mapping[str, Loss], norm: Tensor) -> Tensor:
-    return torch.stack([norm.isfinite(), *(loss.total.isfinite() for loss in losses.values())]).all()
+    # Signals
+
+    def _asked_to_stop(self, request: StopRequest) -> int:
+        """The number of the signal that reached any of the processes; 0 for none."""
+        if self.parallel.ranks.world == 1:
+            return request.number
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        counts = self.parallel.sum(torch.tensor([request.number == number for number in numbers]).long()).tolist()
+        return next((int(number) for number, count in zip(numbers, counts, strict=True) if count), 0)
+
+    def _stopped(self, number: int, done: int) -> TrainingStopped:
+        where = f"; the same command goes on from {self.folder / 'checkpoints'}" if self.folder else ""
+        message = f"{self.config.label}: stopped by {signal.Signals(number).name} after step {done}{where}"
+        if self._leads:
+            tqdm.write(message, file=sys.stderr)
+        return TrainingStopped(number, message)
 
 
-def _append(path: Path, line: str) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+class _Clock:
+    """The time since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._started = time.perf_counter()
+
+    def seconds_per_step(self) -> float:
+        return (time.perf_counter() - self._started) / max(1, self.steps)
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the lines after a step, which an interrupted run wrote and the resumed one will write again."""
-    if not path.is_file():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    write_text(path, "".join(line + "\n" for line in kept))
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf  # a line that was cut off while it was written
+def _numbers(result: StepResult | list[float]) -> list[float]:
+    return result if isinstance(result, list) else result.numbers()

@@ -89,3 +89,34 @@ def test_chunks_that_do_not_divide_the_segment_are_refused(chunks: int) -> None:
 def test_an_unknown_reconstruction_is_refused() -> None:
     with pytest.raises(InputError, match="reconstruction must be one of random_slice, copy, final, but it is 'slice'"):
         pretraining_windows(torch.zeros(2, 12), 3, torch.Generator(), "slice")
+
+
+def test_each_adapter_can_have_several_slices_or_none() -> None:
+    chunks, length, slices = drawn(2, 6), drawn(4, 9), drawn(2, 5)
+    segments = torch.arange(20 * chunks * length).view(20, -1)
+    random = torch.Generator().manual_seed(drawn(0, 10**9))
+    batch = pretraining_windows(segments, chunks, random, slices=slices)
+    assert batch.input_ids.shape == (20, (1 + slices) * chunks, length)
+    assert batch.seen == (*range(chunks), *[*range(1, chunks + 1)] * slices)
+    starts = (batch.input_ids[:, chunks:, 0] - segments[:, :1]).unflatten(1, (slices, chunks))
+    assert (starts + length <= length * torch.arange(1, chunks + 1)).all()
+    assert not starts[:, 0].equal(starts[:, 1])
+    assert batch.targets["reconstruction"][:, chunks:, 1:].all()
+    alone = pretraining_windows(segments, chunks, random, slices=0)
+    assert alone.input_ids.equal(batch.input_ids[:, :chunks])
+    assert alone.seen == tuple(range(chunks))
+    assert not alone.targets["reconstruction"].any()
+    assert alone.targets["completion"].equal(batch.targets["completion"][:, :chunks])
+
+
+@pytest.mark.parametrize(
+    ("chunks", "reconstruction", "slices", "message"),
+    [
+        (2, "copy", 2, "slices must be 0 or 1, or more with reconstruction 'random_slice', but it is 2 with 'copy'"),
+        (2, "random_slice", -1, "slices must be 0 or 1, or more with"),
+        (1, "copy", 0, "chunks must be at least 2 where completion is all that is trained on, but it is 1"),
+    ],
+)
+def test_slices_that_make_no_sense_are_refused(chunks: int, reconstruction: str, slices: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pretraining_windows(torch.zeros(1, 8), chunks, torch.Generator(), reconstruction, slices)

@@ -1,31 +1,59 @@
 """The learning-rate schedule."""
 
+import math
+
 import pytest
 import torch
 
-from gakernels.training.schedule import warmup_then_linear_decay
+from gakernels import InputError
+from gakernels.training.schedule import SCHEDULES, learning_rate_factor, steps_of_epochs
 
 
 def test_values_at_the_borders() -> None:
     total = int(torch.randint(20, 1000, ()))
     warmup = int(torch.randint(1, total - 1, ()))
-    assert warmup_then_linear_decay(0, warmup, total) == pytest.approx(1 / warmup)
-    assert warmup_then_linear_decay(warmup - 1, warmup, total) == 1
-    assert warmup_then_linear_decay(warmup, warmup, total) == 1
-    assert warmup_then_linear_decay(total - 1, warmup, total) == pytest.approx(1 / (total - warmup))
-    assert warmup_then_linear_decay(total, warmup, total) == 0
+    assert learning_rate_factor("linear", 0, warmup, total) == pytest.approx(1 / warmup)
+    assert learning_rate_factor("linear", warmup - 1, warmup, total) == 1
+    assert learning_rate_factor("linear", warmup, warmup, total) == 1
+    assert learning_rate_factor("linear", total - 1, warmup, total) == pytest.approx(1 / (total - warmup))
+    assert learning_rate_factor("linear", total, warmup, total) == 0
 
 
 def test_the_area_is_that_of_two_triangles() -> None:
     total = int(torch.randint(20, 1000, ()))
     warmup = int(torch.randint(1, total, ()))
-    area = sum(warmup_then_linear_decay(step, warmup, total) for step in range(total))
+    area = sum(learning_rate_factor("linear", step, warmup, total) for step in range(total))
     assert area == pytest.approx((warmup + 1) / 2 + (total - warmup + 1) / 2)
 
 
 def test_without_warmup_the_first_step_has_the_full_rate() -> None:
-    assert [warmup_then_linear_decay(step, 0, 4) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert [learning_rate_factor("linear", step, 0, 4) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_a_warmup_longer_than_the_run_only_rises() -> None:
-    assert [warmup_then_linear_decay(step, 8, 4) for step in range(4)] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]
+    assert [learning_rate_factor("linear", step, 8, 4) for step in range(4)] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_all_begin_with_the_same_warmup(schedule: str) -> None:
+    factors = [learning_rate_factor(schedule, step, 5, 20) for step in range(6)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def test_a_cosine_falls_by_half_a_wave() -> None:
+    factors = [learning_rate_factor("cosine", step, 0, 12) for step in range(13)]
+    assert factors == pytest.approx([(1 + math.cos(math.pi * step / 12)) / 2 for step in range(13)])
+    assert [learning_rate_factor("constant", step, 0, 12) for step in range(13)] == [1] * 13
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(InputError, match="schedule must be one of linear, cosine, constant, but it is 'step'"):
+        learning_rate_factor("step", 0, 0, 1)
+
+
+def test_epochs_become_steps() -> None:
+    examples, batch = int(torch.randint(1, 100, ())), int(torch.randint(1, 20, ()))
+    steps = steps_of_epochs(2, examples, batch)
+    assert (steps - 1) * batch < 2 * examples <= steps * batch
+    with pytest.raises(InputError, match="examples must be above 0, but it is 0"):
+        steps_of_epochs(2, 0, batch)

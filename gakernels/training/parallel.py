@@ -1,0 +1,234 @@
+"""The processes of a run: who they are, and how their gradients become one.
+
+The loss of a step is taken over the targets of all processes, so that gradients are added up, never averaged.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gakernels.errors import InputError
+
+Value = TypeVar("Value")
+BUCKET_BYTES = 25 << 20
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those of a run; `Ranks()` is a run of a single process.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+        local_rank: its number on this machine, which is the number of its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """As `torchrun` says in RANK, WORLD_SIZE and LOCAL_RANK; a single process where none of them is set.
+
+        Raises:
+            InputError: only some of them are set, or one is no number in its range.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        values = [os.environ.get(name) for name in names]
+        if values == [None, None, None]:
+            return cls()
+        if not all(value is not None and value.isdecimal() for value in values):
+            found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+            raise InputError(f"{', '.join(names)} must be the numbers that torchrun sets, but they are {found}")
+        rank, world, local_rank = (int(str(value)) for value in values)
+        if rank >= world:
+            raise InputError(f"RANK must be below WORLD_SIZE, but they are {rank} and {world}")
+        return cls(rank, world, local_rank)
+
+    def share(self, count: int, name: str) -> range:
+        """The consecutive part of `count` things that is this process's; `name` is what the error calls the count.
+
+        Raises:
+            InputError: the number of processes does not divide it.
+        """
+        if count < 1 or count % self.world:
+            raise InputError(f"{name} must be a multiple of the {self.world} processes, but it is {count}")
+        size = count // self.world
+        return range(self.rank * size, (self.rank + 1) * size)
+
+
+@contextmanager
+def process_group(device: torch.device | str) -> Iterator[Ranks]:
+    """The processes that torchrun started, connected while the block runs: NCCL between GPUs, Gloo on the host.
+
+    Raises:
+        InputError: see `Ranks.from_environment`.
+    """
+    ranks = Ranks.from_environment()
+    if ranks.world == 1:
+        yield ranks
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(ranks.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=ranks.rank, world_size=ranks.world)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+class Parallel:
+    """How a run's gradients are formed: here by one process alone.
+
+    Attributes:
+        ranks: this process and how many there are.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+
+    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Called once with what is trained."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """The backward of a micro-batch; the last one of a step may begin to add the gradients up."""
+        loss.backward()
+
+    def finish(self) -> None:
+        """After this the gradients are those of all processes."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes, the same bits on each."""
+        if self.ranks.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: Value) -> Value:
+        """The first process's value, on each."""
+        if self.ranks.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes in their order, on each."""
+        if self.ranks.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+class Replicas(Parallel):
+    """Every process holds all parameters; gradients are added up in buckets while the backward goes on.
+
+    The buckets are the same on every process and go out in the same order, whatever order the gradients come in; a
+    parameter that a process did not use counts as zero.
+    """
+
+    def __init__(self, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
+        super().__init__(ranks)
+        self._bucket_bytes = bucket_bytes
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: dict[nn.Parameter, _Bucket] = {}
+        self._last = False
+        self._sent = 0
+
+    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give every process the first one's parameters, and watch for their gradients."""
+        for parameter in parameters.values():
+            dist.broadcast(parameter.data, src=0)
+        # Gradients of the last layers come first.
+        self._buckets = _buckets(list(parameters.values())[::-1], self._bucket_bytes)
+        self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Parallel`: buckets go out during the backward of the last micro-batch."""
+        self._last = last
+        loss.backward()
+
+    def finish(self) -> None:
+        """Send what is left and wait for all of it."""
+        self._send(len(self._buckets))
+        for bucket in self._buckets:
+            bucket.receive()
+        self._last, self._sent = False, 0
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self._last:
+            return
+        self._bucket_of[parameter].arrived(parameter)  # type: ignore[index] # the hook hands back the parameter itself
+        complete = self._sent
+        while complete < len(self._buckets) and self._buckets[complete].missing == 0:
+            complete += 1
+        self._send(complete)
+
+    def _send(self, end: int) -> None:
+        for bucket in self._buckets[self._sent : end]:
+            bucket.send()
+        self._sent = max(self._sent, end)
+
+
+class _Bucket:
+    """Parameters of one dtype whose gradients travel together."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.missing = len(parameters)
+        self._flat = torch.empty(0)
+        self._work: Any = None
+        self._events: list[Any] = []
+
+    def arrived(self, parameter: Tensor) -> None:
+        """The gradient of a parameter is there, on the GPU when the stream of its backward has come so far."""
+        self.missing -= 1
+        if parameter.is_cuda:
+            self._events.append(torch.cuda.current_stream().record_event())
+
+    def send(self) -> None:
+        """Begin to add up the gradients of all processes."""
+        for event in self._events:
+            torch.cuda.current_stream().wait_event(event)
+        parts = [
+            torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+            if parameter.grad is None
+            else parameter.grad.flatten()
+            for parameter in self.parameters
+        ]
+        self._flat = torch.cat(parts)
+        if self._events:  # what frees a gradient must know that another stream read it
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.record_stream(torch.cuda.current_stream())
+        self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def receive(self) -> None:
+        """The sums take the place of the gradients, as views of the bucket."""
+        self._work.wait()
+        parts = self._flat.split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._work, self._flat, self._events, self.missing = None, torch.empty(0), [], len(self.parameters)
+
+
+def _buckets(parameters: Sequence[nn.Parameter], size: int) -> list[_Bucket]:
+    groups: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        room -= parameter.nbytes
+        if not groups or room < 0 or groups[-1][0].dtype != parameter.dtype:
+            groups.append([])
+            room = size - parameter.nbytes
+        groups[-1].append(parameter)
+    return [_Bucket(group) for group in groups]

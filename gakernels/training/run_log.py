@@ -1,0 +1,165 @@
+"""The log of a run: JSON lines, and TensorBoard or Weights & Biases where they are asked for."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from gakernels.errors import InputError
+from gakernels.files import write_text
+
+LOG_FILE = "log.jsonl"
+
+
+class Report(Protocol):
+    """Where numbers of a run go besides the log."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The numbers of a line, with names like `loss/completion`."""
+        ...
+
+    def close(self) -> None:
+        """Bring all of it to where it goes."""
+        ...
+
+
+class RunLog:
+    """Appends lines to `log.jsonl` of a folder and hands their numbers to the reports.
+
+    Args:
+        folder: of the run; None keeps nothing.
+        step: the lines after it are dropped: an interrupted run wrote them, and the resumed one will again.
+        reports: names out of REPORTS.
+        settings: of the run, shown by Weights & Biases.
+
+    Raises:
+        InputError: the package of a report is not installed.
+        OSError: the log could not be written.
+    """
+
+    def __init__(
+        self, folder: Path | None, step: int, reports: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self._path = folder / LOG_FILE if folder else None
+        if self._path:
+            _cut(self._path, step)
+        self._reports = [REPORTS[name](folder, step, settings or {}) for name in reports] if folder else []
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """One line, on the disk when this returns."""
+        if self._path:
+            _append(self._path, json.dumps(finite(line), allow_nan=False))
+        for report in self._reports:
+            report.write(line["step"], flat_numbers(line))
+
+    def close(self) -> None:
+        """End the reports."""
+        for report in self._reports:
+            report.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that was cut off while it was written is left out.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
+
+
+def flat_numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line by name: {"loss": {"completion": 2.0}} gives `loss/completion`."""
+    numbers: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            numbers |= flat_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and prefix + name != "step":
+            numbers[prefix + name] = value
+    return numbers
+
+
+def finite(value: Any) -> Any:
+    """JSON types without infinity and NaN, which are no JSON: None takes their place."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _TensorBoard:
+    """Event files in the folder `tensorboard` of the run."""
+
+    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A run of Weights & Biases that a resumed run goes on with; WANDB_PROJECT, WANDB_MODE, ... say where."""
+
+    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("wandb") from error
+        name = folder / "wandb-id"
+        if step == 0 or not name.is_file():
+            write_text(name, os.urandom(6).hex())
+        run_id = name.read_text(encoding="utf-8")
+        self._run: Any = wandb.init(dir=str(folder), id=run_id, resume="allow", config=dict(settings))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+REPORTS: dict[str, Callable[..., Report]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+
+
+def _missing(package: str) -> InputError:
+    return InputError(f"reports: {package!r} needs the package {package}, which is not installed")
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines after a step and one that was cut off while it was written."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = "".join(line + "\n" for line in lines if _step_of(line) <= step)
+    if kept != path.read_text(encoding="utf-8", errors="replace"):
+        write_text(path, kept)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return math.inf

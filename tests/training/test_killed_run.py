@@ -1,0 +1,43 @@
+"""A run that is killed at random moments and started again gives what an undisturbed run gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import killed
+import pytest
+from regression import drawn_seed, log_of
+
+Train = Callable[[Path, int], None]
+
+
+def last_numbers(folder: Path) -> dict[str, bytes]:
+    """The files of the last checkpoint with the parameters and the optimizer."""
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return {path.name: path.read_bytes() for path in newest.glob("__*")}
+
+
+def compare(tmp_path: Path, train: Train, seed: int, kills: list[killed.Kill], least: int) -> None:
+    assert killed.run(train, tmp_path / "whole", seed) == 0
+    codes = [killed.run(train, tmp_path / "parts", seed, kill) for kill in kills]
+    assert codes.count(-9) >= least, "the run ended before it was killed"
+    assert killed.run(train, tmp_path / "parts", seed) == 0
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    assert last_numbers(tmp_path / "parts") == last_numbers(tmp_path / "whole")
+    assert not list((tmp_path / "parts" / "checkpoints").glob("*.damaged"))  # half a checkpoint never had its name
+
+
+def test_three_times(tmp_path: Path) -> None:
+    seed = drawn_seed()
+    random = Random(seed)
+    kills = [killed.while_writing(random), killed.after(random, 0.2), killed.while_writing(random)]
+    compare(tmp_path, killed.train_regression, seed, kills, least=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [killed.train_longer, killed.train_generator])
+def test_ten_times(tmp_path: Path, train: Train) -> None:
+    seed = drawn_seed()
+    random = Random(seed)
+    kills = [killed.while_writing(random) if number % 2 else killed.after(random, 0.5) for number in range(10)]
+    compare(tmp_path, train, seed, kills, least=10)
