@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gakernels import GenerativeAdapter, GeneratorConfig
+from gakernels.quantized_base import quantize_base
 from gakernels.training.objectives import WindowBatch, pretraining_windows
 
 FAMILIES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config"}
@@ -26,6 +27,7 @@ class Preset:
         dtype: of the base model. The generators are float32 (float64 if the base is); where the two differ the step
             runs under autocast.
         checkpointing: whether the eager baseline recomputes its layers, as the released scripts do.
+        quantization: of the linear layers of the base model (`quantize_base`); None leaves them as they are.
         measured_layers: numbers of layers to run instead of `layers`, from which the step is extrapolated.
     """
 
@@ -44,6 +46,7 @@ class Preset:
     dtype: torch.dtype = torch.bfloat16
     checkpointing: bool = True
     measured_layers: tuple[int, ...] = ()
+    quantization: str | None = None
 
     @property
     def segment_tokens(self) -> int:
@@ -117,7 +120,8 @@ def make_base(preset: Preset, device: torch.device, seed: int) -> PreTrainedMode
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_config(preset.config(), dtype=preset.dtype)
-    return base.to(device).requires_grad_(False).eval()
+    base = base.to(device).requires_grad_(False).eval()
+    return quantize_base(base, preset.quantization) if preset.quantization else base
 
 
 def make_model(preset: Preset, device: torch.device, seed: int) -> GenerativeAdapter:

@@ -112,6 +112,9 @@ STAGES = (
     Stage("modules", "the modules, forward and backward", 0.6, True, _worker),
     Stage("inference", "contexts of 1K to 128K tokens, decoding, many users", 1.2, True, _worker),
     Stage("many_states", "low_rank_polar for 32 segments or users at once", 2.0, False, _worker),
+    Stage("step_variants", "the training step overlapped, compiled, recomputed; its memory", 4.0, False, _worker),
+    Stage("step_fp8", "the training step on a base model in FP8", 3.0, False, _worker, needs_gpu=True),
+    Stage("step_parts", "loss, norm, activation and rotation against those of others", 1.0, False, _worker),
     Stage("compile", "the operations under torch.compile", 2.0, False, _worker),
     Stage("flash_attention", "inference with flash-attn", 1.0, False, _flash_attention, needs_gpu=True),
     *(

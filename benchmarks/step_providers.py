@@ -20,15 +20,21 @@ from transformers import PreTrainedModel
 from benchmarks.cases import largest_error
 from benchmarks.eager_baseline import EagerBaseline, plain_modules
 from benchmarks.floors import DenseLora, FrozenBase
-from benchmarks.parts import part, paused
+from benchmarks.parts import part
 from benchmarks.presets import Preset, check_preset, make_batch, make_model
+from benchmarks.step_variants import VARIANTS, variant
+from benchmarks.trainer_step import TrainerStep
 from gakernels import GenerativeAdapter
 from gakernels.nn import adapter_generator
 from gakernels.ops import low_rank_polar
 from gakernels.ops.dispatch import ENVIRONMENT_VARIABLE
+from gakernels.training.objectives import Loss as WindowLoss
 from gakernels.training.objectives import WindowBatch, to_device, token_losses
 
-LIBRARY = {"auto": "", "eager": "eager", "compiled": "eager", "triton": "triton", "cuda": "cuda"}  # and its backend
+LIBRARY = {  # and its backend
+    **{"auto": "", "trainer": "", "eager": "eager", "compiled": "eager", "triton": "triton", "cuda": "cuda"},
+    **dict.fromkeys(VARIANTS, ""),
+}
 PROVIDERS = ("reference", *LIBRARY, "dense_lora", "frozen_base")
 FLOORS = ("dense_lora", "frozen_base")
 TOLERANCE = 1e-6
@@ -44,11 +50,13 @@ class Trainee:
         parameters: what it trains, by name.
         loss: mean cross-entropy over the next tokens of the windows of a batch.
         context: made anew for each step.
+        trainer: takes the whole step, where the library's own trainer is what is measured.
     """
 
     parameters: Mapping[str, nn.Parameter]
     loss: Loss
     context: Callable[[], ExitStack]
+    trainer: TrainerStep | None = None
 
 
 def make_trainee(name: str, model: GenerativeAdapter, preset: Preset, guard: bool = True) -> Trainee:
@@ -83,27 +91,22 @@ def make_trainee(name: str, model: GenerativeAdapter, preset: Preset, guard: boo
 
 
 def _library_trainee(name: str, model: GenerativeAdapter) -> Trainee:
-    decoder: Any = model.base.get_decoder()
-    compiled: Callable[..., object] | None = torch.compile(decoder.forward) if name == "compiled" else None
-
-    def run_compiled(*args: object, **kwargs: object) -> object:
-        assert compiled
-        with paused():
-            return compiled(*args, **kwargs)
+    switched = variant(name, model)
 
     def context() -> ExitStack:
         stack = ExitStack()
         stack.enter_context(backend(LIBRARY[name]))
-        if compiled:
-            stack.enter_context(patch.object(decoder, "forward", run_compiled))
+        stack.enter_context(switched())
         return stack
 
-    def loss(batch: WindowBatch) -> Tensor:
-        hidden, _ = model(batch.input_ids, batch.mask, batch.chunks, batch.seen)
+    def losses(batch: WindowBatch) -> Mapping[str, WindowLoss]:
+        hidden = model(batch.input_ids, batch.mask, batch.chunks, batch.seen)[0]
         with part("loss"):
-            return token_losses(model, hidden, batch.input_ids, batch.targets)["next_token"].mean
+            return token_losses(model, hidden, batch.input_ids, batch.targets)
 
-    return Trainee(dict(model.generators.named_parameters()), loss, context)
+    parameters = dict(model.generators.named_parameters())
+    trainer = TrainerStep(parameters, losses, model.base.dtype) if name == "trainer" else None
+    return Trainee(parameters, lambda batch: losses(batch)["next_token"].mean, context, trainer)
 
 
 @contextmanager
@@ -178,11 +181,15 @@ def provider_error(name: str, preset: Preset, device: torch.device, seed: int) -
 def loss_and_gradients(trainee: Trainee, batch: WindowBatch) -> dict[str, Tensor]:
     """The loss, under the name `loss`, and the gradients of all parameters by name."""
     with trainee.context():
-        loss = trainee.loss(batch)
-        loss.backward()
+        if trainee.trainer:
+            loss, gradients = trainee.trainer.gradients(batch)
+        else:
+            loss = trainee.loss(batch)
+            loss.backward()
+            gradients = [parameter.grad for parameter in trainee.parameters.values()]
     values = {"loss": loss.detach()}
-    for name, parameter in trainee.parameters.items():
-        values[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for (name, parameter), gradient in zip(trainee.parameters.items(), gradients, strict=True):
+        values[name] = torch.zeros_like(parameter) if gradient is None else gradient
         parameter.grad = None
     return values
 

@@ -52,13 +52,13 @@ from benchmarks.step_providers import (
     parts_marked,
     provider_error,
 )
+from benchmarks.step_variants import ESTIMATED, estimated_bytes
+from benchmarks.trainer_step import CLIP, LEARNING_RATE
 from gakernels import GenerativeAdapter
 from gakernels.errors import BackendError
 from gakernels.files import write_text
+from gakernels.quantized_base import QUANTIZATIONS
 from gakernels.training.objectives import WindowBatch, to_device
-
-LEARNING_RATE = 1e-6  # the parameters hardly move: every step is like the first
-CLIP = 1.0
 
 
 @dataclass
@@ -76,11 +76,18 @@ class Runner:
 
     def __post_init__(self) -> None:
         parameters = list(self.trainee.parameters.values())
-        if parameters:
+        if self.trainee.trainer:
+            self.optimizer = self.trainee.trainer.optimizer
+        elif parameters:
             self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
     def step(self, batch: WindowBatch) -> None:
         """Forward, backward, clipping and optimizer."""
+        loss = self._trainer_step(batch) if self.trainee.trainer else self._bare_step(batch)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()}")
+
+    def _bare_step(self, batch: WindowBatch) -> Tensor:
         with self.trainee.context():
             with part("base_forward"), self._autocast():
                 loss = self.trainee.loss(batch)
@@ -91,8 +98,13 @@ class Runner:
                 nn.utils.clip_grad_norm_(self.trainee.parameters.values(), CLIP)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()}")
+        return loss
+
+    def _trainer_step(self, batch: WindowBatch) -> Tensor:
+        """In the trainer's own parts there are no marks: what is not the operations' is in `trainer`."""
+        assert self.trainee.trainer
+        with self.trainee.context(), part("trainer"):
+            return self.trainee.trainer(batch)
 
     def timed_step(self, batch: WindowBatch) -> None:
         """One more sample."""
@@ -263,6 +275,9 @@ def result_row(contender: Contender, settings: Settings, gemm_flops: float) -> d
         "mfu": step_flops(preset) / median / gemm_flops,
         "parts_s": _part_medians(contender, preset),
     }
+    if contender.name in ESTIMATED and not preset.measured_layers:
+        model = contender.runners[0].model
+        row["estimated_bytes"] = estimated_bytes(contender.name, model, preset, settings.device)
     if preset.measured_layers:
         row["extrapolated_from_layers"] = list(preset.measured_layers)
     return row
@@ -325,6 +340,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="python -m benchmarks.train_step", description="Time training steps, provider by provider.")
     parser.add_argument("--preset", default="cpu-mid", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--providers", default="reference,auto,dense_lora,frozen_base", help=", ".join(PROVIDERS))
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the base model's linear layers")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, if not given")
@@ -351,7 +367,8 @@ def _settings(parser: _Parser, arguments: argparse.Namespace) -> Settings:
     if arguments.json and not arguments.json.parent.is_dir():
         parser.error(f"--json: the folder {arguments.json.parent} does not exist")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Settings(PRESETS[arguments.preset], providers, device, arguments.steps, arguments.warmup, arguments.seed)
+    preset = replace(PRESETS[arguments.preset], quantization=arguments.quantization)
+    return Settings(preset, providers, device, arguments.steps, arguments.warmup, arguments.seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

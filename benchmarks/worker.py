@@ -4,6 +4,7 @@ A broken GPU context takes the process down with it; it ends then with status RE
 which leaves out what was tried already.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import inference, modules, operations, providers, training
+from benchmarks import inference, modules, operations, providers, step_parts, training
 from benchmarks.cases import Case, Session, first_line, run_case
 from benchmarks.measure import Ceilings, Effort, dtype_name, measure_ceilings
 from benchmarks.rows import (
@@ -26,6 +27,7 @@ from benchmarks.rows import (
     environment,
     read_rows,
 )
+from benchmarks.step_variants import VARIANTS
 
 RESTART = 75
 BROKEN = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
@@ -132,14 +134,16 @@ def _tried(settings: Settings, where: Environment) -> set[tuple[str, ...]]:
     return {(*row.case, row.provider) for row in same}
 
 
-def _training(settings: Settings) -> int:
+def _training(settings: Settings, names: Sequence[str] = training.PROVIDERS, quantization: str | None = None) -> int:
+    """A stage of training steps with the named providers."""
     where = environment(settings.device)
     writer = RowWriter(rows_file(settings.folder))
     preset = TRAINING_PRESETS.get(settings.preset, settings.preset)
-    file = settings.folder / f"train_step-{preset}.json"
+    stage = "" if settings.stage == "training" else f"-{settings.stage}"
+    file = settings.folder / f"train_step-{preset}{stage}.json"
     file.unlink(missing_ok=True)
     try:
-        rows = training.run(preset, settings.providers or training.PROVIDERS, where, settings.device, file)
+        rows = training.run(preset, settings.providers or names, where, settings.device, file, quantization)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         rows = [Row("train_step", "all", "step", f"preset={preset}", "", FAILED, where, detail=first_line(error))]
     for row in rows:
@@ -174,6 +178,9 @@ STAGES: dict[str, Callable[[Settings], int]] = {
         lambda s: inference.cases(s.preset, s.device, s.dtype, s.providers, attention="flash_attention_2")
     ),
     "training": _training,
+    "step_variants": functools.partial(_training, names=("auto", "trainer", *VARIANTS)),
+    "step_fp8": functools.partial(_training, names=("auto", "overlap_compiled"), quantization="fp8"),
+    "step_parts": _cases(lambda s: step_parts.cases(s.preset, s.device, s.dtype, s.providers)),
 }
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from gakernels.errors import InputError
 from gakernels.nn import AdaptedLinear, FrozenRMSNorm, GatedMLP
+from gakernels.nn.adapted_quantized_linear import is_linear
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,11 @@ class Site:
     attribute: str
 
     @property
-    def linear(self) -> nn.Linear:
+    def linear(self) -> Any:
         """The layer that is there now."""
-        linear: nn.Linear = getattr(self.parent, self.attribute)
-        return linear
+        return getattr(self.parent, self.attribute)
 
-    def replace(self, linear: nn.Linear) -> None:
+    def replace(self, linear: nn.Module) -> None:
         """Put another layer in its place."""
         setattr(self.parent, self.attribute, linear)
 
@@ -50,8 +50,8 @@ def find_sites(base: PreTrainedModel, linears: tuple[str, ...], layers: tuple[in
     """All linear layers with the given names in the given decoder layers, in the order of the layers.
 
     Raises:
-        InputError: a name or number fits nothing (the message lists what there is), the layer is no plain linear layer
-            (a quantised one, for instance), or it carries a generator already.
+        InputError: a name or number fits nothing (the message lists what there is), or the layer carries a generator
+            already.
     """
     prefix, modules = decoder_layers(base)
     numbers = range(len(modules)) if layers is None else sorted(layers)
@@ -69,7 +69,7 @@ def find_sites(base: PreTrainedModel, linears: tuple[str, ...], layers: tuple[in
         if any(_matches(name, wanted) for wanted in linears)
     ]
     for site in found:
-        _check_plain(site)
+        _check_free(site)
     return found
 
 
@@ -130,14 +130,12 @@ def describe(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def _linear_names(layer: nn.Module) -> list[str]:
-    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in layer.named_modules() if is_linear(module)]
 
 
-def _check_plain(site: Site) -> None:
+def _check_free(site: Site) -> None:
     if isinstance(site.linear, AdaptedLinear):
         raise InputError("base already carries generators; call detach() on the other GenerativeAdapter first")
-    if type(site.linear).forward is not nn.Linear.forward or not site.linear.weight.is_floating_point():
-        raise InputError(f"{site.name} must be a plain linear layer, but it is a {type(site.linear).__name__}")
 
 
 def _matches(name: str, wanted: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.nn import AdapterGenerator, LowRankFactors
+from gakernels.side_stream import Later, Streams
 
 
 @dataclass
@@ -48,6 +49,19 @@ class ContextPass:
         """The adapters of all windows for one linear layer, from its decoder layer's input (B W, M, d_h)."""
         with torch.set_grad_enabled(self.differentiable):
             return self._factors(name, generator, hidden, scale)
+
+    def factors_later(
+        self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float, streams: Streams
+    ) -> Later[LowRankFactors | None]:
+        """As `factors`, formed beside the current stream when they are first asked for."""
+
+        def form() -> tuple[LowRankFactors | None, list[Tensor]]:
+            factors = self.factors(name, generator, hidden, scale)
+            tensors = [] if factors is None else [factors.lora_a, factors.lora_b, factors.adapter_index]
+            return factors, [tensor for tensor in (self.states[name], *tensors) if tensor is not None]
+
+        given = (self.mask, None if self.initial_states is None else self.initial_states[name])
+        return Later(streams, [hidden, *(tensor for tensor in given if tensor is not None)], form)
 
     def _factors(self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float) -> LowRankFactors | None:
         windows = hidden.unflatten(0, (self.batch, len(self.seen)))[:, : self.chunks]

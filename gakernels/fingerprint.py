@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+_REMEMBERED = "_gakernels_fingerprint"
 _SAMPLES = 256
 _TINY = 2.0**-16  # below it, float16 holds fewer bits than bfloat16
 _BLOCK = 1 << 20
@@ -17,11 +18,15 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Values are compared after rounding to bfloat16, tiny ones as zero, so a model loaded in float32 or in bfloat16 has
     the same one, and also in float16 where its files hold bfloat16 numbers. Reading a sample of each tensor keeps it
-    to a moment for a model of any size.
+    to a moment for a model of any size. A model that was quantised here has the one from before.
     """
+    remembered: str | None = getattr(model, _REMEMBERED, None)
+    if remembered is not None:
+        return remembered
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        flat = parameter.detach().reshape(-1)
+    tensors = [part for name, parameter in model.named_parameters() for part in _tensors(name, parameter.detach())]
+    for name, parameter in sorted(tensors, key=lambda item: item[0]):
+        flat = parameter.reshape(-1)
         count = min(_SAMPLES, flat.numel())
         positions = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
         values = flat[positions].bfloat16()
@@ -29,6 +34,19 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(values.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _tensors(name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
+    """A parameter with its name; of one that other libraries pack numbers into, the tensors inside."""
+    if type(parameter).__module__.partition(".")[0] == "torch" or not hasattr(parameter, "__tensor_flatten__"):
+        return [(name, parameter)]
+    inside, _ = parameter.__tensor_flatten__()
+    return [part for key in inside for part in _tensors(f"{name}.{key}", getattr(parameter, key))]
+
+
+def remember_fingerprint(model: nn.Module) -> None:
+    """Have `model_fingerprint` give the present fingerprint from now on, whatever becomes of the parameters."""
+    setattr(model, _REMEMBERED, model_fingerprint(model))
 
 
 def tensor_fingerprint(tensors: Iterable[tuple[str, Tensor]], settings: str = "") -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gakernels.adapter import Adapter, stack
@@ -21,6 +22,7 @@ from gakernels.attachment import (
     target_modules,
 )
 from gakernels.compact import CompactAdapter
+from gakernels.compilation import uncompile_layers
 from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode
 from gakernels.contextualization import ContextPass
@@ -29,8 +31,10 @@ from gakernels.files import entry, read_tensors, replacing, write_tensors, write
 from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
 from gakernels.hub import local_folder
 from gakernels.nn import AdaptedLinear, AdapterGenerator, CompactFactors, LowRankFactors
+from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, adapted
+from gakernels.side_stream import Streams, streams_of
 from gakernels.token_loss import token_loss
-from gakernels.windows import pad_left, pad_windows, split_evenly
+from gakernels.windows import only_first_is_plain, pad_left, pad_windows, split_evenly
 
 GENERATOR_FILE = "generator.safetensors"
 
@@ -38,10 +42,10 @@ GENERATOR_FILE = "generator.safetensors"
 class GenerativeAdapter(nn.Module):
     """Generators attached to a base model.
 
-    The base model is frozen and keeps its parameter names; its adapted linear layers are exchanged for `AdaptedLinear`
-    with the same parameters, and feed-forward parts and norms of the usual kind for `GatedMLP` and `FrozenRMSNorm`,
-    which compute the same with less memory (`detach` puts the old ones back). The generators are the only trainable
-    parameters.
+    The base model is frozen and keeps its parameter names; its adapted linear layers, quantised or not, are exchanged
+    for `AdaptedLinear` with the same parameters, and feed-forward parts and norms of the usual kind for `GatedMLP` and
+    `FrozenRMSNorm`, which compute the same with less memory (`detach` puts the old ones back). The generators are the
+    only trainable parameters.
 
     Args:
         base: any decoder-only transformers model whose decoder layers hold the named linear layers.
@@ -71,6 +75,7 @@ class GenerativeAdapter(nn.Module):
         self.generators = nn.ModuleDict()
         self._hooks: list[Any] = []
         self._pass: ContextPass | None = None
+        self._streams: Streams | None = None
         self._originals: dict[str, Tensor] = {}
         self._base_fingerprint: str | None = None
         self._attach(dtype)
@@ -101,11 +106,12 @@ class GenerativeAdapter(nn.Module):
             hook = layers[number].register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
             self._hooks.append(hook)
         for site in self._sites:
-            site.replace(AdaptedLinear.from_linear(site.linear))
+            site.replace(adapted(site.linear))
 
     def detach(self) -> PreTrainedModel:
         """Take the generators off: the base model as it was (frozen). This object can't be used afterwards."""
         self.unmerge()
+        uncompile_layers(self.base)
         for hook in self._hooks:
             hook.remove()
         for site in self._sites:
@@ -124,11 +130,29 @@ class GenerativeAdapter(nn.Module):
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             for site in sites:
-                self._linear(site.name).factors = self._pass.factors(
-                    site.name, self.generator(site.name), hidden, self.config.adapter_scale
+                arguments = (site.name, self.generator(site.name), hidden, self.config.adapter_scale)
+                self._linear(site.name).factors = (
+                    self._pass.factors(*arguments)
+                    if self._streams is None
+                    else self._pass.factors_later(*arguments, self._streams)
                 )
 
         return hook
+
+    def overlap_generators(self, wanted: bool = True) -> None:
+        """Form the adapters of a decoder layer on a second stream of the GPU, in the forward and in the backward.
+
+        It runs beside what the layer does before it needs them: with `o_proj` adapted beside its attention. A layer
+        whose `q_proj`, `k_proj` or `v_proj` is adapted needs them at once. On other devices only the order of the
+        operations changes. Not for parameters whose memory comes and goes during a pass (FSDP).
+
+        Raises:
+            InputError: the base model is on several devices.
+        """
+        devices = {parameter.device for parameter in self.base.parameters()}
+        if wanted and len(devices) > 1:
+            raise InputError(f"the base model must be on one device to overlap the generators, but is on {devices}")
+        self._streams = streams_of(self.device) if wanted else None
 
     def generator(self, name: str) -> AdapterGenerator:
         """The generator of a linear layer, by its name in the base model."""
@@ -179,7 +203,7 @@ class GenerativeAdapter(nn.Module):
             InputError: a shape does not fit, or an adapter is merged into the base.
         """
         self._check_pass(input_ids, mask, chunks, seen, initial_states)
-        first_is_plain = initial_states is None and chunks > 1 and _only_first_is_plain(seen, chunks)
+        first_is_plain = initial_states is None and chunks > 1 and only_first_is_plain(seen, chunks)
         if torch.is_grad_enabled() and first_is_plain and not self.config.static_rank:
             return self._forward_in_two(input_ids, mask, chunks, seen)
         context = ContextPass(len(input_ids), chunks, tuple(seen), mask[:, :chunks], initial_states)
@@ -203,6 +227,8 @@ class GenerativeAdapter(nn.Module):
         with self._running(context):
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
+            for name in self.adapted_names:  # all are formed, so that all states are there
+                self._linear(name).current_factors()
         return output.last_hidden_state.unflatten(0, input_ids.shape[:2]), context.states
 
     def _check_pass(
@@ -428,8 +454,8 @@ class GenerativeAdapter(nn.Module):
         self._check_adapters(several)
         factors = {}
         for name in self.adapted_names:
-            weight = self._linear(name).weight
-            lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in stack(several, name))
+            device = self._linear(name).weight.device
+            lora_a, lora_b = (factor.to(device, self.base.dtype) for factor in stack(several, name))
             factors[name] = LowRankFactors(lora_a, lora_b, several[0].scale)
         with self.using(factors):
             yield
@@ -450,11 +476,13 @@ class GenerativeAdapter(nn.Module):
         """Add an adapter into the weights of the base model; `unmerge` restores them bit by bit from a copy.
 
         Raises:
-            InputError: an adapter is merged already, or this is inside a block of `adapted`.
+            InputError: an adapter is merged already, this is inside a block of `adapted`, or the weights are quantised.
             FormatError: the adapter was made for another base model or for other layers.
         """
         if self._originals:
             raise InputError("an adapter is merged into the base model already; call unmerge() first")
+        if any(isinstance(self._linear(name), AdaptedQuantizedLinear) for name in self.adapted_names):
+            raise InputError("an adapter can't be merged into quantised weights; merge it into the full base model")
         if any(self._linear(name).factors is not None for name in self.adapted_names):
             raise InputError("an adapter is in use; leave the block of adapted() before merge()")
         self._check_adapters([adapter])
@@ -478,7 +506,8 @@ class GenerativeAdapter(nn.Module):
         The base model here stays as it is. Other files in the folder stay.
 
         Raises:
-            InputError: an adapter is merged already or in use, or there is a file of that name.
+            InputError: an adapter is merged already or in use, the weights are quantised, or there is a file of that
+                name.
             FormatError: the adapter was made for another base model or for other layers.
             OSError: it could not be written; what was there is unharmed.
         """
@@ -533,8 +562,9 @@ class GenerativeAdapter(nn.Module):
                 raise FormatError("adapter adapts other linear layers than this generator")
             for name, lora_a in adapter.lora_a.items():
                 linear, lora_b = self._linear(name), adapter.lora_b[name]
-                if (lora_b.shape[0], lora_a.shape[1]) != linear.weight.shape:
-                    raise FormatError(f"adapter does not have the sizes of {name}, {tuple(linear.weight.shape)}")
+                sizes = (linear.out_features, linear.in_features)
+                if (lora_b.shape[0], lora_a.shape[1]) != sizes:
+                    raise FormatError(f"adapter does not have the sizes of {name}, {sizes}")
 
     def _linear(self, name: str) -> AdaptedLinear:
         linear = self.base.get_submodule(name)
@@ -551,16 +581,22 @@ class GenerativeAdapter(nn.Module):
 
     def generator_fingerprint(self) -> str:
         """Fingerprint of the generators' present parameters and sketches, and of what turns states into adapters."""
+        return self._fingerprint_of(self.generator_tensors())
+
+    def _fingerprint_of(self, tensors: Mapping[str, Tensor]) -> str:
         settings = {name: getattr(self.config, name) for name in ("norm", "damping", "power_iterations")}
         settings["scale"] = self.config.adapter_scale
         if self.config.sketch_side != "input":  # the name came later; fingerprints from before stay
             settings["sketch_side"] = self.config.sketch_side
-        return tensor_fingerprint(self.generator_tensors().items(), json.dumps(settings))
+        return tensor_fingerprint(tensors.items(), json.dumps(settings))
 
     def generator_tensors(self) -> dict[str, Tensor]:
-        """Parameters and sketches of all generators, named by adapted layer."""
+        """Parameters and sketches of all generators, named by adapted layer.
+
+        Where they are sharded over several processes, all of these make the call together.
+        """
         return {
-            f"{name}.{key}": tensor
+            f"{name}.{key}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             for name in self.adapted_names
             for key, tensor in self.generator(name).state_dict().items()
         }
@@ -576,13 +612,14 @@ class GenerativeAdapter(nn.Module):
         Raises:
             OSError: it could not be written; older files are unharmed.
         """
+        tensors = self.generator_tensors()
         description = {
             "config": self.config.to_dict(),
             "base_name": self.base.config.name_or_path if base_name is None else base_name,
             "base_fingerprint": self.base_fingerprint(),
-            "generator_fingerprint": self.generator_fingerprint(),
+            "generator_fingerprint": self._fingerprint_of(tensors),
         }
-        write_tensors(Path(folder) / GENERATOR_FILE, "generator", self.generator_tensors(), description)
+        write_tensors(Path(folder) / GENERATOR_FILE, "generator", tensors, description)
         write_text(Path(folder) / "generator.json", json.dumps(description, indent=2) + "\n")
 
     @classmethod
@@ -701,11 +738,6 @@ def locate(folder: Path, name: str) -> str:
     """A relative path counts from the generator's folder, if it exists there."""
     beside = folder / name
     return str(beside) if name and beside.is_dir() else name
-
-
-def _only_first_is_plain(seen: Sequence[int], chunks: int) -> bool:
-    """Whether the first window has no adapter and each of the others has one, out of 1..chunks."""
-    return seen[0] == 0 and all(0 < count <= chunks for count in seen[1:])
 
 
 def _key(name: str) -> str:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}  # fits a CPU's cache; half a gigabyte of float32
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # fits a CPU's cache; a quarter of a gigabyte of float32
 
 
 def token_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
@@ -26,21 +26,44 @@ def token_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]
     Returns:
         (N,), float32 or wider.
     """
-    losses: Tensor = _TokenLoss.apply(hidden, targets, head, vocabulary)  # type: ignore[no-untyped-call]
+
+    def cross_entropy(block: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(wide(head(block)), wanted, reduction="none")
+
+    return loss_in_blocks(hidden, targets, cross_entropy, vocabulary)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """The same numbers in float32, if they are in less."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def loss_in_blocks(
+    hidden: Tensor, beside: Tensor, loss: Callable[[Tensor, Tensor], Tensor], logits_per_token: int
+) -> Tensor:
+    """A loss of each token (N,), of which the gradient of its hidden state is all that is kept.
+
+    Args:
+        hidden: (N, d_h).
+        beside: (N, ...), what else the loss of a token needs; it gets no gradient.
+        loss: from a block of both to the losses (n,) of its tokens, each of its own hidden state alone.
+        logits_per_token: from which the size of the blocks follows.
+    """
+    losses: Tensor = _LossInBlocks.apply(hidden, beside, loss, logits_per_token)  # type: ignore[no-untyped-call]
     return losses
 
 
-class _TokenLoss(torch.autograd.Function):
+class _LossInBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, beside: Tensor, function: Callable[[Tensor, Tensor], Tensor], logits_per_token: int
+    ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         losses, gradients = [], []
-        for block, wanted in _blocks(hidden, targets, vocabulary):
+        for block, wanted in _blocks(hidden, beside, logits_per_token):
             with torch.set_grad_enabled(needs_gradient):
                 leaf = block.detach().requires_grad_(needs_gradient)
-                logits = head(leaf)
-                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = F.cross_entropy(wide, wanted, reduction="none")
+                loss = function(leaf, wanted)
                 if needs_gradient:
                     gradients.append(torch.autograd.grad(loss.sum(), leaf)[0])
             losses.append(loss.detach())
@@ -55,7 +78,11 @@ class _TokenLoss(torch.autograd.Function):
         return gradient * grad[:, None].to(gradient.dtype), None, None, None
 
 
-def _blocks(hidden: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    limit = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"])
-    tokens = max(1, limit // vocabulary)
-    return zip(hidden.split(tokens), targets.split(tokens), strict=True)
+def _blocks(hidden: Tensor, beside: Tensor, logits_per_token: int) -> Iterator[tuple[Tensor, Tensor]]:
+    tokens = tokens_at_once(hidden.device.type, logits_per_token)
+    return zip(hidden.split(tokens), beside.split(tokens), strict=True)
+
+
+def tokens_at_once(device: str, logits_per_token: int) -> int:
+    """Tokens in a block on a kind of device."""
+    return max(1, LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["cpu"]) // logits_per_token)

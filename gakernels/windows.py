@@ -45,3 +45,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+def only_first_is_plain(seen: Sequence[int], chunks: int) -> bool:
+    """Whether the first window has no adapter and each of the others has one, out of 1..chunks."""
+    return seen[0] == 0 and all(0 < count <= chunks for count in seen[1:])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gakernels.errors import InputError
 from gakernels.ops import lowrank_linear
+from gakernels.side_stream import Later
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class CompactFactors:
         return y
 
 
+Factors = LowRankFactors | CompactFactors | None
+
+
 class AdaptedLinear(nn.Linear):
     """A linear layer with frozen weight and bias and an exchangeable adapter.
 
@@ -70,7 +74,7 @@ class AdaptedLinear(nn.Linear):
     no difference. Without factors it computes exactly what the linear layer does.
     """
 
-    factors: LowRankFactors | CompactFactors | None = None
+    factors: Factors | Later[LowRankFactors | None] = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "AdaptedLinear":
@@ -93,25 +97,33 @@ class AdaptedLinear(nn.Linear):
         Raises:
             InputError: the rows of the batch can't be shared out among the adapters.
         """
-        if self.factors is None:
-            return super().forward(input)
-        if isinstance(self.factors, CompactFactors):
-            return self.factors.add_to(super().forward(input), input)
-        factors = self.factors
-        windows, index = _as_windows(input, factors)
-        y = lowrank_linear(
-            windows,
-            self.weight,
-            factors.lora_a.to(input.dtype),
-            factors.lora_b.to(input.dtype),
-            factors.scale,
-            index,
-            self.bias,
-        )
-        return y.view(*input.shape[:-1], self.out_features)
+        return self.product(input, self.current_factors())
+
+    def current_factors(self) -> Factors:
+        """The factors in use, waited for where they are still to come."""
+        return self.factors.result() if isinstance(self.factors, Later) else self.factors
+
+    def product(self, x: Tensor, factors: Factors) -> Tensor:
+        """As `forward`, with given factors."""
+        if factors is None:
+            return self.base_product(x)
+        if isinstance(factors, CompactFactors):
+            return factors.add_to(self.base_product(x), x)
+        return self.adapted_product(x, factors)
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """What the frozen layer alone makes of x."""
+        return F.linear(x, self.weight, self.bias)
+
+    def adapted_product(self, x: Tensor, factors: LowRankFactors) -> Tensor:
+        """The layer with its low-rank term."""
+        windows, index = as_windows(x, factors)
+        lora_a, lora_b = factors.lora_a.to(x.dtype), factors.lora_b.to(x.dtype)
+        y = lowrank_linear(windows, self.weight, lora_a, lora_b, factors.scale, index, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-def _as_windows(x: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor | None]:
+def as_windows(x: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor | None]:
     """Shape the input as (windows, M, d_in) for `lowrank_linear`, with the index of each window's adapter."""
     adapters, rows = factors.lora_a.shape[0], x.shape[0]
     if factors.adapter_index is not None:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gakernels.errors import InputError
-from gakernels.ops import context_state, low_rank_polar
+from gakernels.nn.frozen_rms_norm import rms_norm
+from gakernels.ops import autocast, context_state, low_rank_polar
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 
 NORMS = ("polar", "frobenius")
@@ -106,16 +107,21 @@ class AdapterGenerator(nn.Module):
 
         Computed in the dtype of the parameters; accumulated in float32 or wider. See `gakernels.ops.context_state`.
         """
-        dtype = self.value_projection.dtype
-        if hidden.dtype != dtype:  # else rms_norm itself computes in float32 and rounds once
-            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        normed = F.rms_norm(hidden, self.norm_weight.shape, eps=self.eps).to(dtype)
+        normed = self._normalize(hidden)
         # The weight of the norm goes into the projections: they are much smaller than the hidden states.
         value_projection, key_projection = (
             self.value_projection * self.norm_weight,
             self.key_projection * self.norm_weight[:, None],
         )
         return context_state(normed, value_projection, key_projection, mask, initial_state)
+
+    def _normalize(self, hidden: Tensor) -> Tensor:
+        dtype = self.value_projection.dtype
+        if autocast.is_enabled(hidden.device) and hidden.dtype == torch.get_autocast_dtype(hidden.device.type):
+            return rms_norm(hidden, None, self.eps)  # what autocast would make of the wide result, without keeping that
+        if hidden.dtype != dtype:  # else rms_norm itself computes in float32 and rounds once
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return F.rms_norm(hidden, self.norm_weight.shape, eps=self.eps).to(dtype)
 
     def factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """lora_A = V^T B2 (..., r, d_in) and lora_B = A1 U (..., d_out, r) of states (..., d_r, d_r).

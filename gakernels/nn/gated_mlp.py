@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from gakernels.nn.adapted_linear import AdaptedLinear, Factors
+from gakernels.nn.adapted_quantized_linear import is_linear, is_plain_linear
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -15,7 +19,12 @@ class GatedMLP(nn.Module):
 
     Values and gradients are those of that module, bit for bit. Between the linear layers only two tensors are kept for
     the backward (silu of the gate is computed again), and nothing is kept for gradients of the frozen weights.
+
+    Attributes:
+        recompute: keep the input alone, and compute gate and up again in the backward: the same bits, for less memory.
     """
+
+    recompute: bool = False
 
     def __init__(self, original: Any) -> None:
         super().__init__()
@@ -38,23 +47,44 @@ class GatedMLP(nn.Module):
         """Whether a module has these parts and computes exactly this: tried out on one random token."""
         if {name for name, _ in module.named_children()} != PARTS or next(module.parameters()).is_meta:
             return False
-        weight = module.gate_proj.weight
-        if not weight.is_floating_point():
+        gate = module.gate_proj
+        if not is_linear(gate):
             return False
-        values = torch.randn(1, 1, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
-        x = values.to(weight.device, weight.dtype)
+        values = torch.randn(1, 1, gate.in_features, generator=torch.Generator().manual_seed(0), device="cpu")
+        x = values.to(gate.weight.device, gate.weight.dtype if is_plain_linear(gate) else torch.bfloat16)
         with torch.no_grad():
             return torch.equal(cls(module)(x), module(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_h) -> (..., d_h)."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-            product = _GatedProduct.apply(gate, up)  # type: ignore[no-untyped-call]
+        if self.recompute and torch.is_grad_enabled():
+            # By the time of the backward other factors may be in use.
+            factors = [_factors(linear) for linear in (self.gate_proj, self.up_proj)]
+            product = checkpoint(self._with_factors, x, *factors, use_reentrant=False, preserve_rng_state=False)
         else:
-            product = F.silu(gate).mul_(up)
+            product = gated_product(self.gate_proj(x), self.up_proj(x))
         y: Tensor = self.down_proj(product)
         return y
+
+    def _with_factors(self, x: Tensor, gate_factors: Factors, up_factors: Factors) -> Tensor:
+        return gated_product(_apply(self.gate_proj, x, gate_factors), _apply(self.up_proj, x, up_factors))
+
+
+def _factors(linear: nn.Module) -> Factors:
+    return linear.current_factors() if isinstance(linear, AdaptedLinear) else None
+
+
+def _apply(linear: nn.Module, x: Tensor, factors: Factors) -> Tensor:
+    y: Tensor = linear.product(x, factors) if isinstance(linear, AdaptedLinear) else linear(x)
+    return y
+
+
+def gated_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        product: Tensor = _GatedProduct.apply(gate, up)  # type: ignore[no-untyped-call]
+        return product
+    return F.silu(gate).mul_(up)
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -29,10 +29,7 @@ class DecodingBatch:
     """
 
     def __init__(self, model: GenerativeAdapter) -> None:
-        layer_types = getattr(model.base.config.get_text_config(), "layer_types", None) or ()
-        unfit = [kind for kind in layer_types if any(name in kind for name in _RECURRENT)]
-        if unfit:
-            raise InputError(f"the base model must have attention in every layer, but it has {unfit[0]!r}")
+        check_attention(model)
         self.model = model
         self.shared = SharedMaps(model)
         self.lengths: list[int] = []
@@ -130,3 +127,11 @@ class DecodingBatch:
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
         return self.model.logits(output.last_hidden_state[:, -1])
+
+
+def check_attention(model: GenerativeAdapter) -> None:
+    """Raises: InputError: the base model keeps a recurrent state, so that rows of a batch can't be padded."""
+    layer_types = getattr(model.base.config.get_text_config(), "layer_types", None) or ()
+    unfit = [kind for kind in layer_types if any(name in kind for name in _RECURRENT)]
+    if unfit:
+        raise InputError(f"the base model must have attention in every layer, but it has {unfit[0]!r}")

@@ -27,10 +27,8 @@ class SharedMaps:
         self.base_fingerprint, self.generator_fingerprint = model.base_fingerprint(), model.generator_fingerprint()
         self.maps: dict[str, tuple[Tensor, Tensor]] = {}
         for name in model.adapted_names:
-            weight, generator = model.base.get_submodule(name).weight, model.generator(name)
-            output_map, input_map = (
-                shared.detach().to(weight.device, weight.dtype) for shared in generator.shared_maps()
-            )
+            device, generator = model.base.get_submodule(name).weight.device, model.generator(name)
+            output_map, input_map = (shared.detach().to(device, model.base.dtype) for shared in generator.shared_maps())
             self.maps[name] = output_map, input_map
 
     def check(self, adapter: CompactAdapter) -> None:

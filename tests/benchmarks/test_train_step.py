@@ -65,6 +65,15 @@ def test_every_provider_that_runs_here_has_a_complete_row(tmp_path: Path, capsys
     assert all(name in printed for name in names)
 
 
+def test_the_trainer_takes_steps_of_its_own(tmp_path: Path) -> None:
+    status, results = run(tmp_path, "--providers", "auto,trainer")
+    assert status == 0
+    row = rows_of(results)["trainer"]
+    assert all(row[key] > 0 for key in TIMES)
+    assert row["error"] <= 1e-6
+    assert {"trainer", "generator", "polar", "adapted_linear", "loss"} <= set(row["parts_s"])
+
+
 def test_the_library_needs_less_memory_than_the_baseline_and_more_than_the_floors() -> None:
     preset = replace(PRESETS["tiny"], window=128, hidden=128, state_size=64)
     settings = Settings(preset, ("reference", "auto", "dense_lora", "frozen_base"), CPU, steps=1)
@@ -168,7 +177,7 @@ def test_a_wrong_provider_gets_no_time(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("preset", ["cpu-mid", "mistral-7b", "qwen3-8b"])
-@pytest.mark.parametrize("provider", ["reference", "auto", "dense_lora", "frozen_base"])
+@pytest.mark.parametrize("provider", ["reference", "auto", "trainer", "dense_lora", "frozen_base"])
 def test_providers_are_right_on_every_family(preset: str, provider: str) -> None:
     assert provider_error(provider, PRESETS[preset], CPU, seed=3) <= 1e-9
 

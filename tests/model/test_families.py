@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, logits_of, make_base, make_config, make_model, make_trained, random_context, random_ids
 from torch import nn
 
-from gakernels import AdaptedLinear, GenerativeAdapter, InputError
+from gakernels import AdaptedLinear, GenerativeAdapter
 
 families = pytest.mark.parametrize("family", FAMILIES)
 DTYPES = [(name, torch.float32) for name in FAMILIES] + [
@@ -128,9 +128,17 @@ class OtherLinear(nn.Linear):
         return super().forward(input) + 1
 
 
-def test_a_linear_layer_with_its_own_forward_is_refused() -> None:
-    base = make_base()
+def test_a_linear_layer_with_its_own_forward_keeps_it() -> None:
+    base, ids = make_base(), random_ids(2, 9)
     base.model.layers[1].mlp.down_proj = OtherLinear(48, 32, bias=False)
-    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj must be a plain linear.*OtherLinear"):
-        GenerativeAdapter(base, make_config())
-    assert GenerativeAdapter(base, make_config(linears=("o_proj",))).adapted_names  # nothing was left attached
+    before = logits_of(base, ids)
+    model = make_trained(GenerativeAdapter(base, make_config()))
+    torch.testing.assert_close(logits_of(model.base, ids), before)
+    adapter = model.adapters(model.states([random_context(9)]), [9])[0]
+    with model.adapted(adapter):
+        adapted = logits_of(model.base, ids)
+    base = model.detach()
+    for name in adapter.lora_a:
+        linear = base.get_submodule(name)
+        linear.weight.data.add_(adapter.delta(name))
+    torch.testing.assert_close(logits_of(base, ids), adapted, rtol=1e-4, atol=1e-4)

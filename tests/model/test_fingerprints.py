@@ -102,3 +102,38 @@ def test_the_generator_in_the_package_has_the_fingerprint_that_it_was_saved_with
     assert model.generator_fingerprint() == saved["generator_fingerprint"]
     assert model.base_fingerprint() == saved["base_fingerprint"]
     assert model.config.sketch_side == "input"
+
+
+class PackedTensor(torch.Tensor):
+    """As the tensors of quantisation libraries: it holds others, and few operations know it."""
+
+    inside: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inside: torch.Tensor) -> "PackedTensor":
+        packed = torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=torch.float32)
+        packed.inside = inside
+        return packed
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inside"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inside)
+        raise NotImplementedError(func)
+
+
+def test_packed_weights_count_by_what_they_hold() -> None:
+    def fingerprint(codes: torch.Tensor) -> str:
+        base = make_base()
+        for parameter in base.parameters():
+            parameter.data.zero_()
+        base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(PackedTensor(codes), requires_grad=False)
+        return model_fingerprint(base)
+
+    codes = torch.randint(-128, 128, (48, 32), dtype=torch.int8)
+    other = codes.clone()
+    other[0, 0] += 1
+    assert fingerprint(codes) == fingerprint(codes.clone()) != fingerprint(other)

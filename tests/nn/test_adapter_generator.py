@@ -206,3 +206,19 @@ def test_low_precision_parameters_give_float32_states(generator: Generator) -> N
 def test_wrong_sizes_name_the_argument(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(**options)
+
+
+def test_under_autocast_no_wide_copy_of_the_hidden_states_is_kept(generator: Generator) -> None:
+    module = trained(generator).float()
+    hidden = draw_hidden(generator, 2, 3, 5).bfloat16().requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        states = module.states(hidden)
+    assert not any(tensor.shape == hidden.shape and tensor.dtype == torch.float32 for tensor in kept)
+    exact = copy.deepcopy(module).double().states(hidden.detach().double())
+    assert (states - exact).norm() <= 4 * torch.finfo(torch.bfloat16).eps * exact.norm()

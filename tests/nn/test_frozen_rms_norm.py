@@ -9,6 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gakernels.nn import FrozenRMSNorm
+from gakernels.nn.frozen_rms_norm import rms_norm
 
 SIZE = 24
 
@@ -43,6 +44,28 @@ def test_as_good_as_the_module_of_transformers(generator: Generator, dtype: torc
         errors.append([((ours - true).norm() / true.norm()).item() for ours, true in pairs])
     for ours, plain in zip(*errors, strict=True):
         assert ours <= 2 * plain + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_weight(generator: Generator, dtype: torch.dtype) -> None:
+    x, upstream = (torch.randn(3, 7, SIZE, generator=generator).to(dtype) for _ in range(2))
+    kept = upstream.clone()
+    results = []
+    for function in (rms_norm, lambda x, weight, eps: torch.nn.functional.rms_norm(x, (SIZE,), weight, eps)):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, None, 1e-5)
+        results.append((y, *torch.autograd.grad(y, leaf, upstream)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(upstream, kept)
+
+
+def test_autocast_does_not_lower_the_precision_of_the_mean(generator: Generator) -> None:
+    ours = FrozenRMSNorm(make(generator, torch.bfloat16))
+    x = torch.randn(5, SIZE, generator=generator).bfloat16().requires_grad_()
+    plain = ours(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), plain)
 
 
 def test_without_a_gradient_the_module_of_transformers_computes(generator: Generator) -> None:

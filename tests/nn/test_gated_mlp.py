@@ -1,6 +1,7 @@
 """GatedMLP computes what the modules of transformers do, bit for bit, and keeps less."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GemmaConfig, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from gakernels.nn import GatedMLP
+from gakernels.nn import AdaptedLinear, GatedMLP, LowRankFactors
 
 
 def make(generator: Generator, dtype: torch.dtype, bias: bool = False) -> LlamaMLP:
@@ -60,6 +61,49 @@ def test_it_keeps_two_tensors_between_the_linear_layers(generator: Generator) ->
 
     assert kept(GatedMLP(theirs)) == 2 * 5 * 20 * 4
     assert kept(theirs) > kept(GatedMLP(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_values_and_gradients_are_the_same_bits(generator: Generator, dtype: torch.dtype) -> None:
+    ours = GatedMLP(make(generator, dtype))
+    x, upstream = (torch.randn(2, 7, 12, generator=generator).to(dtype) for _ in range(2))
+    results = []
+    for ours.recompute in (False, True):
+        leaf = x.clone().requires_grad_()
+        y = ours(leaf)
+        results.append((y, *torch.autograd.grad(y, leaf, upstream)))
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_keeps_neither_gate_nor_up(generator: Generator, recompute: bool) -> None:
+    ours = GatedMLP(make(generator, torch.float32))
+    ours.recompute = recompute
+    made: list[weakref.ref[torch.Tensor]] = []
+    for linear in (ours.gate_proj, ours.up_proj):
+        linear.register_forward_hook(lambda _, __, output: made.append(weakref.ref(output)))
+    y = ours(torch.randn(5, 12, generator=generator).requires_grad_())
+    assert y.requires_grad
+    assert len(made) == 2
+    assert [ref() is None for ref in made] == [recompute] * 2
+
+
+def test_the_factors_of_the_forward_are_recomputed_with(generator: Generator) -> None:
+    """In the backward of a step the layers carry other factors, or none, again."""
+    ours = GatedMLP(make(generator, torch.float64))
+    ours.gate_proj = gate = AdaptedLinear.from_linear(ours.gate_proj)
+    x = torch.randn(2, 3, 12, generator=generator, dtype=torch.float64)
+    lora_a, lora_b = (torch.randn(2, *size, generator=generator, dtype=torch.float64) for size in ((4, 12), (20, 4)))
+    results = []
+    for ours.recompute in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_a, lora_b)]
+        gate.factors = LowRankFactors(leaves[1], leaves[2], 0.5)
+        y = ours(leaves[0])
+        gate.factors = None
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
 
 
 def test_another_activation_or_other_parts_are_left_alone(generator: Generator) -> None:

@@ -60,16 +60,32 @@ def backward(
 
     With dz = scale dy B: dx = dy W + dz A, dA_i = sum dz^T x, dB_i = scale sum dy^T z over the windows of adapter i.
     """
-    grad_z = scale * (grad_y @ select(lora_b, adapter_index)) if needs_x or x is not None else None
-    grad_x = grad_a = grad_b = None
+    grad_z, grad_a, grad_b = thin_gradients(grad_y, x, z, lora_a, lora_b, scale, adapter_index, needs_x)
+    grad_x = None
     if needs_x and grad_z is not None:
         grad_x = grad_y @ weight
         grad_x.baddbmm_(grad_z, select(lora_a, adapter_index))
+    return grad_x, grad_a, grad_b
+
+
+def thin_gradients(
+    grad_y: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dz, if something needs it, and the gradients of lora_a and lora_b."""
+    grad_z = scale * (grad_y @ select(lora_b, adapter_index)) if needs_x or x is not None else None
+    grad_a = grad_b = None
     if x is not None and grad_z is not None:
         grad_a = gather_windows(grad_z.mT @ x, adapter_index, lora_a.shape[0])
     if z is not None:
         grad_b = gather_windows(scale * (grad_y.mT @ z), adapter_index, lora_b.shape[0])
-    return grad_x, grad_a, grad_b
+    return grad_z, grad_a, grad_b
 
 
 def select(factors: Tensor, adapter_index: Tensor | None) -> Tensor:

@@ -1,0 +1,95 @@
+"""AdaptedQuantizedLinear: an `AdaptedLinear` over a frozen linear layer whose weight is no plain matrix."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gakernels.nn.adapted_linear import AdaptedLinear, LowRankFactors, as_windows
+from gakernels.nn.low_rank_term import add_low_rank_term
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module maps (..., in_features) to (..., out_features) and consists of no other such module."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if isinstance(module, nn.Bilinear) or not all(isinstance(size, int) for size in sizes):
+        return False
+    return not any(is_linear(part) for part in module.children())
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer computes x W^T + b from a plain floating-point weight, so that the weight can be used directly.
+
+    Not so for layers of other kinds, and for `nn.Linear` whose weight is a tensor subclass that holds packed numbers.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    weight = module.weight
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+
+
+def adapted(linear: Any) -> AdaptedLinear:
+    """A linear layer of any kind as one that takes adapters."""
+    return (AdaptedLinear if is_plain_linear(linear) else AdaptedQuantizedLinear).from_linear(linear)
+
+
+class AdaptedQuantizedLinear(AdaptedLinear):
+    """A frozen layer of any kind that maps (..., d_in) to (..., d_out), with an exchangeable adapter beside it.
+
+    The layer itself computes its product and hands back the gradient of its input; the low-rank term is added in the
+    dtype of that product. Parameters, buffers and their names are those of the layer, so state dicts stay as they were.
+    """
+
+    def __init__(self, original: Any) -> None:
+        nn.Module.__init__(self)
+        self.in_features: int = original.in_features
+        self.out_features: int = original.out_features
+        self._original = (original,)  # in a tuple: not a submodule
+        # The same dictionaries: whoever moves or exchanges a parameter here does so there too.
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[shared] = original.__dict__[shared]
+        self.train(original.training)
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_linear(cls, linear: Any) -> "AdaptedQuantizedLinear":
+        """Wrap a layer: its parameters are shared, not copied, and are frozen."""
+        return cls(linear)
+
+    @property
+    def original(self) -> Any:
+        """The layer that this one adapts."""
+        return self._original[0]
+
+    def to_linear(self) -> Any:
+        """The layer again."""
+        return self.original.train(self.training)
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """What the frozen layer alone makes of x."""
+        y: Tensor = self.original(x)
+        return y
+
+    def adapted_product(self, x: Tensor, factors: LowRankFactors) -> Tensor:
+        """The layer with its low-rank term."""
+        windows, index = as_windows(x, factors)
+        y = self.base_product(x).reshape(*windows.shape[:-1], self.out_features)
+        return add_low_rank_term(y, windows, factors.lora_a, factors.lora_b, factors.scale, index).view(
+            *x.shape[:-1], self.out_features
+        )
+
+    # What a layer does with its tensors in a way of its own, it goes on doing.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedQuantizedLinear":
+        self.original._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.original._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.original._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The layer that is adapted."""
+        return repr(self.original)

@@ -1,0 +1,183 @@
+"""Context distillation: the model with the generated adapter learns what the base model says with the context in its
+prompt (arXiv:2209.15189)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gakernels.errors import InputError
+from gakernels.model import GenerativeAdapter
+from gakernels.token_loss import loss_in_blocks, wide
+from gakernels.training.objectives import Loss, WindowBatch, to_device, token_losses
+
+NAME = "distillation"
+TOKENS_AT_ONCE = 1 << 14  # of the teacher's pass, which keeps nothing
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss `distillation`: KL(teacher || student) of the next token, in nats, times the square of the temperature.
+
+    The student is the model with a window's adapter, without the context. The teacher is its base model without any
+    adapter, on the context that the window's adapter has seen and then the window. It runs along, without gradients.
+
+    Attributes:
+        of: names of the losses whose target tokens are distilled.
+        top_k: so many of the teacher's most likely tokens count one by one, and the rest as one; from the size of the
+            vocabulary on, the divergence is exact, and with fewer it is at most that.
+        temperature: both distributions are softmax(logits / temperature).
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    of: tuple[str, ...] = ("completion",)
+    top_k: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.of or NAME in self.of:
+            raise InputError(f"of must name other losses whose tokens are distilled, but it is {self.of}")
+        if self.top_k < 1:
+            raise InputError(f"top_k must be at least 1, but it is {self.top_k}")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature must be above 0, but it is {self.temperature}")
+
+    def windows(self, batch: WindowBatch) -> WindowBatch:
+        """The batch with the tokens to distil as one more set of targets.
+
+        Raises:
+            InputError: the batch has no loss of a name in `of`.
+        """
+        missing = [name for name in self.of if name not in batch.targets]
+        if missing:
+            raise InputError(f"of names the loss {missing[0]!r}, but there are {', '.join(batch.targets)}")
+        chosen = torch.stack([batch.targets[name] for name in self.of]).any(0)
+        return replace(batch, targets={**batch.targets, NAME: chosen})
+
+    def losses(self, model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
+        """The losses of a batch that `windows` gave: `distillation`, and those on the next token itself.
+
+        Raises:
+            InputError: a context and its window are longer than the base model reads.
+        """
+        teacher = teacher_states(model, batch, batch.targets[NAME])
+        batch = to_device(batch, model.device)
+        hidden, _ = model(batch.input_ids, batch.mask, batch.chunks, batch.seen)
+        others = {name: target for name, target in batch.targets.items() if name != NAME}
+        losses = token_losses(model, hidden, batch.input_ids, others) if others else {}
+        student = hidden[..., :-1, :][batch.targets[NAME][..., 1:]]
+        divergences = self.divergences(model, student, teacher)
+        return {**losses, NAME: Loss(divergences.sum(), batch.targets[NAME][..., 1:].sum())}
+
+    def divergences(self, model: GenerativeAdapter, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of each token (N,), from last hidden states (N, d_h), in blocks; the teacher's get no gradient."""
+
+        def loss(ours: Tensor, theirs: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = wide(model.logits(theirs))
+            return divergence(wide(model.logits(ours)), wanted, self.top_k, self.temperature)
+
+        vocabulary = model.base.config.get_text_config().vocab_size
+        return loss_in_blocks(student, teacher, loss, 2 * vocabulary)
+
+
+def divergence(student: Tensor, teacher: Tensor, top_k: int, temperature: float = 1.0) -> Tensor:
+    """temperature^2 KL(teacher || student) (n,) of softmax(logits / temperature), from logits (n, vocabulary).
+
+    With top_k below the vocabulary the tokens that are not among the teacher's top_k count as a single outcome.
+    """
+    log_p, log_q = ((logits / temperature).log_softmax(-1) for logits in (teacher, student))
+    if top_k < log_p.shape[-1]:
+        top = log_p.topk(top_k).indices
+        log_p, log_q = (torch.cat([each.gather(-1, top), _rest(each, top)], dim=-1) for each in (log_p, log_q))
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _rest(log_probabilities: Tensor, top: Tensor) -> Tensor:
+    """The logarithm (n, 1) of the probability of all tokens but those at the given places."""
+    return log_probabilities.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """What the teacher reads: windows of one row, one after the other, without their padding."""
+
+    row: int
+    windows: tuple[int, ...]
+
+
+@torch.no_grad()
+def teacher_states(model: GenerativeAdapter, batch: WindowBatch, targets: Tensor) -> Tensor:
+    """The last hidden states (N, d_h) of the plain base model in front of each target token.
+
+    A context chunk whose adapter has seen all chunks before it is read in its place in the context: one sequence serves
+    all such windows of a row. Every other window is a sequence of its own, behind the chunks that it has seen.
+
+    Args:
+        model: its base model is the teacher.
+        batch: windows.
+        targets: (B, W, M) bool, the tokens to predict.
+
+    Returns:
+        In the order of `hidden[..., :-1, :][targets[..., 1:]]`.
+
+    Raises:
+        InputError: a sequence is longer than the base model reads.
+    """
+    lengths, targets = batch.mask.sum(-1).tolist(), targets[..., 1:].cpu()
+    numbers: dict[_Sequence, int] = {}
+    sequence_of, position = [], []
+    for row, window in targets.any(-1).nonzero().tolist():
+        sequence = _sequence(row, window, batch)
+        number = numbers.setdefault(sequence, len(numbers))
+        before = sum(lengths[row][other] for other in sequence.windows[: sequence.windows.index(window)])
+        places = targets[row, window].nonzero().flatten()
+        sequence_of.append(torch.full_like(places, number))
+        position.append(before + places)
+    if not numbers:
+        width = model.base.config.get_text_config().hidden_size
+        return torch.empty(0, width, device=model.device, dtype=model.base.dtype)
+    index, place = torch.cat(sequence_of), torch.cat(position)
+    rows = [_tokens(batch, sequence) for sequence in numbers]
+    _check_length(model, max(map(len, rows)))
+    states = []
+    for start, hidden in _passes(model, rows):
+        here = (index >= start) & (index < start + len(hidden))
+        states.append((here, hidden[(index[here] - start).to(hidden.device), place[here].to(hidden.device)]))
+    result = states[0][1].new_empty(len(index), states[0][1].shape[-1])
+    for here, part in states:
+        result[here.to(result.device)] = part
+    return result
+
+
+def _sequence(row: int, window: int, batch: WindowBatch) -> _Sequence:
+    if window < batch.chunks and batch.seen[window] == window:
+        return _Sequence(row, tuple(range(batch.chunks)))
+    return _Sequence(row, (*range(batch.seen[window]), window))
+
+
+def _tokens(batch: WindowBatch, sequence: _Sequence) -> Tensor:
+    windows = list(sequence.windows)
+    return batch.input_ids[sequence.row, windows][batch.mask[sequence.row, windows]]
+
+
+def _check_length(model: GenerativeAdapter, longest: int) -> None:
+    limit = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"distillation: the teacher reads contexts and windows of up to {longest} tokens in its prompt, but the "
+            f"base model reads {limit}; take shorter contexts"
+        )
+
+
+def _passes(model: GenerativeAdapter, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The plain base model's last hidden states of sequences, some at a time, with the number of the first of them."""
+    at_once = max(1, TOKENS_AT_ONCE // max(map(len, rows)))
+    for start in range(0, len(rows), at_once):
+        # Padding is on the right and attention is causal, so no token sees it.
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows[start : start + at_once]), batch_first=True)
+        with model.using({}):
+            yield start, model.base.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state

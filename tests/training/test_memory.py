@@ -1,0 +1,192 @@
+"""The memory estimate against the peak of real steps, and recomputation by a budget."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, nn
+
+from benchmarks.measure import peak_bytes, resident_bytes
+from benchmarks.presets import PRESETS, Preset, make_base
+from gakernels import GenerativeAdapter, GeneratorConfig
+from gakernels.errors import InputError
+from gakernels.evaluation.shapes import SHAPES, ModelShape
+from gakernels.nn import GatedMLP
+from gakernels.training.memory import (
+    StepSetting,
+    StepShape,
+    choose_recomputation,
+    estimate_memory,
+    fit_memory_budget,
+    parse_bytes,
+    recomputable_layers,
+    set_recomputation,
+)
+from gakernels.training.objectives import pretraining_windows, window_losses
+
+CPU = torch.device("cpu")
+SMALL = replace(
+    PRESETS["cpu-mid"], hidden=256, ffn=704, heads=4, kv_heads=2, state_size=128, rank=16, window=64, chunks=4, layers=3
+)
+MISTRAL, PAPER = SHAPES["mistral-7b"], GeneratorConfig()
+SEGMENT = StepShape.pretraining(1, 1024, 8)
+
+
+def make_model(preset: Preset, **settings: Any) -> GenerativeAdapter:
+    config = GeneratorConfig(
+        **{"state_size": preset.state_size, "rank": preset.rank, "chunk_size": preset.window, **settings}
+    )
+    model = GenerativeAdapter(make_base(preset, CPU, 0), config)
+    for name in model.adapted_names:
+        nn.init.normal_(model.generator(name).output_map, std=0.02)
+    return model
+
+
+def setting_of(preset: Preset) -> StepSetting:
+    return StepSetting(preset.dtype, autocast=preset.dtype != torch.float32, device="cpu")
+
+
+def measured_peak(model: GenerativeAdapter, preset: Preset, rows: int, generator: Generator) -> int:
+    """The base, the generators, the optimizer's state, and what one step allocates beside them."""
+    parameters = list(model.generators.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    segments = torch.randint(3, preset.vocabulary, (rows, preset.segment_tokens), generator=generator)
+    mixed = preset.dtype != torch.float32
+
+    def step() -> None:
+        batch = pretraining_windows(segments, preset.chunks, generator)
+        with torch.autocast("cpu", preset.dtype if mixed else None, enabled=mixed):
+            losses = window_losses(model, batch)
+            total = torch.stack([loss.mean for loss in losses.values()]).sum()
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    transient = peak_bytes(step, CPU)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return transient + resident_bytes([*model.parameters(), *model.buffers(), *states])
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "rows"),
+    [
+        ({}, {}, 2),
+        ({"dtype": torch.bfloat16}, {}, 2),
+        ({"ffn": 2816, "vocabulary": 256, "state_size": 32, "dtype": torch.bfloat16}, {}, 1),
+        ({"state_size": 256, "rank": 64, "window": 16, "vocabulary": 256}, {}, 1),
+        ({"chunks": 1, "window": 128}, {}, 2),
+        ({}, {"linears": ("o_proj", "down_proj")}, 1),
+        ({"dtype": torch.bfloat16}, {"linears": ("q_proj", "gate_proj")}, 1),
+        ({}, {"linears": ("down_proj",), "layers": (1, 2)}, 1),
+        ({}, {"static_rank": 8}, 1),
+        ({}, {"norm": "frobenius", "state_size": 64, "rank": 8}, 1),
+    ],
+    ids=["small", "bf16", "wide", "states", "one chunk", "two linears", "inputs", "some layers", "static", "frobenius"],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
+    generator: Generator, change: dict[str, Any], settings: dict[str, Any], rows: int, recompute: bool
+) -> None:
+    preset = replace(SMALL, **change)
+    model = make_model(preset, **settings)
+    shape = ModelShape.from_config(preset.config())
+    layers = recomputable_layers(shape, model.config) if recompute else []
+    set_recomputation(model, layers)
+    step = StepShape.pretraining(rows, preset.window, preset.chunks)
+    estimate = estimate_memory(shape, model.config, step, setting_of(preset), layers)
+    measured = measured_peak(model, preset, rows, generator)
+    assert abs(estimate.total - measured) <= 0.1 * measured, (estimate.total / measured, estimate)
+
+
+def test_without_the_parts_that_stay_it_is_still_close(generator: Generator) -> None:
+    """Weights and optimizer are easily counted; what one step adds to them is the estimate proper."""
+    model = make_model(SMALL)
+    shape = ModelShape.from_config(SMALL.config())
+    estimate = estimate_memory(shape, model.config, StepShape.pretraining(2, 64, 4), setting_of(SMALL))
+    stays = sum(estimate.parts[name] for name in ("weights of the base model", "generators", "state of AdamW"))
+    measured = measured_peak(model, SMALL, 2, generator)
+    resident = resident_bytes([*model.parameters(), *model.buffers()])
+    resident += 2 * resident_bytes(list(model.generators.parameters()))
+    assert abs(stays - resident) <= 0.01 * resident
+    assert abs((estimate.total - stays) - (measured - resident)) <= 0.1 * (measured - resident)
+
+
+def test_the_paper_s_step_fits_the_gpus() -> None:
+    assert estimate_memory(MISTRAL, PAPER, SEGMENT).total < 141e9
+    assert choose_recomputation(MISTRAL, PAPER, SEGMENT, int(141e9)).recomputed_layers == ()
+    all_again = estimate_memory(MISTRAL, PAPER, SEGMENT, recomputed_layers=range(32))
+    assert all_again.total < 75e9  # an 80 GB GPU, with room for its context and the allocator's gaps
+    small = choose_recomputation(MISTRAL, PAPER, SEGMENT, int(75e9))
+    assert small.total <= 75e9
+    assert 0 < len(small.recomputed_layers) < 32
+
+
+def test_as_few_layers_as_the_budget_needs() -> None:
+    chosen = choose_recomputation(MISTRAL, PAPER, SEGMENT, int(70e9))
+    count = len(chosen.recomputed_layers)
+    assert chosen.recomputed_layers == tuple(range(count))
+    fewer = estimate_memory(MISTRAL, PAPER, SEGMENT, recomputed_layers=range(count - 1))
+    assert chosen.total <= 70e9 < fewer.total
+
+
+def test_shards_and_small_weights_take_less() -> None:
+    plain = estimate_memory(MISTRAL, PAPER, SEGMENT)
+    sharded = estimate_memory(MISTRAL, PAPER, SEGMENT, StepSetting(shards=8))
+    for name in ("weights of the base model", "generators", "state of AdamW"):
+        assert plain.parts[name] / 8 <= sharded.parts[name] < plain.parts[name] / 4
+    quantised = estimate_memory(MISTRAL, PAPER, SEGMENT, StepSetting(linear_bytes=0.5))
+    in_layers = 32 * sum(linear.weights for linear in MISTRAL.linears)
+    assert plain.total - quantised.total == pytest.approx(1.5 * in_layers)
+    assert estimate_memory(MISTRAL, PAPER, SEGMENT, StepSetting(accumulates=True)).total > plain.total
+
+
+def test_only_layers_behind_the_first_adapter_are_recomputed() -> None:
+    def layers(*linears: str, numbers: tuple[int, ...] | None = None) -> list[int]:
+        return recomputable_layers(MISTRAL, GeneratorConfig(linears=linears, layers=numbers))
+
+    assert layers("o_proj") == layers("gate_proj") == list(range(32))
+    assert layers("down_proj") == list(range(1, 32))
+    assert layers("o_proj", numbers=(30,)) == [30, 31]
+    with pytest.raises(InputError, match="recomputed_layers must be out of"):
+        estimate_memory(MISTRAL, GeneratorConfig(layers=(30,)), SEGMENT, recomputed_layers=[3])
+
+
+def test_a_budget_sets_the_model(generator: Generator) -> None:
+    model = make_model(SMALL)
+    step, setting = StepShape.pretraining(1, 64, 4), setting_of(SMALL)
+    full = fit_memory_budget(model, step, 10**12, setting)
+    assert not full.recomputed_layers
+    assert not any(part.recompute for part in gated(model))
+    tight = fit_memory_budget(model, step, full.total - 1, setting)
+    assert [part.recompute for part in gated(model)] == [number in tight.recomputed_layers for number in range(3)]
+    assert tight.recomputed_layers == (0,)
+    with pytest.raises(InputError, match="memory_budget must be at least"):
+        fit_memory_budget(model, step, 10**6, setting)
+
+
+def test_a_layer_without_the_usual_part_is_refused() -> None:
+    model = make_model(SMALL)
+    layer: Any = model.base.get_decoder().layers[1]
+    layer.mlp = layer.mlp.original
+    with pytest.raises(InputError, match="gated feed-forward part"):
+        set_recomputation(model, [0, 1])
+    assert not any(part.recompute for part in gated(model))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6), (12345, 12345), ("7B", 7)]
+)
+def test_amounts_of_memory(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "80 gigs", "-1GB", "0", "GB", "1e9"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(InputError, match="memory budget"):
+        parse_bytes(text)
+
+
+def gated(model: GenerativeAdapter) -> list[GatedMLP]:
+    return [module for module in model.base.modules() if isinstance(module, GatedMLP)]
