@@ -1,0 +1,127 @@
+"""What goes through the model at once: contexts in chunks, and windows of conversations under their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gakernels.training.instruction.chat import EncodedConversation
+from gakernels.training.instruction.packing import pack, window_length
+from gakernels.training.objectives import WindowBatch, count_targets, to_device
+from gakernels.windows import pad_windows, split_evenly
+
+
+@dataclass(frozen=True)
+class InstructionBatch:
+    """B contexts, and N windows of conversations about them.
+
+    Attributes:
+        context: the chunks of the contexts, and what is repeated or continued of them, with those losses.
+        input_ids: (N, M); a window holds one conversation about a context or several, one behind the other.
+        mask: (N, M) bool, False for padding on the right.
+        positions: (N, M), each token's place in its own conversation; None where every window holds one conversation.
+        owner: (N,), the context that each window is about.
+        answers: (N, M) bool, the tokens whose prediction counts; never the first one of a conversation.
+    """
+
+    context: WindowBatch
+    input_ids: Tensor
+    mask: Tensor
+    positions: Tensor | None
+    owner: Tensor
+    answers: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.context.mask.sum() + self.mask.sum())
+
+    @property
+    def size(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.context.mask.numel() + self.mask.numel()
+
+    def to(self, device: torch.device) -> InstructionBatch:
+        """The same batch on another device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "mask", "owner", "answers")}
+        return replace(self, context=to_device(self.context, device), positions=positions, **moved)
+
+
+def instruction_batch(
+    contexts: Sequence[Sequence[int]],
+    conversations: Sequence[Sequence[EncodedConversation]],
+    chunk_size: int,
+    window: int | None,
+    repeated: Sequence[int] | None = None,
+    completion: bool = False,
+) -> InstructionBatch:
+    """The batch of some contexts, each with at least one conversation.
+
+    Args:
+        contexts: token ids of each; cut into even chunks of at most `chunk_size`.
+        conversations: about each of them.
+        chunk_size: largest number of tokens in a chunk.
+        window: largest number of tokens in a window, at least that of the longest conversation; None gives each
+            conversation a window of its own.
+        repeated: number of the chunk of each context that is to be reconstructed, under the adapter of the whole
+            context; None for no such loss.
+        completion: whether there is a loss on the chunks but the first, each under the adapter of those before it.
+    """
+    lengths = [[len(said.tokens) for said in row] for row in conversations]
+    packed = [[[n] for n in range(len(row))] for row in lengths] if window is None else pack(lengths, window)
+    windows = [
+        [row[n] for n in of_window] for row, of_row in zip(conversations, packed, strict=True) for of_window in of_row
+    ]
+    ids, mask, positions, answers = _conversation_windows(windows, window_length(packed, lengths))
+    return InstructionBatch(
+        context=_context_windows(contexts, chunk_size, repeated, completion),
+        input_ids=ids,
+        mask=mask,
+        positions=positions if any(len(said) > 1 for said in windows) else None,
+        owner=torch.tensor([row for row, of_row in enumerate(packed) for _ in of_row]),
+        answers=answers,
+    )
+
+
+def _conversation_windows(windows: Sequence[Sequence[EncodedConversation]], length: int) -> tuple[Tensor, ...]:
+    """Token ids, mask, places in the conversation, and answers, all (N, length)."""
+    shape = (len(windows), length)
+    ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    mask, answers = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    for number, window in enumerate(windows):
+        place = 0
+        for said in window:
+            part = slice(place, place + len(said.tokens))
+            ids[number, part], answers[number, part], mask[number, part] = said.tokens, said.answers, True
+            positions[number, part] = np.arange(len(said.tokens))
+            place = part.stop
+    return tuple(torch.from_numpy(array) for array in (ids, mask, positions, answers))
+
+
+def _context_windows(
+    contexts: Sequence[Sequence[int]], chunk_size: int, repeated: Sequence[int] | None, completion: bool
+) -> WindowBatch:
+    rows = [split_evenly(context, chunk_size) for context in contexts]
+    chunks = max(map(len, rows))
+    padded: list[list[list[int]]] = [[*row, *[[] for _ in range(chunks - len(row))]] for row in rows]
+    if repeated is not None:
+        padded = [[*windows, windows[number]] for windows, number in zip(padded, repeated, strict=True)]
+    ids, mask = pad_windows(padded, pad=0)
+    targets = {}
+    if repeated is not None:
+        targets["reconstruction"] = mask & (torch.arange(mask.shape[1]) >= chunks)[:, None]
+    if completion:
+        number = torch.arange(mask.shape[1])
+        targets["completion"] = mask & ((number > 0) & (number < chunks))[:, None]
+    seen = (*range(chunks), *[chunks] * (ids.shape[1] - chunks))
+    return WindowBatch(ids, mask, chunks, seen, targets)
+
+
+def count_answers(batch: InstructionBatch) -> dict[str, int | Tensor]:
+    """How many tokens count in each loss."""
+    return {"answers": batch.answers.sum(), **count_targets(batch.context)}

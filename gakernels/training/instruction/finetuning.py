@@ -1,0 +1,193 @@
+"""Instruction tuning: from a recipe to the tuned generator and the report on held-out answers."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gakernels.configuration import GeneratorConfig
+from gakernels.errors import InputError
+from gakernels.files import write_text
+from gakernels.model import GenerativeAdapter
+from gakernels.training.base_model import BaseConfig, check_tokenizer, load_base_model
+from gakernels.training.checkpoint import find_checkpoints
+from gakernels.training.instruction.examples import Example
+from gakernels.training.instruction.losses import can_pack
+from gakernels.training.instruction.objective import InstructionObjective
+from gakernels.training.instruction.recipe import FinetuningRecipe
+from gakernels.training.instruction.report import AnswerReport, score_answers
+from gakernels.training.instruction.steps import InstructionSteps
+from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
+from gakernels.training.parallel import Parallel, Ranks, Replicas
+from gakernels.training.recipes import recipe_text
+from gakernels.training.sharding import Shards
+from gakernels.training.throughput import StepCost
+from gakernels.training.trainer import Trainer
+from gakernels.training.trainer_config import PRECISIONS
+
+RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
+
+
+def make_tuned_model(recipe: FinetuningRecipe, device: torch.device | str) -> GenerativeAdapter:
+    """The generators that a recipe starts from, or untrained ones, with their base model.
+
+    Raises:
+        InputError: a model can't be loaded, or does not have the layers that the recipe adapts.
+        FormatError: the generator is damaged or belongs to another base model.
+        BackendError: the device can't compute with weights that are quantised as the recipe says.
+    """
+    if recipe.start is None:
+        assert recipe.model is not None
+        base, tokenizer = load_base_model(recipe.model, device)
+        return GenerativeAdapter(base, recipe.generator or GeneratorConfig(), tokenizer)
+    if recipe.model is None:
+        model = GenerativeAdapter.from_pretrained(recipe.start)
+        if model.tokenizer is not None:
+            check_tokenizer(model.base, model.tokenizer)
+        model.base.to(device)
+    else:
+        model = _on_base(recipe.start, recipe.model, device)
+    model.generators.to(device)
+    return model
+
+
+def _on_base(start: str, config: BaseConfig, device: torch.device | str) -> GenerativeAdapter:
+    base, tokenizer = load_base_model(config, device)
+    return GenerativeAdapter.from_pretrained(start, base=base, tokenizer=tokenizer)
+
+
+def finetune(
+    model: GenerativeAdapter, recipe: FinetuningRecipe, folder: Path, progress: bool = True, ranks: Ranks | None = None
+) -> AnswerReport:
+    """Tune the generators of a model; resumes where an earlier call in the same folder stopped.
+
+    Writes to the folder: `recipe.yaml`, `log.jsonl`, `checkpoints/`, the tuned generator (see
+    `GenerativeAdapter.save_pretrained`) and `report.json`. With several processes every one calls this, and the first
+    one writes.
+
+    Args:
+        model: see `make_tuned_model`.
+        recipe: everything else.
+        folder: of the run.
+        progress: show progress bars.
+        ranks: of a process group that is running; one process if not given.
+
+    Returns:
+        Scores of held-out answers.
+
+    Raises:
+        InputError: the data can't be used, or something in the recipe does not go together.
+        FormatError: the folder holds a run with other settings.
+        FloatingPointError: the run diverged.
+        TrainingStopped: a signal came; the same call goes on.
+    """
+    ranks = ranks or Ranks()
+    if model.tokenizer is None:
+        raise InputError("tokenizer is needed to tune on conversations; pass one to GenerativeAdapter")
+    data = load_tuning_data(
+        recipe.data,
+        model.tokenizer,
+        model.base.get_input_embeddings().num_embeddings,
+        recipe.batches.window or model.config.chunk_size,
+        recipe.evaluation.contexts,
+        recipe.seed,
+        progress and ranks.rank == 0,
+    )
+    run = _Run(model, recipe, data, folder, progress and ranks.rank == 0, ranks)
+    if run.progress and data.skipped.total:
+        tqdm.write(f"left out: {data.skipped}", file=sys.stderr)
+    run.train()
+    report = run.evaluate(data.held_out, run.progress)
+    if ranks.rank == 0:
+        values = {"answers": report.to_dict(), "data": data.to_dict()}
+        write_text(folder / REPORT_FILE, json.dumps(values, indent=2) + "\n")
+    return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run, with what it reads and where it writes."""
+
+    model: GenerativeAdapter
+    recipe: FinetuningRecipe
+    data: TuningData
+    folder: Path
+    progress: bool
+    ranks: Ranks
+
+    def train(self) -> None:
+        """Train the generators and write them."""
+        steps = tuning_steps(self.recipe, self.data, self.model.config.chunk_size, can_pack(self.model), self.ranks)
+        settings = self.settings()
+        config = replace(self.recipe.trainer, steps=self.recipe.steps(self.data.contexts))
+        parallel = self._parallel()  # before the parameters are asked for: it may shard them
+        trainer = Trainer(
+            config,
+            dict(self.model.generators.named_parameters()),
+            InstructionObjective(self.model, steps),
+            self.folder,
+            settings,
+            self.progress,
+            parallel,
+            self._evaluate_some if config.evaluate_every else None,
+            StepCost(tokens=steps.load(min(8, config.steps)).tokens),
+        )
+        if self.ranks.rank == 0 and not find_checkpoints(self.folder / "checkpoints"):
+            self._write_recipe()
+        trainer.run()
+        self._save()
+        self._write_recipe()  # again: some settings may change when a run is gone on with
+
+    def evaluate(self, examples: Sequence[Example], progress: bool = False) -> AnswerReport:
+        """Scores of examples, in the precision of the run."""
+        with self._autocast():
+            return score_answers(self.model, examples, self.recipe.evaluation.batch_size, progress)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run depends on, for its checkpoints. The data counts by its tokens, not by its path."""
+        batches = asdict(self.recipe.batches)
+        del batches["positions"]  # changes rounding only
+        return {
+            "seed": self.recipe.seed,
+            "batches": batches,
+            "data": {"tokens": self.data.fingerprint(), "weights": list(self.data.weights)},
+            "start": self.model.generator_fingerprint(),
+            "generator": self.model.config.to_dict(),
+            "base": {"fingerprint": self.model.base_fingerprint(), "dtype": str(self.model.base.dtype)},
+        }
+
+    def _evaluate_some(self) -> dict[str, object]:
+        return self.evaluate(self.data.held_out[: self.recipe.evaluation.contexts_at_intervals]).to_dict()
+
+    def _parallel(self) -> Parallel:
+        if self.ranks.world == 1:
+            return Parallel()
+        return Shards(self.ranks, self.model) if self.recipe.parallel == "shards" else Replicas(self.ranks)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = PRECISIONS[self.recipe.trainer.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype=dtype)
+
+    def _save(self) -> None:
+        """The first process writes; where the generators are sharded, all of them take part in gathering."""
+        if self.ranks.rank == 0:
+            self.model.save_pretrained(self.folder)
+        elif self.recipe.parallel == "shards":
+            self.model.generator_tensors()
+
+    def _write_recipe(self) -> None:
+        if self.ranks.rank == 0:
+            write_text(self.folder / RECIPE_FILE, recipe_text(self.recipe))
+
+
+def tuning_steps(
+    recipe: FinetuningRecipe, data: TuningData, chunk_size: int, pack: bool = True, ranks: Ranks | None = None
+) -> InstructionSteps:
+    """The batches of a run."""
+    return InstructionSteps(data.sources, data.weights, recipe.batches, chunk_size, pack, recipe.seed, ranks)

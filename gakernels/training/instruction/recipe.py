@@ -1,0 +1,127 @@
+"""The recipe of instruction tuning: everything that a run depends on."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gakernels.configuration import GeneratorConfig
+from gakernels.errors import InputError
+from gakernels.training.base_model import BaseConfig
+from gakernels.training.instruction.sources import InstructionSource
+from gakernels.training.instruction.steps import BatchConfig
+from gakernels.training.trainer_config import TrainerConfig
+
+PARALLEL = ("replicas", "shards")
+MOST_STEPS = 2**31
+
+
+@dataclass(frozen=True)
+class InstructionDataConfig:
+    """What a generator is tuned on (docs/instruction_tuning.md).
+
+    The held-out contexts come from `held_out_path` if it is given, else from the end of each source.
+
+    Attributes:
+        path: the only source: a file or folder of JSON lines, JSON or Parquet, or `hub:` and the name of a data set.
+        sources: or several, by name.
+        held_out_path: a source for the held-out contexts alone.
+        context_tokens: longer contexts are left out.
+        strict: a record that can't be used is an error; if not, they are counted and reported.
+
+    Raises:
+        InputError: there is neither a path nor sources, or both, or a limit below 2.
+    """
+
+    path: str | None = None
+    sources: Mapping[str, InstructionSource] = field(default_factory=dict)
+    held_out_path: str | None = None
+    context_tokens: int = 8192
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (not self.sources):
+            raise InputError("data must have either a path or sources")
+        if self.context_tokens < 2:
+            raise InputError(f"data.context_tokens must be at least 2, but it is {self.context_tokens}")
+
+    def all_sources(self) -> Mapping[str, InstructionSource]:
+        """The sources by name, also where there is only a path."""
+        return self.sources if self.path is None else {"data": InstructionSource(self.path)}
+
+
+@dataclass(frozen=True)
+class FinetuningTrainerConfig(TrainerConfig):
+    """How to optimise, see `TrainerConfig`; the number of steps follows from `epochs` unless it is given."""
+
+    steps: int = MOST_STEPS
+
+
+@dataclass(frozen=True)
+class AnswerEvaluationConfig:
+    """What is scored during a run and at its end (`instruction.report`).
+
+    Attributes:
+        contexts: held-out contexts, with all their conversations.
+        contexts_at_intervals: so many of them at the intervals of `trainer.evaluate_every`.
+        batch_size: contexts in one pass.
+
+    Raises:
+        InputError: a value is below 2.
+    """
+
+    contexts: int = 32
+    contexts_at_intervals: int = 8
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("contexts", "contexts_at_intervals", "batch_size"):
+            if getattr(self, name) < 2:
+                raise InputError(f"evaluation.{name} must be at least 2, but it is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class FinetuningRecipe:
+    """Everything that a run of instruction tuning depends on.
+
+    Attributes:
+        data: what it reads.
+        start: folder or hub name of a generator to go on from; None starts with untrained ones.
+        model: the base model; with `start`, None is the one that the generator names.
+        generator: what is adapted, and the generators' sizes; only without `start`.
+        batches: contexts and conversations of a step.
+        epochs: how often all contexts are gone through; the run ends after `trainer.steps` if they are fewer.
+        trainer: how it optimises, and what it logs and keeps.
+        evaluation: what is scored.
+        seed: of everything that is drawn.
+        parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
+
+    Raises:
+        InputError: a value is out of range, or two do not go together.
+    """
+
+    data: InstructionDataConfig
+    start: str | None = None
+    model: BaseConfig | None = None
+    generator: GeneratorConfig | None = None
+    batches: BatchConfig = field(default_factory=BatchConfig)
+    epochs: float = 2.0
+    trainer: FinetuningTrainerConfig = field(default_factory=FinetuningTrainerConfig)
+    evaluation: AnswerEvaluationConfig = field(default_factory=AnswerEvaluationConfig)
+    seed: int = 0
+    parallel: str = "replicas"
+
+    def __post_init__(self) -> None:
+        if self.start is None and self.model is None:
+            raise InputError("model.name is needed where there is no generator to start from (start)")
+        if self.start is not None and self.generator is not None:
+            raise InputError("generator must not be given with start: its settings are those of the generator there")
+        if not 0 < self.epochs < math.inf:
+            raise InputError(f"epochs must be above 0, but it is {self.epochs}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be between 0 and 2^32 - 1, but it is {self.seed}")
+        if self.parallel not in PARALLEL:
+            raise InputError(f"parallel must be one of {', '.join(PARALLEL)}, but it is {self.parallel!r}")
+
+    def steps(self, contexts: int) -> int:
+        """Optimizer steps of a run over so many contexts."""
+        return min(self.trainer.steps, max(1, math.ceil(self.epochs * contexts / self.batches.batch_size)))

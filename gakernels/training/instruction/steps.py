@@ -1,0 +1,189 @@
+"""Which contexts and conversations each step has, in batches of like size: a function of the step alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+
+from gakernels.errors import InputError
+from gakernels.training.instruction.batches import InstructionBatch, instruction_batch
+from gakernels.training.instruction.chat import EncodedConversation
+from gakernels.training.instruction.examples import Example
+from gakernels.training.instruction.grouping import alike, divided
+from gakernels.training.instruction.mixture import Draw, Mixture, chosen
+from gakernels.training.parallel import Ranks
+
+LOSSES = ("answers", "reconstruction", "completion")
+POOL_STEPS = 128
+PACKED = 4  # a window of several conversations to a single one: what is left over at its end weighs less then
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How contexts and conversations become batches.
+
+    Attributes:
+        batch_size: contexts in a step, on all processes together.
+        conversations: about each context in a step, at most; later rounds take the next ones.
+        group_size: contexts of like size that are drawn together; divides batch_size and is a multiple of the number
+            of processes, each of which gets its part of every group. None for the greatest common divisor of
+            batch_size and 8.
+        positions: tokens with padding that go through the model at once, about: groups above that are divided.
+        window: largest number of tokens in a conversation; None for the chunk size. A window of several conversations
+            may have four times as many.
+        losses: `answers`, and `reconstruction` and `completion` if they are to be trained beside it.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    batch_size: int = 32
+    conversations: int = 16
+    group_size: int | None = None
+    positions: int = 16384
+    window: int | None = None
+    losses: tuple[str, ...] = ("answers",)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "conversations", "positions", "window"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+        if self.group_size is not None and (self.group_size < 1 or self.batch_size % self.group_size):
+            raise InputError(f"group_size must divide batch_size ({self.batch_size}), but it is {self.group_size}")
+        unknown = [name for name in self.losses if name not in LOSSES]
+        if unknown or "answers" not in self.losses:
+            raise InputError(f"losses must be answers and others of {', '.join(LOSSES)}, but they are {self.losses}")
+
+    @property
+    def group(self) -> int:
+        """Contexts in a group."""
+        return self.group_size or math.gcd(self.batch_size, 8)
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """Averages over steps, all processes together.
+
+    Attributes:
+        tokens: of contexts and conversations.
+        positions: the same with padding.
+        batches: passes through the model on one process.
+    """
+
+    tokens: float
+    positions: float
+    batches: float
+
+    @property
+    def padding(self) -> float:
+        """Share of positions that are padding."""
+        return 1 - self.tokens / self.positions
+
+
+class InstructionSteps:
+    """The batches of every step.
+
+    What is drawn follows from the number of a step and the seed, and is the same for every number of processes.
+    Contexts are drawn many steps ahead (a pool of at most 128 steps, not more than there are contexts) and put in
+    groups of like size, in a drawn order.
+
+    Args:
+        sources: the examples of each source.
+        weights: share of each source, None for its size.
+        config: see `BatchConfig`.
+        chunk_size: largest number of tokens in a chunk of a context.
+        pack: whether several conversations may share a window.
+        seed: of everything that is drawn.
+        ranks: this process among all of the run.
+
+    Attributes:
+        contexts: how many there are in all sources.
+
+    Raises:
+        InputError: there is no example, or the processes do not divide the groups.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[Example]],
+        weights: Sequence[float | None],
+        config: BatchConfig,
+        chunk_size: int,
+        pack: bool = True,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._ranks = ranks or Ranks()
+        if config.group % self._ranks.world:
+            raise InputError(
+                f"group_size must be a multiple of the {self._ranks.world} processes and divide batch_size "
+                f"({config.batch_size}), but it is {config.group}"
+            )
+        self.config, self._sources, self._chunk_size, self._seed = config, sources, chunk_size, seed
+        self._window = PACKED * (config.window or chunk_size) if pack else None
+        sizes = [len(source) for source in sources]
+        self.contexts = sum(sizes)
+        self._steps = max(1, min(POOL_STEPS, self.contexts // config.batch_size))
+        self._mixture = Mixture(sizes, weights, self._steps * config.batch_size, seed)
+        self._pool = lru_cache(maxsize=2)(self._draw_pool)
+
+    def batches(self, step: int) -> list[InstructionBatch]:
+        """The micro-batches of this process: equally many on every one."""
+        pool, place = divmod(step, self._steps)
+        count = self.config.batch_size // self.config.group
+        groups = self._pool(pool)[place * count : (place + 1) * count]
+        return [batch for group in groups for batch in self._divided(group)]
+
+    def load(self, steps: int = 8) -> "StepLoad":
+        """What a step is on average, from the first ones."""
+        batches = [batch for step in range(steps) for batch in self.batches(step)]
+        tokens, positions = sum(batch.tokens for batch in batches), sum(batch.size for batch in batches)
+        world = self._ranks.world
+        return StepLoad(tokens * world / steps, positions * world / steps, len(batches) / steps)
+
+    def _draw_pool(self, number: int) -> list[list[Draw]]:
+        """The groups of a pool, in the order in which the steps take them."""
+        draws = self._mixture.draw(number)
+        sizes = np.array([self._size(draw) for draw in draws])
+        groups = [[draws[n] for n in group] for group in alike(sizes, self.config.group)]
+        rng = Random(f"{self._seed} pool {number}")
+        rng.shuffle(groups)
+        return groups
+
+    def _size(self, draw: Draw) -> tuple[int, int, int]:
+        """Chunks, tokens of a chunk, and tokens of the conversations of a context."""
+        tokens = len(self._example(draw).context)
+        chunk = math.ceil(tokens / math.ceil(tokens / self._chunk_size))
+        return math.ceil(tokens / chunk), chunk, sum(len(said.tokens) for said in self._conversations(draw))
+
+    def _divided(self, group: Sequence[Draw]) -> list[InstructionBatch]:
+        """This process's part of a group, in batches of about the wanted number of positions."""
+        group = sorted(group, key=self._size)
+        sizes = np.array([self._size(draw) for draw in group])
+        parts = divided(sizes, self.config.positions, self._chunk_size // 8, self._ranks.world)
+        return [self._batch(group[part][self._ranks.rank :: self._ranks.world]) for part in parts]
+
+    def _batch(self, draws: Sequence[Draw]) -> InstructionBatch:
+        return instruction_batch(
+            [self._example(draw).context.tolist() for draw in draws],
+            [self._conversations(draw) for draw in draws],
+            self._chunk_size,
+            self._window,
+            [self._repeated(draw) for draw in draws] if "reconstruction" in self.config.losses else None,
+            "completion" in self.config.losses,
+        )
+
+    def _repeated(self, draw: Draw) -> int:
+        """The chunk that is to be reconstructed this time."""
+        rng = Random(f"{self._seed} chunk {draw.source} {draw.index} {draw.round}")
+        return rng.randrange(self._size(draw)[0])
+
+    def _example(self, draw: Draw) -> Example:
+        return self._sources[draw.source][draw.index]
+
+    def _conversations(self, draw: Draw) -> list[EncodedConversation]:
+        said = self._example(draw).conversations
+        return [said[n] for n in chosen(len(said), self.config.conversations, draw, self._seed)]

@@ -1,0 +1,142 @@
+"""The examples of a run: what it trains on, and what is held out for its report."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gakernels.errors import InputError
+from gakernels.training.data.bad_records import BadRecords
+from gakernels.training.instruction.examples import Example, Limits, encode_records
+from gakernels.training.instruction.recipe import InstructionDataConfig
+from gakernels.training.instruction.sources import InstructionSource, read_source
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """What a run sees.
+
+    Attributes:
+        sources: examples to train on, source by source.
+        weights: share of each source, None for its size.
+        held_out: examples to score.
+        skipped: what could not be used.
+        shortened: conversations that lost their oldest exchanges.
+    """
+
+    sources: Sequence[Sequence[Example]]
+    weights: Sequence[float | None]
+    held_out: Sequence[Example]
+    skipped: BadRecords
+    shortened: BadRecords
+
+    @property
+    def contexts(self) -> int:
+        """Contexts to train on."""
+        return sum(map(len, self.sources))
+
+    @property
+    def conversations(self) -> int:
+        """Conversations about them."""
+        return sum(len(example.conversations) for source in self.sources for example in source)
+
+    def fingerprint(self) -> str:
+        """Of all tokens and answers that are trained on, in their order."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(np.int64(len(source)).tobytes())
+            for example in source:
+                for said in (None, *example.conversations):
+                    tokens = example.context if said is None else said.tokens
+                    digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes())
+                    digest.update(b"" if said is None else said.answers.tobytes())
+        return digest.hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, in JSON types."""
+        return {
+            "contexts": self.contexts,
+            "conversations": self.conversations,
+            "held_out_contexts": len(self.held_out),
+            "skipped": self.skipped.to_dict(),
+            "shortened": self.shortened.to_dict(),
+        }
+
+
+def load_tuning_data(
+    config: InstructionDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    window: int,
+    held_out: int,
+    seed: int = 0,
+    progress: bool = True,
+) -> TuningData:
+    """Read and tokenise all sources.
+
+    Args:
+        config: what to read.
+        tokenizer: of the base model.
+        vocabulary: rows of the base model's embedding.
+        window: limit of a conversation, in tokens.
+        held_out: contexts to hold out.
+        seed: of how the items of tasks are put together.
+        progress: show bars.
+
+    Raises:
+        InputError: a source has no usable record or not enough of them, or its tokens are not in the vocabulary.
+    """
+    skipped, shortened = BadRecords(config.strict), BadRecords()
+    limits = Limits(config.context_tokens, window)
+
+    def read(name: str, source: InstructionSource) -> list[Example]:
+        before = skipped.total
+        records = read_source(source, skipped, seed)
+        examples = encode_records(records, tokenizer, limits, skipped, shortened, name, progress)
+        if not examples:
+            reasons = f": {skipped}" if skipped.total > before else ""
+            raise InputError(f"data: {source.path} has no context with a conversation within the limits{reasons}")
+        _check_vocabulary(examples, source.path, vocabulary)
+        return examples
+
+    sources = {name: read(name, source) for name, source in config.all_sources().items()}
+    kept: list[Example] = []
+    if config.held_out_path is not None:
+        kept = read("held_out", InstructionSource(config.held_out_path))[:held_out]
+    else:
+        each = -(-held_out // len(sources))
+        for name, source in config.all_sources().items():
+            sources[name], rest = _split(sources[name], each, source.path)
+            kept += rest
+        kept = kept[:held_out]
+    if len(kept) < 2:
+        raise InputError(
+            f"data.held_out_path must have at least 2 contexts, but {config.held_out_path} has {len(kept)}"
+        )
+    weights = [source.weight for source in config.all_sources().values()]
+    return TuningData(list(sources.values()), weights, kept, skipped, shortened)
+
+
+def _split(examples: list[Example], held_out: int, path: str) -> tuple[list[Example], list[Example]]:
+    if len(examples) <= held_out:
+        raise InputError(
+            f"data: {path} has {len(examples)} contexts, and {held_out} of them are held out: more data, a smaller "
+            "evaluation.contexts or a data.held_out_path is needed"
+        )
+    return examples[:-held_out], examples[-held_out:]
+
+
+def _check_vocabulary(examples: Sequence[Example], path: str, vocabulary: int) -> None:
+    largest = max(
+        int(tokens.max())
+        for example in examples
+        for tokens in (example.context, *(said.tokens for said in example.conversations))
+    )
+    if largest >= vocabulary:
+        raise InputError(
+            f"data: the tokens of {path} go up to {largest}, but the base model's embedding has {vocabulary} rows: the "
+            "tokenizer is that of another model"
+        )

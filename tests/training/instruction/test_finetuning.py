@@ -1,0 +1,305 @@
+"""Instruction tuning of the demo's base model on questions about invented people, from files to the report."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawn_examples import drawn_example
+from regression import log_of
+from tiny import make_model
+
+import gakernels.training.instruction.finetuning as finetuning
+from gakernels import FormatError, GenerativeAdapter, GeneratorConfig, InputError
+from gakernels.demo.experiment import accuracy, answer
+from gakernels.demo.people import draw_document
+from gakernels.training.base_model import BaseConfig
+from gakernels.training.instruction.batches import InstructionBatch
+from gakernels.training.instruction.examples import Example
+from gakernels.training.instruction.finetuning import finetune, make_tuned_model
+from gakernels.training.instruction.recipe import (
+    AnswerEvaluationConfig,
+    FinetuningRecipe,
+    FinetuningTrainerConfig,
+    InstructionDataConfig,
+)
+from gakernels.training.instruction.report import score_answers
+from gakernels.training.instruction.sources import InstructionSource
+from gakernels.training.instruction.steps import BatchConfig
+from gakernels.training.recipes import load_recipe
+
+ASSETS = Path(finetuning.__file__).parents[2] / "demo" / "assets"
+# The demo's base model knows "Question: ... Answer: ... ."; a template of that form asks it as it was trained.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }} Answer:"
+    "{% else %} {{ m.content }}.{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def write_people(path: Path, count: int, seed: int, split: str = "train") -> Path:
+    """Questions about invented people as JSON lines, one context with several questions a line."""
+    rng = Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            document = draw_document(rng, 1, (3, 4), split)
+            questions = [
+                (question.split(" ", 1)[1].removesuffix(" Answer:"), said) for question, said in document.questions()
+            ]
+            row = {"context": document.text(), "qas": [{"question": q, "answers": [a]} for q, a in questions]}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def recipe_of(people: Path, **changes: Any) -> FinetuningRecipe:
+    settings: dict[str, Any] = {
+        "data": InstructionDataConfig(str(people)),
+        "model": BaseConfig(str(ASSETS / "base")),
+        "generator": GeneratorConfig(("o_proj",), state_size=32, rank=8, scale=1.0, chunk_size=64),
+        "batches": BatchConfig(batch_size=4, conversations=3),
+        "trainer": FinetuningTrainerConfig(
+            steps=12, learning_rate=1e-2, warmup_steps=3, log_every=4, checkpoint_every=5
+        ),
+        "evaluation": AnswerEvaluationConfig(contexts=6),
+    }
+    return FinetuningRecipe(**{**settings, **changes})
+
+
+def start(recipe: FinetuningRecipe) -> GenerativeAdapter:
+    model = make_tuned_model(recipe, "cpu")
+    model.tokenizer.chat_template = TEMPLATE
+    return model
+
+
+@pytest.fixture
+def people(tmp_path: Path, generator: torch.Generator) -> Path:
+    return write_people(tmp_path / "people.jsonl", 40, generator.initial_seed())
+
+
+def test_answers_in_another_form_are_learned_and_everything_is_written(people: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trainer = FinetuningTrainerConfig(
+        steps=16, learning_rate=1e-3, warmup_steps=3, log_every=4, checkpoint_every=16, evaluate_every=8
+    )
+    recipe = from_the_demo(people, trainer=trainer, epochs=50.0)
+    model = make_tuned_model(recipe, "cpu")
+    assert model.tokenizer.chat_template is None  # so the plain one, which the demo's models have never seen
+    held_out = finetuning.load_tuning_data(recipe.data, model.tokenizer, 10**6, 128, 6, 0, False).held_out
+    before = score_answers(model, held_out)
+    report = finetune(model, recipe, out, progress=False)
+    lines = log_of(out)
+    assert [line["step"] for line in lines] == [4, 8, 12, 16]
+    assert set(lines[0]["loss"]) == {"answers"}
+    assert lines[-1]["loss"]["answers"] < lines[0]["loss"]["answers"] - 1
+    assert set(lines[1]["evaluation"]["perplexity"]) == {"none", "own", "other"}
+    assert report.contexts == 6
+    assert report.perplexity["own"] < 0.5 * before.perplexity["own"]
+    assert report.perplexity["none"] == pytest.approx(before.perplexity["none"])
+    assert report.own_over["none"][1] < 1
+    assert report.own_over["other"][1] < 1
+    saved = json.loads((out / "report.json").read_text())
+    assert saved["answers"] == json.loads(json.dumps(report.to_dict()))
+    assert (saved["data"]["contexts"], saved["data"]["held_out_contexts"]) == (34, 6)
+    again = GenerativeAdapter.from_pretrained(out, base=ASSETS / "base")
+    assert score_answers(again, held_out).to_dict() == report.to_dict()
+    assert load_recipe(FinetuningRecipe, out / "recipe.yaml") == recipe
+
+
+def from_the_demo(people: Path, **changes: Any) -> FinetuningRecipe:
+    return recipe_of(people, start=str(ASSETS / "generator"), model=None, generator=None, **changes)
+
+
+def test_a_generator_that_is_gone_on_with_keeps_what_it_can(people: Path, tmp_path: Path) -> None:
+    trainer = FinetuningTrainerConfig(steps=4, learning_rate=1e-4, warmup_steps=0)
+    recipe = from_the_demo(people, trainer=trainer)
+    model = start(recipe)
+    before = model.generator_fingerprint()
+    report = finetune(model, recipe, tmp_path / "out", progress=False)
+    assert model.generator_fingerprint() != before
+    assert report.exact["own"] > 0.7
+    assert report.exact["none"] < 0.3
+    documents = [draw_document(Random(n), 1, (4, 4), "test") for n in range(3)]
+    prompts, expected = zip(*[pair for document in documents for pair in document.questions()], strict=True)
+    adapters = model.adapt([document.text() for document in documents])
+    given = answer(model, prompts, [adapter for adapter in adapters for _ in range(4)])
+    assert accuracy(given, expected) > 0.7
+
+
+class InterruptionError(Exception):
+    pass
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(
+        people,
+        batches=BatchConfig(4, 3, window=64, losses=("answers", "reconstruction", "completion")),
+        generator=GeneratorConfig(("o_proj",), state_size=32, rank=8, scale=1.0, chunk_size=16),
+    )
+    whole = start(recipe)
+    report = finetune(whole, recipe, tmp_path / "whole", progress=False)
+    plain = finetuning.InstructionObjective.batches
+
+    def failing(self: finetuning.InstructionObjective, step: int) -> Any:
+        if step == 8:
+            raise InterruptionError
+        return plain(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.InstructionObjective, "batches", failing)
+        with pytest.raises(InterruptionError):
+            finetune(start(recipe), recipe, tmp_path / "parts", progress=False)
+    torch.manual_seed(0)  # whatever random numbers are drawn elsewhere
+    resumed = start(recipe)
+    assert finetune(resumed, recipe, tmp_path / "parts", progress=False) == report
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    assert set(log_of(tmp_path / "whole")[-1]["loss"]) == {"answers", "reconstruction", "completion"}
+    ours, expected = resumed.generator_tensors(), whole.generator_tensors()
+    assert all(ours[name].equal(expected[name]) for name in expected)
+    other = replace(recipe, batches=replace(recipe.batches, conversations=2))
+    with pytest.raises(FormatError, match=r"batches\.conversations was 3 and is 2"):
+        finetune(start(other), other, tmp_path / "parts", progress=False)
+
+
+def test_two_rounds_of_the_data_unless_fewer_steps_are_asked_for(people: Path) -> None:
+    assert recipe_of(people, trainer=FinetuningTrainerConfig()).steps(101) == math.ceil(2 * 101 / 4)
+    assert recipe_of(people).steps(10**6) == 12
+    assert recipe_of(people, trainer=FinetuningTrainerConfig(), epochs=0.001).steps(101) == 1
+
+
+def test_contexts_held_out_are_never_trained_on(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[int, ...]] = set()
+    plain = finetuning.InstructionObjective.losses
+
+    def spy(self: finetuning.InstructionObjective, batch: InstructionBatch) -> Any:
+        seen.update(
+            tuple(ids[mask].tolist()) for ids, mask in zip(batch.context.input_ids, batch.context.mask, strict=True)
+        )
+        return plain(self, batch)
+
+    monkeypatch.setattr(finetuning.InstructionObjective, "losses", spy)
+    recipe = recipe_of(people, trainer=FinetuningTrainerConfig(steps=16))  # two pools of 32 contexts
+    model = start(recipe)
+    finetune(model, recipe, tmp_path / "out", progress=False)
+    texts = [json.loads(line)["context"] for line in people.read_text().splitlines()]
+    tokens = [tuple(model.tokenizer(text)["input_ids"]) for text in texts]
+    assert seen == set(tokens[:-6])
+
+
+def test_several_sources_and_held_out_data_of_their_own(people: Path, tmp_path: Path) -> None:
+    second = write_people(tmp_path / "second.jsonl", 12, 5)
+    held_out = write_people(tmp_path / "held_out.jsonl", 5, 6, "test")
+    data = InstructionDataConfig(
+        sources={"first": InstructionSource(str(people), 3.0), "second": InstructionSource(str(second), 1.0)},
+        held_out_path=str(held_out),
+    )
+    recipe = recipe_of(people, data=data)
+    model = start(recipe)
+    read = finetuning.load_tuning_data(data, model.tokenizer, 10**6, 64, 6, progress=False)
+    assert [len(source) for source in read.sources] == [40, 12]
+    assert (list(read.weights), len(read.held_out)) == ([3.0, 1.0], 5)
+    assert finetune(model, recipe, tmp_path / "out", progress=False).contexts == 5
+
+
+def test_data_that_can_not_be_used_is_told_before_the_first_step(people: Path, tmp_path: Path) -> None:
+    model = start(recipe_of(people))
+
+    def told(message: str, data: InstructionDataConfig, **changes: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            finetune(model, recipe_of(people, data=data, **changes), tmp_path / "out", progress=False)
+
+    short = write_people(tmp_path / "short.jsonl", 6, 1)
+    told(r"short\.jsonl has 6 contexts, and 6 of them are held out: more data", InstructionDataConfig(str(short)))
+    told("there is no file or folder", InstructionDataConfig(str(tmp_path / "none")))
+    limited = InstructionDataConfig(str(people), context_tokens=3)
+    told(r"has no context with a conversation within the limits: 40 x context of more than 3 tokens", limited)
+    told(
+        "data: context 1 of data: context of more than 3",
+        InstructionDataConfig(str(people), context_tokens=3, strict=True),
+    )
+    one = write_people(tmp_path / "one.jsonl", 1, 1)
+    told("held_out_path must have at least 2 contexts", InstructionDataConfig(str(people), held_out_path=str(one)))
+    many = BatchConfig(batch_size=4, group_size=2)
+    with pytest.raises(InputError, match="group_size must be a multiple of the 4 processes"):
+        finetune(model, recipe_of(people, batches=many), tmp_path / "out", False, finetuning.Ranks(0, 4))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="the tokenizer is that of another model"):
+        finetuning.load_tuning_data(InstructionDataConfig(str(people)), model.tokenizer, 50, 64, 6, progress=False)
+    model.tokenizer = None
+    told("tokenizer is needed to tune on conversations", InstructionDataConfig(str(people)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, r"model\.name is needed where there is no generator to start from"),
+        ({"start": "x"}, "generator must not be given with start"),
+        ({"epochs": 0.0}, "epochs must be above 0, but it is 0.0"),
+        ({"seed": -1}, r"seed must be between 0 and 2\^32 - 1, but it is -1"),
+        ({"parallel": "all"}, "parallel must be one of replicas, shards, but it is 'all'"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe_of(Path("x"), **changes)
+
+
+def test_data_and_evaluation_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InputError, match="data must have either a path or sources"):
+        InstructionDataConfig()
+    with pytest.raises(InputError, match="data must have either a path or sources"):
+        InstructionDataConfig("x", {"y": InstructionSource("y")})
+    with pytest.raises(InputError, match=r"data\.context_tokens must be at least 2, but it is 1"):
+        InstructionDataConfig("x", context_tokens=1)
+    with pytest.raises(InputError, match=r"evaluation\.batch_size must be at least 2, but it is 1"):
+        AnswerEvaluationConfig(batch_size=1)
+
+
+# The report
+
+
+def report_examples(count: int) -> list[Example]:
+    return [drawn_example(int(torch.randint(1, 20, ())), int(torch.randint(1, 5, ()))) for _ in range(count)]
+
+
+def test_the_report_scores_each_answer_under_each_adapter() -> None:
+    model = make_model("llama", torch.float64, torch.float64, static_rank=2)
+    with torch.no_grad():
+        for parameter in model.generators.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    examples = report_examples(5)
+    report = score_answers(model, examples, batch_size=2)  # of 2 and 3 contexts
+    owns = model.adapt([example.context.tolist() for example in examples])
+    others = [owns[n] for n in (1, 0, 3, 4, 2)]
+    zero = {name: torch.zeros(1, 16, 16, dtype=torch.float64) for name in model.adapted_names}
+    empty = model.adapters(zero, [1]) * 5
+    for name, adapters in {"own": owns, "other": others, "empty": empty, "none": [None] * 5}.items():
+        total, tokens, exact, answers = 0.0, 0, 0, 0
+        for example, adapter in zip(examples, adapters, strict=True):
+            if adapter is not None:
+                model.merge(adapter)
+            for said in example.conversations:
+                ids = torch.tensor(said.tokens.tolist())
+                logits = model.base(input_ids=ids[None], use_cache=False).logits[0, :-1]
+                counted = torch.tensor(said.answers[1:])
+                total += float(F.cross_entropy(logits, ids[1:], reduction="none")[counted].sum())
+                tokens += int(counted.sum())
+                exact += bool((logits.argmax(-1) == ids[1:])[counted].all())
+                answers += 1
+            model.unmerge()
+        assert report.perplexity[name] == pytest.approx(math.exp(total / tokens), rel=1e-8)
+        assert report.exact[name] == pytest.approx(exact / answers)
+        assert (report.tokens, report.answers, report.contexts) == (tokens, answers, 5)
+    for name in ("other", "empty", "none"):
+        low, high = report.own_over[name]
+        assert low <= report.perplexity["own"] / report.perplexity[name] <= high
+
+
+def test_a_single_context_has_no_other() -> None:
+    with pytest.raises(InputError, match="examples and batch_size must be at least 2, but they are 1 and 4"):
+        score_answers(make_model(), report_examples(1))
