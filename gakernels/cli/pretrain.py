@@ -1,21 +1,54 @@
-"""`gakernels pretrain`: train a generator for a base model on text files."""
+"""`gakernels pretrain`: train a generator for a base model on text."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
-from gakernels.cli.common import DTYPES, add_command, add_device_options, check_device
-from gakernels.configuration import GeneratorConfig
+from gakernels.cli.common import DTYPES, add_command, check_device
+from gakernels.cli.plan_table import print_plan
+from gakernels.cli.recipe_options import add_recipe_options, planned_processes, recipe_of
 from gakernels.errors import InputError
-from gakernels.evaluation.perplexity import PerplexityReport
-from gakernels.model import GenerativeAdapter, load_base
+from gakernels.evaluation.perplexity import PerplexityReport, TaskPerplexity
 from gakernels.nn.adapter_generator import NORMS
 from gakernels.training.objectives import RECONSTRUCTIONS
-from gakernels.training.pretraining import PretrainingConfig, pretrain
-from gakernels.training.trainer import TrainerConfig
+from gakernels.training.parallel import process_group
+from gakernels.training.plan import plan_pretraining
+from gakernels.training.pretraining import make_model, pretrain
+from gakernels.training.pretraining_data import cached_segments
+from gakernels.training.pretraining_recipe import PretrainingRecipe
+
+# What each option stands for in the recipe.
+FLAGS = {
+    "model": ("model.name",),
+    "dtype": ("model.dtype",),
+    "data": ("data.path",),
+    "linears": ("generator.linears",),
+    "layers": ("generator.layers",),
+    "state_size": ("generator.state_size",),
+    "rank": ("generator.rank",),
+    "scale": ("generator.scale",),
+    "norm": ("generator.norm",),
+    "chunk_size": ("generator.chunk_size",),
+    "chunks": ("windows.chunks",),
+    "reconstruction": ("windows.reconstruction",),
+    "batch_size": ("windows.batch_size",),
+    "steps": ("trainer.steps",),
+    "learning_rate": ("trainer.learning_rate",),
+    "warmup_steps": ("trainer.warmup_steps",),
+    "weight_decay": ("trainer.weight_decay",),
+    "log_every": ("trainer.log_every",),
+    "checkpoint_every": ("trainer.checkpoint_every",),
+    "evaluate_every": ("trainer.evaluate_every",),
+    "held_out": ("evaluation.contexts",),
+    "static_lora": ("evaluation.static_lora",),
+    "seed": ("seed", "generator.seed", "trainer.seed"),
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -25,106 +58,98 @@ def add_parser(commands: Any) -> None:
         "pretrain",
         run,
         "Train a generator for a frozen base model on text: reconstruction and completion. Started again with the same "
-        "options, it goes on where it stopped.",
-        "  gakernels pretrain --model my-model --data texts/ --output my-generator --steps 2000",
+        "options, it goes on where it stopped. On several GPUs: torchrun --nproc-per-node 8 -m gakernels pretrain ...",
+        "  gakernels pretrain --model my-model --data texts/ --output my-generator --steps 2000\n"
+        "  gakernels pretrain --config my-recipe.yaml --set trainer.learning_rate=1e-4 --output my-generator\n"
+        "  gakernels pretrain --config mistral-7b-pretraining --dry-run --processes 8",
     )
-    parser.add_argument("--model", required=True, help="base model, a folder or hub name")
+    parser.add_argument("--model", help="base model, a folder or hub name")
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder of .txt and .jsonl files (also .gz, .xz, .bz2)"
+        "--data", help="folder of .txt, .jsonl and .parquet files (also .gz, .xz, .bz2, .zst), or hub:NAME"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for generator, log, checkpoints and report")
+    parser.add_argument("--output", type=Path, help="folder for generator, log, checkpoints and report")
+    add_recipe_options(parser)
     generator = parser.add_argument_group("generator")
-    generator.add_argument(
-        "--linears", default="o_proj", help="linear layers to adapt, with commas (default: %(default)s)"
-    )
+    generator.add_argument("--linears", help="linear layers to adapt, with commas (default: o_proj)")
     generator.add_argument("--layers", help="decoder layers to adapt, with commas (default: all)")
-    generator.add_argument("--state-size", type=int, default=1024, help="d_r (default: %(default)s)")
-    generator.add_argument("--rank", type=int, default=128, help="r (default: %(default)s)")
+    generator.add_argument("--state-size", type=int, help="d_r (default: 1024)")
+    generator.add_argument("--rank", type=int, help="r (default: 128)")
     generator.add_argument("--scale", type=float, help="factor of the adapter (default: 64 / d_r)")
-    generator.add_argument("--norm", choices=NORMS, default="polar", help="default: %(default)s")
+    generator.add_argument("--norm", choices=NORMS, help="default: polar")
     windows = parser.add_argument_group("windows")
-    windows.add_argument("--chunk-size", type=int, default=1024, help="tokens in a window (default: %(default)s)")
-    windows.add_argument("--chunks", type=int, default=8, help="context windows in a segment (default: %(default)s)")
-    windows.add_argument(
-        "--reconstruction", choices=RECONSTRUCTIONS, default="random_slice", help="default: %(default)s"
-    )
+    windows.add_argument("--chunk-size", type=int, help="tokens in a window (default: 1024)")
+    windows.add_argument("--chunks", type=int, help="context windows in a segment (default: 8)")
+    windows.add_argument("--reconstruction", choices=RECONSTRUCTIONS, help="default: random_slice")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=int, required=True, help="optimizer steps")
-    optimisation.add_argument("--batch-size", type=int, default=8, help="segments in a step (default: %(default)s)")
-    optimisation.add_argument("--learning-rate", type=float, default=5e-5, help="default: %(default)s")
-    optimisation.add_argument("--warmup-steps", type=int, default=100, help="default: %(default)s")
-    optimisation.add_argument("--weight-decay", type=float, default=0.01, help="default: %(default)s")
-    optimisation.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    optimisation.add_argument("--steps", type=int, help="optimizer steps")
+    optimisation.add_argument("--batch-size", type=int, help="segments in a step (default: 8)")
+    optimisation.add_argument("--learning-rate", type=float, help="default: 5e-5")
+    optimisation.add_argument("--warmup-steps", type=int, help="default: 100")
+    optimisation.add_argument("--weight-decay", type=float, help="default: 0.01")
+    optimisation.add_argument("--seed", type=int, help="default: 0")
     report = parser.add_argument_group("log and report")
-    report.add_argument("--held-out", type=int, default=32, help="segments kept for the report (default: %(default)s)")
-    report.add_argument("--static-lora", action="store_true", help="also train a static LoRA with the same budget")
-    report.add_argument("--log-every", type=int, default=10, help="steps (default: %(default)s)")
-    report.add_argument("--checkpoint-every", type=int, default=500, help="steps (default: %(default)s)")
-    add_device_options(parser)
+    report.add_argument("--held-out", type=int, help="contexts kept for the report (default: 32)")
+    report.add_argument("--static-lora", action="store_true", default=None, help="also train a static LoRA, as long")
+    report.add_argument("--log-every", type=int, help="steps (default: 10)")
+    report.add_argument("--evaluate-every", type=int, help="steps between evaluations (default: only at the end)")
+    report.add_argument("--checkpoint-every", type=int, help="steps (default: 500)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: float32)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train and print the report."""
-    generator_config = GeneratorConfig(
-        linears=tuple(name.strip() for name in options.linears.split(",")),
-        layers=None if options.layers is None else _numbers(options.layers),
-        state_size=options.state_size,
-        rank=options.rank,
-        scale=options.scale,
-        chunk_size=options.chunk_size,
-        norm=options.norm,
-        seed=options.seed,
-    )
-    config = PretrainingConfig(
-        data=options.data,
-        chunks=options.chunks,
-        batch_size=options.batch_size,
-        reconstruction=options.reconstruction,
-        held_out=options.held_out,
-        static_lora=options.static_lora,
-        seed=options.seed,
-    )
-    trainer = TrainerConfig(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        log_every=options.log_every,
-        checkpoint_every=options.checkpoint_every,
-        label="generator",
-    )
+    """Print the plan, or train and print the report."""
+    recipe = recipe_of(PretrainingRecipe, options, FLAGS)
+    if options.dry_run:
+        plan = plan_pretraining(recipe, planned_processes(options), torch.device(options.device).type)
+        print_plan(plan, options.tflops, _segments(recipe))
+        return 0
+    if options.output is None:
+        raise InputError("--output is needed: the folder for generator, log, checkpoints and report")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output must be a folder, but {options.output} is a file")
     check_device(options.device)
-    base, tokenizer = load_base(options.model, dtype=DTYPES[options.dtype])
-    model = GenerativeAdapter(base.to(options.device), generator_config, tokenizer)
-    report = pretrain(model, config, trainer, options.output)
-    _print(report)
-    print(f"generator, log and report: {options.output}")
+    with process_group(options.device) as ranks:
+        device = f"cuda:{ranks.local_rank}" if options.device == "cuda" else options.device
+        report = pretrain(make_model(recipe, device), recipe, options.output, ranks=ranks)
+        if ranks.rank == 0:
+            _print(report)
+            print(f"generator, log and report: {options.output}")
     return 0
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--layers must be numbers with commas between them, but it is {text!r}") from error
+def _segments(recipe: PretrainingRecipe) -> int | None:
+    """Segments of the data, where its tokens are cached already."""
+    with contextlib.suppress(OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.name, local_files_only=True)
+        return cached_segments(recipe.data, tokenizer, recipe.segment_tokens)
+    return None
 
 
 def _print(report: PerplexityReport) -> None:
-    names = {
-        "none": "base model, no adapter",
-        "static_lora": "static LoRA, same layers, rank, windows and steps",
-        "other": "generated adapter of another context",
-        "own": "generated adapter of its own context",
-    }
-    table = Table(title=f"Held-out windows: {report.contexts} contexts, {report.tokens:,} tokens")
-    table.add_column("adapter")
-    table.add_column("perplexity", justify="right")
-    for name, label in names.items():
-        if name in report.perplexity:
-            table.add_row(label, f"{report.perplexity[name]:.3f}")
     console = Console()
-    console.print(table)
-    low, high = report.own_over_other
-    console.print(f"own / other: {low:.3f} to {high:.3f} (95% paired bootstrap over contexts)")
+    size = f"{report.contexts} held-out contexts of {report.context_tokens:,} tokens"
+    console.print(_table(f"Reconstruction: {size}", report.reconstruction, report.other_documents))
+    if report.completion is not None:
+        console.print(_table("Completion: what follows them", report.completion, report.other_documents))
+    console.print("own / this: 95% interval by paired bootstrap over contexts")
+
+
+def _table(title: str, task: TaskPerplexity, other_documents: bool) -> Table:
+    labels = {
+        "none": "base model, no adapter",
+        "empty": "adapter of an empty context",
+        "static_lora": "static LoRA, trained as long",
+        "other": f"adapter of another {'document' if other_documents else 'context'}",
+        "own": "adapter of its own context",
+    }
+    table = Table(title=title, title_justify="left")
+    table.add_column("adapter", no_wrap=True)
+    for heading in ("perplexity", "own / this"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, label in labels.items():
+        if name in task.perplexity:
+            ratio = task.own_over.get(name)
+            interval = "" if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+            table.add_row(label, f"{task.perplexity[name]:.3f}", interval)
+    return table

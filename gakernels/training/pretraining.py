@@ -1,144 +1,287 @@
-"""Pretraining a generator on text files, from reading them to the report on held-out windows."""
+"""Pretraining a generator: from a recipe to the trained generator and the report on held-out contexts."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gakernels.compilation import compile_layers, uncompile_layers
 from gakernels.errors import InputError
-from gakernels.evaluation.perplexity import PerplexityReport, context_perplexity
+from gakernels.evaluation.perplexity import HeldOutContexts, PerplexityReport, context_perplexity
+from gakernels.evaluation.shapes import ModelShape
 from gakernels.files import write_text
-from gakernels.fingerprint import tensor_fingerprint
 from gakernels.model import GenerativeAdapter
-from gakernels.training.data import batch_of, cut_segments, find_files, tokenize_files
-from gakernels.training.objectives import RECONSTRUCTIONS, Loss, WindowBatch, pretraining_windows, window_losses
+from gakernels.nn import LowRankFactors
+from gakernels.training.base_model import load_base_model
+from gakernels.training.checkpoint import find_checkpoints
+from gakernels.training.distillation import NAME as DISTILLATION
+from gakernels.training.memory import StepShape, fit_memory_budget, parse_bytes
+from gakernels.training.objective import WindowObjective
+from gakernels.training.objectives import WindowBatch, pretraining_windows, window_losses
+from gakernels.training.parallel import Parallel, Ranks, Replicas
+from gakernels.training.plan import step_setting
+from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
+from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
+from gakernels.training.recipes import recipe_text
+from gakernels.training.sharding import Shards
 from gakernels.training.static_lora import StaticLora
-from gakernels.training.trainer import Trainer, TrainerConfig
+from gakernels.training.step_flops import pretraining_flops
+from gakernels.training.throughput import StepCost
+from gakernels.training.trainer import Trainer
+from gakernels.training.trainer_config import PRECISIONS, TrainerConfig
+
+RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
 
 
-@dataclass(frozen=True)
-class PretrainingConfig:
-    """What to train on; how to optimise is in `TrainerConfig`.
-
-    Attributes:
-        data: a folder of text or JSON-lines files, or one file.
-        chunks: T, context chunks in a segment (8 in the paper).
-        batch_size: segments in one step.
-        reconstruction: see `objectives.pretraining_windows`.
-        held_out: segments kept back for the report; they come from the end of the data.
-        static_lora: also train the control that knows no context, with the same budget.
-        seed: of the order of the segments and of the slices.
+def make_model(recipe: PretrainingRecipe, device: torch.device | str) -> GenerativeAdapter:
+    """The base model of a recipe with untrained generators.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: the base model can't be loaded, or does not have the layers that the recipe adapts.
+        BackendError: the device can't compute with weights that are quantised as the recipe says.
     """
-
-    data: Path
-    chunks: int = 8
-    batch_size: int = 8
-    reconstruction: str = "random_slice"
-    held_out: int = 32
-    static_lora: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("chunks", 1), ("batch_size", 1), ("held_out", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, but it is {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be between 0 and 2^32 - 1, but it is {self.seed}")
-        if self.reconstruction not in RECONSTRUCTIONS:
-            raise InputError(
-                f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}, but it is {self.reconstruction!r}"
-            )
-
-
-@dataclass(frozen=True)
-class PretrainingData:
-    """Token segments (n, T * M)."""
-
-    training: Tensor
-    held_out: Tensor
-
-
-def load_data(model: GenerativeAdapter, config: PretrainingConfig, progress: bool = True) -> PretrainingData:
-    """Read, tokenise and cut the data.
-
-    Raises:
-        InputError: there is too little of it, a file can't be read, or a chunk has no token to predict.
-    """
-    if model.config.chunk_size < 2:
-        raise InputError(f"chunk_size must be at least 2 to train on next tokens, but it is {model.config.chunk_size}")
-    if model.tokenizer is None:
-        raise InputError("tokenizer is needed to pretrain on text; pass one to GenerativeAdapter")
-    tokens = tokenize_files(find_files(config.data), model.tokenizer, progress)
-    segments = cut_segments(tokens, config.chunks * model.config.chunk_size)
-    if len(segments) <= config.held_out:
-        raise InputError(
-            f"data: {config.data} gives {len(segments)} segments of {segments.shape[1]} tokens, and {config.held_out} "
-            "are held out; more text, a shorter segment (chunks x chunk size) or a smaller held_out is needed"
-        )
-    return PretrainingData(segments[: -config.held_out], segments[-config.held_out :])
+    base, tokenizer = load_base_model(recipe.model, device)
+    return GenerativeAdapter(base, recipe.generator, tokenizer)
 
 
 def pretrain(
-    model: GenerativeAdapter,
-    config: PretrainingConfig,
-    trainer: TrainerConfig,
-    folder: Path,
-    progress: bool = True,
+    model: GenerativeAdapter, recipe: PretrainingRecipe, folder: Path, progress: bool = True, ranks: Ranks | None = None
 ) -> PerplexityReport:
     """Train the generators of a model; resumes where an earlier call in the same folder stopped.
 
-    Writes to the folder: `log.jsonl`, `checkpoints/`, the trained generator (see `GenerativeAdapter.save_pretrained`)
-    and `report.json`; with `static_lora` the control's log and checkpoints in `static_lora/`.
+    Writes to the folder: `recipe.yaml`, `log.jsonl`, `checkpoints/`, the trained generator (see
+    `GenerativeAdapter.save_pretrained`) and `report.json`; with `evaluation.static_lora` the control's log and
+    checkpoints in `static_lora/`. With several processes every one calls this, and the first one writes.
+
+    Args:
+        model: see `make_model`.
+        recipe: everything else.
+        folder: of the run.
+        progress: show progress bars.
+        ranks: of a process group that is running; one process if not given.
 
     Returns:
-        Perplexities of the held-out windows.
+        Perplexities of the held-out contexts.
 
     Raises:
-        InputError: the data can't be used.
+        InputError: the data can't be used, or something in the recipe does not go together.
         FormatError: the folder holds a run with other settings.
+        FloatingPointError: the run diverged.
     """
-    data = load_data(model, config, progress)
-    settings = _settings(model, config, data)
-
-    def batch(step: int) -> WindowBatch:
-        segments = batch_of(data.training, config.batch_size, step, config.seed)
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        return pretraining_windows(segments, config.chunks, random, config.reconstruction)
-
-    def objective(step: int) -> dict[str, Loss]:
-        return window_losses(model, batch(step))
-
-    parameters = dict(model.generators.named_parameters())
-    Trainer(trainer, parameters, objective, folder, settings, progress).run()
-    model.save_pretrained(folder)
-    controls = {}
-    if config.static_lora:
-        control = StaticLora(model)
-        control_trainer = TrainerConfig(**{**asdict(trainer), "label": "static LoRA (control)"})
-        Trainer(
-            control_trainer,
-            dict(control.named_parameters()),
-            lambda step: control.window_losses(model, batch(step)),
-            folder / "static_lora",
-            settings,
-            progress,
-        ).run()
-        controls["static_lora"] = control.factors()
-    report = context_perplexity(model, data.held_out, config.chunks, controls)
-    write_text(folder / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
+    ranks = ranks or Ranks()
+    if model.tokenizer is None:
+        raise InputError("tokenizer is needed to pretrain on text; pass one to GenerativeAdapter")
+    run = _Run(model, recipe, _read(model, recipe, ranks, progress), folder, progress, ranks)
+    run.train_generators()
+    report = run.evaluate(run.data.held_out, {"static_lora": run.train_control()} if run.has_control else {})
+    if ranks.rank == 0:
+        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
     return report
 
 
-def _settings(model: GenerativeAdapter, config: PretrainingConfig, data: PretrainingData) -> Mapping[str, Any]:
-    """What a run depends on. The data counts by its tokens, not by its path."""
-    values = {**asdict(config), "data": tensor_fingerprint([("training", data.training)])}
-    del values["static_lora"]
-    base = {"fingerprint": model.base_fingerprint(), "dtype": str(model.base.dtype)}
-    return {"pretraining": values, "generator": model.config.to_dict(), "base": base}
+def _read(model: GenerativeAdapter, recipe: PretrainingRecipe, ranks: Ranks, progress: bool) -> PretrainingData:
+    assert model.tokenizer is not None
+    recipe.windows.at_once(ranks.world)  # refuses before anything is read
+    vocabulary = model.base.get_input_embeddings().num_embeddings
+    shown = progress and ranks.rank == 0
+    held_out = HeldOutSize(recipe.evaluation.contexts, recipe.context_chunks * recipe.generator.chunk_size)
+    return load_data(recipe.data, model.tokenizer, vocabulary, recipe.segment_tokens, held_out, shown)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run, with what it reads and where it writes."""
+
+    model: GenerativeAdapter
+    recipe: PretrainingRecipe
+    data: PretrainingData
+    folder: Path
+    progress: bool
+    ranks: Ranks
+
+    @property
+    def has_control(self) -> bool:
+        return self.recipe.evaluation.static_lora
+
+    def train_generators(self) -> None:
+        """Train them and write them."""
+        settings = self.settings()
+        self._prepare_base()
+        parallel = self._parallel()
+        parameters = dict(self.model.generators.named_parameters())
+        trainer = self._trainer(self.recipe.trainer, parameters, self._objective(), parallel, settings)
+        if self.ranks.rank == 0 and not find_checkpoints(self.folder / "checkpoints"):
+            self._write_recipe()
+        try:
+            trainer.run()
+        finally:
+            uncompile_layers(self.model.base)
+        self._save()
+        self._write_recipe()  # again: some settings may change when a run is gone on with
+
+    def train_control(self) -> dict[str, LowRankFactors]:
+        """The static LoRA, trained as the generators were, on the losses of the text itself."""
+        control, config = StaticLora(self.model), self.recipe.trainer
+        config = replace(
+            config,
+            label="static LoRA (control)",
+            learning_rate_factors=(),
+            loss_weights=tuple(pair for pair in config.loss_weights if pair[0] != DISTILLATION),
+            evaluate_every=None,
+        )
+        objective = WindowObjective(self.windows, lambda batch: control.window_losses(self.model, batch))
+        parallel = Parallel() if self.ranks.world == 1 else Replicas(self.ranks)
+        self._trainer(
+            config, dict(control.named_parameters()), objective, parallel, self.settings(), "static_lora"
+        ).run()
+        return control.factors()
+
+    def evaluate(
+        self,
+        held_out: HeldOutContexts,
+        controls: Mapping[str, Mapping[str, LowRankFactors]] | None = None,
+        progress: bool = True,
+    ) -> PerplexityReport:
+        """Perplexities of contexts, in the precision of the run."""
+        chunks, size = self.recipe.context_chunks, self.recipe.evaluation.batch_size
+        shown = progress and self.progress and self.ranks.rank == 0
+        with self._autocast():
+            return context_perplexity(self.model, held_out, chunks, controls, size, shown)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run depends on, for its checkpoints. The data counts by its tokens, not by its path."""
+        windows, distillation = asdict(self.recipe.windows), self.recipe.distillation
+        del windows["segments_at_once"]  # changes rounding only
+        base = {"fingerprint": self.model.base_fingerprint(), "dtype": self.recipe.model.dtype}
+        return {
+            "seed": self.recipe.seed,
+            "windows": windows,
+            "data": {
+                "segments": self.data.segments.fingerprint,
+                "weights": [source.weight for source in self.recipe.data.all_sources().values()],
+            },
+            "generator": self.model.config.to_dict(),
+            "distillation": distillation and asdict(distillation),
+            "base": {**base, "quantization": self.recipe.model.quantization},
+        }
+
+    def windows(self, step: int) -> list[WindowBatch]:
+        """The micro-batches of this process. A segment's slices depend on its place in the run alone."""
+        windows, ranks = self.recipe.windows, self.ranks
+        indices = self.data.order.indices(step, windows.batch_size, self.recipe.seed, ranks.rank, ranks.world)
+        first = step * windows.batch_size + ranks.rank * len(indices)
+        single = step < windows.single_share * self.recipe.trainer.steps
+        made = []
+        for place, segment in enumerate(self.data.segments.take(indices)):
+            random = torch.Generator().manual_seed(self.recipe.seed * 1_000_000_007 + first + place)
+            made.append(segment_windows(segment, windows, single, random))
+        size = windows.at_once(ranks.world)
+        return [_joined(made[start : start + size]) for start in range(0, len(made), size)]
+
+    def _objective(self) -> WindowObjective:
+        distillation = self.recipe.distillation
+        if distillation is None:
+            return WindowObjective(self.windows, lambda batch: window_losses(self.model, batch))
+        return WindowObjective(
+            lambda step: [distillation.windows(batch) for batch in self.windows(step)],
+            lambda batch: distillation.losses(self.model, batch),
+        )
+
+    def _trainer(
+        self,
+        config: TrainerConfig,
+        parameters: Mapping[str, nn.Parameter],
+        objective: WindowObjective,
+        parallel: Parallel,
+        settings: Mapping[str, Any],
+        part: str = "",
+    ) -> Trainer:
+        return Trainer(
+            config,
+            parameters,
+            objective,
+            self.folder / part,
+            settings,
+            self.progress,
+            parallel,
+            self._evaluate_some if config.evaluate_every else None,
+            self._cost(),
+        )
+
+    def _evaluate_some(self) -> dict[str, object]:
+        held_out = few(self.data.held_out, self.recipe.evaluation.contexts_at_intervals)
+        return self.evaluate(held_out, progress=False).to_dict()
+
+    def _parallel(self) -> Parallel:
+        if self.ranks.world == 1:
+            return Parallel()
+        return Shards(self.ranks, self.model) if self.recipe.parallel == "shards" else Replicas(self.ranks)
+
+    def _prepare_base(self) -> None:
+        """How the base model is run: recomputation, streams, compilation."""
+        if self.recipe.memory_budget is not None:
+            windows, world = self.recipe.windows, self.ranks.world
+            step = StepShape.pretraining(windows.at_once(world), self.model.config.chunk_size, windows.chunks)
+            setting = step_setting(self.recipe, world, self.model.device.type)
+            fit_memory_budget(self.model, step, parse_bytes(self.recipe.memory_budget), setting)
+        if self.recipe.overlap:
+            self.model.overlap_generators()
+        if self.recipe.compile:
+            compile_layers(self.model.base)
+
+    def _cost(self) -> StepCost:
+        windows, segments = self.recipe.windows, self.recipe.windows.batch_size
+        try:
+            shape = ModelShape.from_config(self.model.base.config)
+        except InputError:  # experts, recurrent layers: the operations can't be told from the shapes
+            return StepCost(tokens=segments * self.recipe.segment_tokens)
+        one = pretraining_flops(shape, self.model.config, windows.chunks, self.model.config.chunk_size, windows.plain)
+        return StepCost(segments * self.recipe.segment_tokens, segments * one.total)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = PRECISIONS[self.recipe.trainer.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype=dtype)
+
+    def _save(self) -> None:
+        """The first process writes; where the generators are sharded, all of them take part in gathering."""
+        if self.ranks.rank == 0:
+            self.model.save_pretrained(self.folder)
+        elif self.recipe.parallel == "shards":
+            self.model.generator_tensors()
+
+    def _write_recipe(self) -> None:
+        if self.ranks.rank == 0:
+            write_text(self.folder / RECIPE_FILE, recipe_text(self.recipe))
+
+
+def segment_windows(segment: Tensor, windows: WindowsConfig, single: bool, generator: torch.Generator) -> WindowBatch:
+    """The windows of a segment (T * M,), or of each of its chunks as one if `single`, under the losses of the recipe.
+
+    The losses are the same ones in every step; what a step has no target for counts nothing.
+    """
+    rows, chunks = (segment.view(windows.chunks, -1), 1) if single else (segment[None], windows.chunks)
+    batch = pretraining_windows(rows, chunks, generator, windows.reconstruction)
+    targets = dict(batch.targets)
+    if windows.chunks == 1:
+        del targets["completion"]
+    if windows.plain:
+        targets["plain"] = torch.zeros_like(batch.mask)
+        targets["plain"][:, 0, 1:] = True
+    return replace(batch, targets=targets)
+
+
+def _joined(batches: Sequence[WindowBatch]) -> WindowBatch:
+    """Batches of segments as one."""
+    first = batches[0]
+    return WindowBatch(
+        torch.cat([batch.input_ids for batch in batches]),
+        torch.cat([batch.mask for batch in batches]),
+        first.chunks,
+        first.seen,
+        {name: torch.cat([batch.targets[name] for batch in batches]) for name in first.targets},
+    )

@@ -1,0 +1,96 @@
+"""A plan as it is printed by --dry-run."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from gakernels.training.plan import Plan
+
+USUAL_TFLOPS = (100.0, 300.0, 600.0)
+
+
+def print_plan(plan: Plan, tflops: float | None, segments: int | None) -> None:
+    """Print it.
+
+    Args:
+        plan: what to print.
+        tflops: 10^12 operations a second of one process; None for a few usual rates.
+        segments: of the data, if that is known.
+    """
+    console = Console()
+    for title, rows in (
+        (f"Plan for {plan.name}", _size_rows(plan, segments)),
+        ("Operations of a step", _flops_rows(plan)),
+        (f"Memory of a process: {plan.memory.moment}", _memory_rows(plan)),
+        ("Time, without evaluations", _time_rows(plan, [tflops] if tflops else USUAL_TFLOPS)),
+    ):
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _size_rows(plan: Plan, segments: int | None) -> list[tuple[str, str]]:
+    seen = plan.steps * plan.segments
+    epochs = "not known before the data is tokenised" if segments is None else f"{seen / segments:,.2f}"
+    return [
+        ("parameters of the base, frozen", f"{plan.base_parameters:,}"),
+        ("parameters of the generators, trained", f"{plan.generator_parameters:,}"),
+        ("steps", f"{plan.steps:,}"),
+        ("segments in a step", f"{plan.segments:,} on {plan.processes} process(es), {plan.segments_at_once} at once"),
+        ("tokens in a segment", f"{plan.segment_tokens:,}, as {plan.windows} windows"),
+        ("tokens in a step", f"{plan.segments * plan.segment_tokens:,}"),
+        ("tokens of the run", f"{plan.tokens:,}"),
+        ("epochs", epochs),
+    ]
+
+
+def _flops_rows(plan: Plan) -> list[tuple[str, str]]:
+    forward, backward = plan.flops.forward.to_dict(), plan.flops.backward.to_dict()
+    names = {"linear": "linear layers", "attention": "attention", "head": "logits", "adapter": "low-rank products"}
+    names |= {"generator": "generators", "total": "all"}
+    rows = [
+        (label, f"{operations(forward[name])} forward, {operations(backward[name])} backward")
+        for name, label in names.items()
+    ]
+    return [*rows, ("the run", operations(plan.flops.total * plan.steps))]
+
+
+def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
+    rows = [(name, f"{size / 1e9:,.3f} GB") for name, size in plan.memory.parts.items()]
+    layers = len(plan.memory.recomputed_layers)
+    return [
+        *rows,
+        ("all", f"{plan.memory.total / 1e9:,.3f} GB"),
+        ("layers that compute gate and up again", str(layers)),
+    ]
+
+
+def _time_rows(plan: Plan, rates: Sequence[float]) -> list[tuple[str, str]]:
+    return [
+        (
+            f"at {rate:,g} TFLOP/s a process",
+            f"{duration(plan.seconds(rate))}, {plan.tokens_per_second(rate):,.0f} tokens/s",
+        )
+        for rate in rates
+    ]
+
+
+def operations(count: float) -> str:
+    """A number of floating-point operations in words."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G")):
+        if count >= 10**power:
+            return f"{count / 10**power:,.2f} {prefix}FLOP"
+    return f"{count / 1e6:,.2f} MFLOP"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:,.1f} days"
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:,.1f} minutes" if seconds >= 120 else f"{seconds:,.1f} seconds"

@@ -1,0 +1,31 @@
+"""`gakernels plot`: curves of training runs."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gakernels.cli.common import add_command
+from gakernels.plots.curves import plot_runs
+from gakernels.plots.run_series import read_runs
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "plot",
+        run,
+        "Draw the curves of training runs: losses, learning rate, gradient norm, tokens a second, and perplexities of "
+        "held-out contexts. Also while a run goes on.",
+        "  gakernels plot my-generator --output curves.png\n  gakernels plot first-try second-try --output curves.svg",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", type=Path, required=True, help="file that ends in .png, .svg or .pdf")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read the logs and draw."""
+    runs = read_runs(options.runs)
+    plot_runs(runs, options.output)
+    print(f"{', '.join(run.name for run in runs)}: {options.output}")
+    return 0

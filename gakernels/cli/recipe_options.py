@@ -1,0 +1,59 @@
+"""Options of the commands that run a recipe: --config, --set, --dry-run, and flags that stand for single settings."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from gakernels.errors import InputError
+from gakernels.training.parallel import Ranks
+from gakernels.training.recipes import load_recipe
+
+Recipe = TypeVar("Recipe")
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """--config, --set, --dry-run, --processes and --tflops."""
+    recipe = parser.add_argument_group("recipe (docs/configuration.md)")
+    recipe.add_argument("--config", type=Path, help="YAML file, or the name of a recipe that comes with the package")
+    recipe.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.NAME=VALUE",
+        help="one setting, over those of the file and of other options; can be given many times",
+    )
+    recipe.add_argument(
+        "--dry-run", action="store_true", help="print the plan (parameters, memory, operations, time) and stop"
+    )
+    recipe.add_argument("--processes", type=int, help="of the plan (default: those that torchrun started, or 1)")
+    recipe.add_argument("--tflops", type=float, help="10^12 operations a second of one process, for the plan's time")
+
+
+def recipe_of(kind: type[Recipe], options: argparse.Namespace, flags: Mapping[str, Sequence[str]]) -> Recipe:
+    """The recipe that the options give: the file, then flags, then --set.
+
+    Args:
+        kind: the recipe's class.
+        options: the parsed command line.
+        flags: for each option, by its name there, the settings that it stands for.
+
+    Raises:
+        InputError: see `load_recipe`.
+    """
+    given = {name: getattr(options, name) for name in flags}
+    overrides = [f"{key}={given[name]}" for name in flags for key in flags[name] if given[name] is not None]
+    return load_recipe(kind, options.config, [*overrides, *options.set])
+
+
+def planned_processes(options: argparse.Namespace) -> int:
+    """How many processes a plan is for.
+
+    Raises:
+        InputError: --processes or --tflops is not above 0.
+    """
+    for name in ("processes", "tflops"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} must be above 0, but it is {value}")
+    return options.processes or Ranks.from_environment().world

@@ -1,0 +1,1 @@
+"""Curves of training runs; needs matplotlib (`pip install gakernels[plots]`)."""

@@ -1,0 +1,162 @@
+"""The recipe of a pretraining run: everything that it depends on."""
+
+from dataclasses import dataclass, field
+
+from gakernels.configuration import GeneratorConfig
+from gakernels.errors import InputError
+from gakernels.training.base_model import BaseConfig
+from gakernels.training.distillation import Distillation
+from gakernels.training.memory import parse_bytes
+from gakernels.training.objectives import RECONSTRUCTIONS
+from gakernels.training.pretraining_data import DataConfig
+from gakernels.training.trainer_config import TrainerConfig
+
+PARALLEL = ("replicas", "shards")
+
+
+@dataclass(frozen=True)
+class WindowsConfig:
+    """How segments become windows, and how many go into a step.
+
+    Attributes:
+        chunks: T, context chunks in a segment (8 in the paper).
+        reconstruction: see `objectives.pretraining_windows`.
+        batch_size: segments in a step, on all processes together.
+        single_share: in that share of the steps, the first ones, every chunk is a segment of its own (T = 1, as many
+            tokens in a step): what a chunk says is learned before how to keep many apart.
+        plain: the first chunk, which has no context, carries a loss too, named `plain`; it teaches the static term.
+        segments_at_once: segments that go through the model together on one process; gradients of the others are
+            added. None: all of a process's part of the batch.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    chunks: int = 8
+    reconstruction: str = "random_slice"
+    batch_size: int = 8
+    single_share: float = 0.0
+    plain: bool = False
+    segments_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("chunks", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+        if not 0 <= self.single_share <= 1:
+            raise InputError(f"single_share must be between 0 and 1, but it is {self.single_share}")
+        if self.segments_at_once is not None and self.segments_at_once < 1:
+            raise InputError(f"segments_at_once must be at least 1, but it is {self.segments_at_once}")
+        if self.reconstruction not in RECONSTRUCTIONS:
+            raise InputError(
+                f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}, but it is {self.reconstruction!r}"
+            )
+
+    def at_once(self, world: int) -> int:
+        """Segments of a micro-batch.
+
+        Raises:
+            InputError: the processes do not divide the batch, or the micro-batches not a process's part of it.
+        """
+        if self.batch_size % world:
+            raise InputError(
+                f"batch_size must be a multiple of the number of processes, {world}, but it is {self.batch_size}"
+            )
+        part = self.batch_size // world
+        size = part if self.segments_at_once is None else self.segments_at_once
+        if part % size:
+            raise InputError(
+                f"segments_at_once must divide the {part} segments of a process's part of the batch, but it is {size}"
+            )
+        return size
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is scored during a run and at its end (`evaluation.perplexity`).
+
+    Attributes:
+        contexts: held-out contexts of the report at the end; what follows each has as many tokens.
+        context_chunks: chunks of a context; None for as many as a segment has.
+        contexts_at_intervals: how many of them are scored every `trainer.evaluate_every` steps.
+        batch_size: contexts in one pass.
+        static_lora: also train the control that knows no context, with the same budget.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    contexts: int = 32
+    context_chunks: int | None = None
+    contexts_at_intervals: int = 8
+    batch_size: int = 4
+    static_lora: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"contexts": 2, "contexts_at_intervals": 2, "context_chunks": 1, "batch_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < value:
+                raise InputError(f"evaluation.{name} must be at least {value}, but it is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PretrainingRecipe:
+    """Everything that a pretraining run depends on; what it is called in a file is in docs/configuration.md.
+
+    Attributes:
+        model: the base model.
+        data: what it reads.
+        trainer: how it optimises, and what it logs and keeps.
+        generator: what is adapted, and the generators' sizes.
+        windows: segments, windows and batches.
+        evaluation: what is scored.
+        seed: of the order of the segments and of the slices.
+        parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
+        distillation: also distil the base model that sees the context (docs/distillation.md); None for not.
+        memory_budget: of a GPU, as `80GB`: gate and up projections are computed again in as many layers as it takes to
+            stay below; None for no limit.
+        overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
+            not with `shards`.
+        compile: compile the decoder layers while training (`compilation.compile_layers`).
+
+    Raises:
+        InputError: a value is out of range, or a chunk has no token to predict.
+    """
+
+    model: BaseConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    parallel: str = "replicas"
+    distillation: Distillation | None = None
+    memory_budget: str | None = None
+    overlap: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be between 0 and 2^32 - 1, but it is {self.seed}")
+        if self.parallel not in PARALLEL:
+            raise InputError(f"parallel must be one of {', '.join(PARALLEL)}, but it is {self.parallel!r}")
+        if self.overlap and self.parallel == "shards":
+            raise InputError("overlap must be false with parallel: shards, whose weights come and go during a step")
+        if self.generator.chunk_size < 2:
+            size = self.generator.chunk_size
+            raise InputError(f"chunk_size must be at least 2 to train on next tokens, but it is {size}")
+        if self.windows.plain and not self.generator.static_rank:
+            raise InputError("windows.plain needs a generator.static_rank above 0: nothing else could learn from it")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+
+    @property
+    def segment_tokens(self) -> int:
+        """T * M."""
+        return self.windows.chunks * self.generator.chunk_size
+
+    @property
+    def context_chunks(self) -> int:
+        """Chunks of a held-out context."""
+        return self.evaluation.context_chunks or self.windows.chunks

@@ -1,0 +1,118 @@
+"""Plans against models that are really made, and their own arithmetic."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_base, make_config
+from transformers import AutoModelForCausalLM
+
+from gakernels import GenerativeAdapter, GeneratorConfig, InputError
+from gakernels.training.base_model import BaseConfig, LlamaSizes
+from gakernels.training.plan import plan_pretraining, step_setting
+from gakernels.training.pretraining_data import DataConfig
+from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
+from gakernels.training.trainer import TrainerConfig
+
+
+def make_recipe(model: BaseConfig, generator: GeneratorConfig | None = None, **changes: Any) -> PretrainingRecipe:
+    return PretrainingRecipe(
+        model=model,
+        data=DataConfig("nowhere"),
+        trainer=TrainerConfig(**changes.pop("trainer", {"steps": 6})),
+        generator=generator or make_config(),
+        **changes,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base model of which only the configuration is there."""
+    make_base().config.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"linears": ("q_proj", "up_proj"), "layers": (0, 2)}, {"static_rank": 3}, {"norm": "frobenius"}]
+)
+def test_parameters_are_those_of_the_model(folder: Path, settings: dict[str, Any]) -> None:
+    config = make_config(**settings)
+    plan = plan_pretraining(make_recipe(BaseConfig(str(folder)), config), device="cpu")
+    model = GenerativeAdapter(make_base(), config)
+    assert plan.base_parameters == sum(parameter.numel() for parameter in model.base.parameters())
+    assert plan.generator_parameters == sum(parameter.numel() for parameter in model.generators.parameters())
+
+
+def test_steps_tokens_and_time_follow_from_each_other(folder: Path) -> None:
+    windows = WindowsConfig(chunks=3, batch_size=8, segments_at_once=2)
+    plan = plan_pretraining(make_recipe(BaseConfig(str(folder)), windows=windows), processes=2, device="cpu")
+    assert (plan.processes, plan.segments, plan.segments_at_once, plan.segment_tokens) == (2, 8, 2, 18)
+    assert plan.tokens == 6 * 8 * 18
+    tflops = 1e-6
+    assert plan.seconds(tflops) == pytest.approx(6 * plan.flops.total / (tflops * 1e12) / 2)
+    assert plan.tokens_per_second(tflops) * plan.seconds(tflops) == pytest.approx(plan.tokens)
+    one = plan_pretraining(make_recipe(BaseConfig(str(folder)), windows=replace(windows, batch_size=2)), device="cpu")
+    assert plan.flops.total == 4 * one.flops.total
+
+
+def test_memory_is_that_of_a_micro_batch_and_of_how_the_step_is_run(folder: Path) -> None:
+    windows = WindowsConfig(chunks=3, batch_size=8, segments_at_once=2)
+    recipe = make_recipe(BaseConfig(str(folder)), windows=windows)
+    setting = step_setting(recipe, 2, "cpu")
+    assert setting.accumulates
+    assert not setting.autocast
+    assert setting.dtype == torch.float32
+    assert (setting.shards, setting.linear_bytes) == (1, None)
+    less = replace(recipe, windows=replace(windows, segments_at_once=1))
+    assert plan_pretraining(less, 2, "cpu").memory.total < plan_pretraining(recipe, 2, "cpu").memory.total
+    mixed = replace(recipe, model=BaseConfig("x", dtype="bfloat16", quantization="nf4"), parallel="shards")
+    setting = step_setting(replace(mixed, trainer=TrainerConfig(1, precision="bfloat16")), 4, "cuda")
+    assert (setting.dtype, setting.shards, setting.linear_bytes) == (torch.bfloat16, 4, 0.5)
+    assert setting.autocast
+
+
+def test_a_budget_is_kept_or_refused(folder: Path) -> None:
+    recipe = make_recipe(BaseConfig(str(folder)))
+    free = plan_pretraining(recipe, device="cpu").memory
+    assert not free.recomputed_layers
+    tight = plan_pretraining(replace(recipe, memory_budget=str(free.total - 1)), device="cpu").memory
+    assert tight.recomputed_layers
+    assert tight.total < free.total
+    with pytest.raises(InputError, match="memory_budget must be at least"):
+        plan_pretraining(replace(recipe, memory_budget="1KB"), device="cpu")
+
+
+def test_sizes_in_a_recipe_are_those_of_such_a_model() -> None:
+    sizes = {"hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocabulary": 64}
+    for family in ("llama", "llama_tied"):
+        base = make_base(family)
+        assert isinstance(base, type(AutoModelForCausalLM.from_config(base.config)))
+        shape = LlamaSizes(**sizes, tied=family == "llama_tied").shape("x")
+        assert shape.parameters == sum(parameter.numel() for parameter in base.parameters())
+        recipe = make_recipe(BaseConfig("x", shape=LlamaSizes(**sizes, tied=family == "llama_tied")))
+        assert plan_pretraining(recipe, device="cpu").base_parameters == shape.parameters
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "int4"}, r"model\.dtype must be one of float32, bfloat16, float16, but it is 'int4'"),
+        ({"quantization": "int2"}, r"model\.quantization must be one of fp8, .*, but it is 'int2'"),
+        ({"shape": "mistral-8b"}, r"model\.shape must be one of mistral-7b, .*, but it is 'mistral-8b'"),
+    ],
+)
+def test_a_base_that_can_not_be_is_refused(values: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BaseConfig("x", **values)
+
+
+def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.name: the configuration of '.*nothing' can't be read"):
+        plan_pretraining(make_recipe(BaseConfig(str(tmp_path / "nothing"))))
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="multiple of the number of processes, 3, but it is 8"):
+        plan_pretraining(make_recipe(BaseConfig(str(folder))), processes=3)

@@ -1,0 +1,70 @@
+"""Operations of a training step against those that PyTorch counts while it runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from evaluation.counted import MAPPING, by_values
+from tiny import SIZES, VOCABULARY, make_model, random_ids
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gakernels.evaluation.shapes import ModelShape
+from gakernels.ops.low_rank_polar import eager as low_rank_polar
+from gakernels.training.objectives import pretraining_windows
+from gakernels.training.step_flops import pretraining_flops
+
+LENGTH = 6
+
+
+def state_products(hidden: Tensor, a2: Tensor, *_: Any) -> int:
+    tokens, (size, width) = hidden.numel() // hidden.shape[-1], a2.shape
+    return tokens * (4 * width * size + 2 * size * size)
+
+
+def linear_products(x: Tensor, weight: Tensor, a: Tensor, *_: Any) -> int:
+    return 2 * x.numel() * weight.shape[0] + 2 * x.numel() // x.shape[-1] * a.shape[1] * sum(weight.shape)
+
+
+def polar_products(states: Tensor, sketch: Tensor, power_iterations: int, damping: float, *_: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        low_rank_polar.forward(states.detach(), sketch, power_iterations, damping)
+    return counter.get_total_flops()
+
+
+# Forward passes are operators, which hide their products; backward passes are plain PyTorch.
+OPERATORS = {
+    torch.ops.gakernels.context_state: by_values(state_products),
+    torch.ops.gakernels.lowrank_linear: by_values(linear_products),
+    torch.ops.gakernels.low_rank_polar: by_values(polar_products),
+}
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"linears": ("o_proj",)},
+        {"linears": ("o_proj", "down_proj"), "layers": (1, 2)},
+        {"linears": ("q_proj", "o_proj"), "static_rank": 3},
+        {"linears": ("down_proj",), "norm": "frobenius"},
+    ],
+)
+def test_they_are_those_that_run(settings: dict[str, Any], chunks: int) -> None:
+    model = make_model(**settings, chunk_size=LENGTH)
+    batch = pretraining_windows(random_ids(1, chunks * LENGTH), chunks, torch.Generator())
+    with FlopCounterMode(display=False, custom_mapping=MAPPING | OPERATORS) as forward:
+        hidden, _ = model(batch.input_ids, batch.mask, chunks, batch.seen)
+    with FlopCounterMode(display=False, custom_mapping=MAPPING) as backward:
+        hidden.backward(torch.randn_like(hidden))
+    count = pretraining_flops(ModelShape.from_config(model.base.config), model.config, chunks, LENGTH)
+    predicted = sum(int(target[..., 1:].sum()) for target in batch.targets.values())
+    assert count.forward.head == count.backward.head == 2 * SIZES["hidden_size"] * VOCABULARY * predicted
+    assert forward.get_total_flops() == count.forward.total - count.forward.head
+    share = 0 if model.config.norm == "frobenius" else 0.03  # what the backward of the norm is counted too high by
+    ran, counted = backward.get_total_flops(), count.backward.total - count.backward.head
+    assert (1 - share) * counted <= ran <= counted
+    assert count.total == count.forward.total + count.backward.total
+    assert (count * 3).total == 3 * count.total
+    more = pretraining_flops(ModelShape.from_config(model.base.config), model.config, chunks, LENGTH, plain=True)
+    assert more.total - count.total == 2 * 2 * SIZES["hidden_size"] * VOCABULARY * (LENGTH - 1)
