@@ -99,11 +99,20 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
 
 
 def _memory(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, world: int, device: str) -> MemoryEstimate:
-    step = StepShape.pretraining(at_once, recipe.generator.chunk_size, recipe.windows.chunks)
     setting = step_setting(recipe, world, device)
+    step = largest_step(recipe, shape, at_once, setting)
     if recipe.memory_budget is None:
         return estimate_memory(shape, recipe.generator, step, setting)
     return choose_recomputation(shape, recipe.generator, step, parse_bytes(recipe.memory_budget), setting)
+
+
+def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, setting: StepSetting) -> StepShape:
+    """The windows of the micro-batch that takes the most memory: segments, or chunks that are contexts of their own."""
+    size, chunks = recipe.generator.chunk_size, recipe.windows.chunks
+    steps = [StepShape.pretraining(at_once, size, chunks)]
+    if recipe.windows.single_share:
+        steps.append(StepShape.pretraining(at_once * chunks, size, 1))
+    return max(steps, key=lambda step: estimate_memory(shape, recipe.generator, step, setting).total)
 
 
 def step_setting(recipe: PretrainingRecipe, world: int, device: str) -> StepSetting:

@@ -20,11 +20,11 @@ from gakernels.nn import LowRankFactors
 from gakernels.training.base_model import load_base_model
 from gakernels.training.checkpoint import find_checkpoints
 from gakernels.training.distillation import NAME as DISTILLATION
-from gakernels.training.memory import StepShape, fit_memory_budget, parse_bytes
+from gakernels.training.memory import fit_memory_budget, parse_bytes
 from gakernels.training.objective import WindowObjective
 from gakernels.training.objectives import WindowBatch, pretraining_windows, window_losses
 from gakernels.training.parallel import Parallel, Ranks, Replicas
-from gakernels.training.plan import step_setting
+from gakernels.training.plan import largest_step, step_setting
 from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
 from gakernels.training.recipes import recipe_text
@@ -225,9 +225,9 @@ class _Run:
     def _prepare_base(self) -> None:
         """How the base model is run: recomputation, streams, compilation."""
         if self.recipe.memory_budget is not None:
-            windows, world = self.recipe.windows, self.ranks.world
-            step = StepShape.pretraining(windows.at_once(world), self.model.config.chunk_size, windows.chunks)
+            world, shape = self.ranks.world, ModelShape.from_config(self.model.base.config)
             setting = step_setting(self.recipe, world, self.model.device.type)
+            step = largest_step(self.recipe, shape, self.recipe.windows.at_once(world), setting)
             fit_memory_budget(self.model, step, parse_bytes(self.recipe.memory_budget), setting)
         if self.recipe.overlap:
             self.model.overlap_generators()

@@ -116,3 +116,16 @@ def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_processes_that_do_not_divide_the_batch_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="multiple of the number of processes, 3, but it is 8"):
         plan_pretraining(make_recipe(BaseConfig(str(folder))), processes=3)
+
+
+@pytest.mark.parametrize("size", [6, 24])
+def test_memory_is_that_of_the_larger_kind_of_step(folder: Path, size: int) -> None:
+    generator = make_config(chunk_size=size)
+    windows = WindowsConfig(chunks=4, batch_size=8, segments_at_once=2)
+    alone = WindowsConfig(chunks=1, batch_size=32, segments_at_once=8)
+    several, single, both = (
+        plan_pretraining(make_recipe(BaseConfig(str(folder)), generator, windows=kind), device="cpu").memory
+        for kind in (windows, alone, replace(windows, single_share=0.4))
+    )
+    assert several.total != single.total
+    assert both.total == max(several.total, single.total)
