@@ -81,7 +81,7 @@ def pretraining_windows(
         raise InputError(
             f"chunks must divide the {tokens} tokens of a segment into pieces of at least 2, but it is {chunks}"
         )
-    _check_slices(slices, chunks, reconstruction)
+    check_slices(slices, chunks, reconstruction)
     context = segments.reshape(len(segments), chunks, -1)
     length, drawn = context.shape[2], reconstruction == "random_slice"
     repeated = [_slices(segments, chunks, length, generator) if drawn else context for _ in range(slices)]
@@ -94,7 +94,8 @@ def pretraining_windows(
     return WindowBatch(input_ids, mask, chunks, (*range(chunks), *after), targets)
 
 
-def _check_slices(slices: int, chunks: int, reconstruction: str) -> None:
+def check_slices(slices: int, chunks: int, reconstruction: str) -> None:
+    """Raises: InputError: so many reconstruction windows of that kind can't be, or there is nothing to train on."""
     if slices < 0 or (slices > 1 and reconstruction != "random_slice"):
         raise InputError(
             f"slices must be 0 or 1, or more with reconstruction 'random_slice', but it is {slices} with "

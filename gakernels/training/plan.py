@@ -80,7 +80,7 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
     """
     shape, config, windows = base_shape(recipe.model), recipe.generator, recipe.windows
     at_once = windows.at_once(processes)
-    one = pretraining_flops(shape, config, windows.chunks, config.chunk_size, windows.plain)
+    one = pretraining_flops(shape, config, windows.chunks, config.chunk_size, windows.plain, windows.slices)
     linears = flops.adapted_linears(shape, config)
     each = sum(generator_parameters(config, shape.hidden, linear) for linear in linears)
     return Plan(
@@ -90,7 +90,7 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
         segments=windows.batch_size,
         segments_at_once=at_once,
         segment_tokens=recipe.segment_tokens,
-        windows=2 * windows.chunks,
+        windows=(1 + windows.slices) * windows.chunks,
         base_parameters=shape.parameters,
         generator_parameters=each * len(flops.adapted_layers(shape, config)),
         flops=one * windows.batch_size,
@@ -108,10 +108,10 @@ def _memory(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, world: i
 
 def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, setting: StepSetting) -> StepShape:
     """The windows of the micro-batch that takes the most memory: segments, or chunks that are contexts of their own."""
-    size, chunks = recipe.generator.chunk_size, recipe.windows.chunks
-    steps = [StepShape.pretraining(at_once, size, chunks)]
+    size, chunks, slices = recipe.generator.chunk_size, recipe.windows.chunks, recipe.windows.slices
+    steps = [StepShape.pretraining(at_once, size, chunks, slices)]
     if recipe.windows.single_share:
-        steps.append(StepShape.pretraining(at_once * chunks, size, 1))
+        steps.append(StepShape.pretraining(at_once * chunks, size, 1, slices))
     return max(steps, key=lambda step: estimate_memory(shape, recipe.generator, step, setting).total)
 
 

@@ -240,7 +240,8 @@ class _Run:
             shape = ModelShape.from_config(self.model.base.config)
         except InputError:  # experts, recurrent layers: the operations can't be told from the shapes
             return StepCost(tokens=segments * self.recipe.segment_tokens)
-        one = pretraining_flops(shape, self.model.config, windows.chunks, self.model.config.chunk_size, windows.plain)
+        size = self.model.config.chunk_size
+        one = pretraining_flops(shape, self.model.config, windows.chunks, size, windows.plain, windows.slices)
         return StepCost(segments * self.recipe.segment_tokens, segments * one.total)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -265,7 +266,7 @@ def segment_windows(segment: Tensor, windows: WindowsConfig, single: bool, gener
     The losses are the same ones in every step; what a step has no target for counts nothing.
     """
     rows, chunks = (segment.view(windows.chunks, -1), 1) if single else (segment[None], windows.chunks)
-    batch = pretraining_windows(rows, chunks, generator, windows.reconstruction)
+    batch = pretraining_windows(rows, chunks, generator, windows.reconstruction, windows.slices)
     targets = dict(batch.targets)
     if windows.chunks == 1:
         del targets["completion"]

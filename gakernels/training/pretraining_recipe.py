@@ -7,7 +7,7 @@ from gakernels.errors import InputError
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
 from gakernels.training.memory import parse_bytes
-from gakernels.training.objectives import RECONSTRUCTIONS
+from gakernels.training.objectives import RECONSTRUCTIONS, check_slices
 from gakernels.training.pretraining_data import DataConfig
 from gakernels.training.trainer_config import TrainerConfig
 
@@ -21,6 +21,7 @@ class WindowsConfig:
     Attributes:
         chunks: T, context chunks in a segment (8 in the paper).
         reconstruction: see `objectives.pretraining_windows`.
+        slices: reconstruction windows for each adapter; 0 for completion alone.
         batch_size: segments in a step, on all processes together.
         single_share: in that share of the steps, the first ones, every chunk is a segment of its own (T = 1, as many
             tokens in a step): what a chunk says is learned before how to keep many apart.
@@ -34,6 +35,7 @@ class WindowsConfig:
 
     chunks: int = 8
     reconstruction: str = "random_slice"
+    slices: int = 1
     batch_size: int = 8
     single_share: float = 0.0
     plain: bool = False
@@ -43,6 +45,7 @@ class WindowsConfig:
         for name in ("chunks", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+        check_slices(self.slices, 1 if self.single_share else self.chunks, self.reconstruction)
         if not 0 <= self.single_share <= 1:
             raise InputError(f"single_share must be between 0 and 1, but it is {self.single_share}")
         if self.segments_at_once is not None and self.segments_at_once < 1:

@@ -32,9 +32,10 @@ class StepFlops:
 
 
 def pretraining_flops(
-    shape: ModelShape, config: GeneratorConfig, chunks: int, window_tokens: int, plain: bool = False
+    shape: ModelShape, config: GeneratorConfig, chunks: int, window_tokens: int, plain: bool = False, slices: int = 1
 ) -> StepFlops:
-    """A segment of T chunks of M tokens and its T reconstruction windows (`objectives.pretraining_windows`).
+    """A segment of T chunks of M tokens and its reconstruction windows, `slices` for each of T adapters
+    (`objectives.pretraining_windows`).
 
     With `plain` the first chunk carries a loss too. The backward of the norm is counted as twice its forward, which is
     a little too much; all else is exact.
@@ -43,14 +44,14 @@ def pretraining_flops(
         InputError: the generators' layers are not in the model.
     """
     alone = chunks > 1 and not config.static_rank  # the first window goes by itself, without adapter and graph
-    windows = 2 * chunks
+    windows = (1 + slices) * chunks
     in_graph = windows - 1 if alone else windows
-    predicted = (2 * chunks - 1 + plain) * (window_tokens - 1)
+    predicted = (windows - 1 + plain) * (window_tokens - 1)
     forward = flops.decoder(shape, window_tokens) * windows + flops.head(shape, predicted)
     low_rank = flops.low_rank_products(shape, config, window_tokens)
     forward += _with_static_term(low_rank, config) * in_graph
     forward += flops.states(shape, config, window_tokens) * chunks
-    adapters = chunks + 1 if config.static_rank else chunks
+    adapters = chunks + (config.static_rank > 0) - (slices == 0)  # what comes of the last chunk, nobody sees then
     made = (flops.norm(shape, config) + flops.expansion(shape, config)) * adapters
     through = flops.lora_training_pass(shape, config, window_tokens)
     once = flops.decoder(shape, window_tokens) + flops.head(shape, window_tokens)

@@ -37,10 +37,10 @@ class StepShape:
     predicted: int
 
     @classmethod
-    def pretraining(cls, rows: int, window_tokens: int, chunks: int) -> StepShape:
-        """Segments of T chunks, each with a reconstruction window (`objectives.pretraining_windows`)."""
-        seen = (*range(chunks), *range(1, chunks + 1))
-        return cls(rows, window_tokens, chunks, seen, rows * (2 * chunks - 1) * (window_tokens - 1))
+    def pretraining(cls, rows: int, window_tokens: int, chunks: int, slices: int = 1) -> StepShape:
+        """Segments of T chunks, each with so many reconstruction windows (`objectives.pretraining_windows`)."""
+        seen = (*range(chunks), *(tuple(range(1, chunks + 1)) * slices))
+        return cls(rows, window_tokens, chunks, seen, rows * (len(seen) - 1) * (window_tokens - 1))
 
     @property
     def tokens(self) -> int:

@@ -40,7 +40,7 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize(("chunks", "slices"), [(1, 1), (2, 1), (4, 1), (3, 2), (3, 0)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -50,14 +50,15 @@ OPERATORS = {
         {"linears": ("down_proj",), "norm": "frobenius"},
     ],
 )
-def test_they_are_those_that_run(settings: dict[str, Any], chunks: int) -> None:
+def test_they_are_those_that_run(settings: dict[str, Any], chunks: int, slices: int) -> None:
     model = make_model(**settings, chunk_size=LENGTH)
-    batch = pretraining_windows(random_ids(1, chunks * LENGTH), chunks, torch.Generator())
+    batch = pretraining_windows(random_ids(1, chunks * LENGTH), chunks, torch.Generator(), slices=slices)
     with FlopCounterMode(display=False, custom_mapping=MAPPING | OPERATORS) as forward:
         hidden, _ = model(batch.input_ids, batch.mask, chunks, batch.seen)
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as backward:
         hidden.backward(torch.randn_like(hidden))
-    count = pretraining_flops(ModelShape.from_config(model.base.config), model.config, chunks, LENGTH)
+    shape = ModelShape.from_config(model.base.config)
+    count = pretraining_flops(shape, model.config, chunks, LENGTH, slices=slices)
     predicted = sum(int(target[..., 1:].sum()) for target in batch.targets.values())
     assert count.forward.head == count.backward.head == 2 * SIZES["hidden_size"] * VOCABULARY * predicted
     assert forward.get_total_flops() == count.forward.total - count.forward.head
@@ -66,5 +67,5 @@ def test_they_are_those_that_run(settings: dict[str, Any], chunks: int) -> None:
     assert (1 - share) * counted <= ran <= counted
     assert count.total == count.forward.total + count.backward.total
     assert (count * 3).total == 3 * count.total
-    more = pretraining_flops(ModelShape.from_config(model.base.config), model.config, chunks, LENGTH, plain=True)
+    more = pretraining_flops(shape, model.config, chunks, LENGTH, plain=True, slices=slices)
     assert more.total - count.total == 2 * 2 * SIZES["hidden_size"] * VOCABULARY * (LENGTH - 1)
