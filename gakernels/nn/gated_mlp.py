@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gakernels.nn.adapted_linear import AdaptedLinear, Factors
-from gakernels.nn.adapted_quantized_linear import is_linear, is_plain_linear
+from gakernels.nn.adapted_quantized_linear import is_linear
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -51,7 +51,8 @@ class GatedMLP(nn.Module):
         if not is_linear(gate):
             return False
         values = torch.randn(1, 1, gate.in_features, generator=torch.Generator().manual_seed(0), device="cpu")
-        x = values.to(gate.weight.device, gate.weight.dtype if is_plain_linear(gate) else torch.bfloat16)
+        packed = not gate.weight.is_floating_point() or gate.weight.element_size() == 1
+        x = values.to(gate.weight.device, torch.bfloat16 if packed else gate.weight.dtype)
         with torch.no_grad():
             return torch.equal(cls(module)(x), module(x))
 

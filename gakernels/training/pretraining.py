@@ -29,7 +29,7 @@ from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, fe
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
 from gakernels.training.recipes import recipe_text
 from gakernels.training.sharding import Shards
-from gakernels.training.static_lora import StaticLora
+from gakernels.training.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
 from gakernels.training.step_flops import pretraining_flops
 from gakernels.training.throughput import StepCost
 from gakernels.training.trainer import Trainer
@@ -55,8 +55,9 @@ def pretrain(
     """Train the generators of a model; resumes where an earlier call in the same folder stopped.
 
     Writes to the folder: `recipe.yaml`, `log.jsonl`, `checkpoints/`, the trained generator (see
-    `GenerativeAdapter.save_pretrained`) and `report.json`; with `evaluation.static_lora` the control's log and
-    checkpoints in `static_lora/`. With several processes every one calls this, and the first one writes.
+    `GenerativeAdapter.save_pretrained`) and `report.json`; with `evaluation.static_lora` the control as an adapter in
+    `static_lora.safetensors`, and its log and checkpoints in `static_lora/`. With several processes every one calls
+    this, and the first one writes.
 
     Args:
         model: see `make_model`.
@@ -139,6 +140,8 @@ class _Run:
         self._trainer(
             config, dict(control.named_parameters()), objective, parallel, self.settings(), "static_lora"
         ).run()
+        if self.ranks.rank == 0:
+            static_adapter(self.model, control.factors()).save(self.folder / STATIC_LORA_FILE)
         return control.factors()
 
     def evaluate(

@@ -1,13 +1,17 @@
 """A static LoRA of the same layers, trained with the same windows: the control that knows no context."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from gakernels.adapter import Adapter
 from gakernels.model import GenerativeAdapter
 from gakernels.nn import LowRankFactors
 from gakernels.training.objectives import Loss, WindowBatch, to_device, token_losses
+
+STATIC_LORA_FILE = "static_lora.safetensors"  # in the folder of a generator, as an `Adapter`
 
 
 class StaticLora(nn.Module):
@@ -22,7 +26,7 @@ class StaticLora(nn.Module):
         self._scale = model.config.adapter_scale
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
         config, random = model.config, torch.Generator().manual_seed(model.config.seed)
-        rank = config.state_size if config.norm == "frobenius" else config.rank
+        rank = (config.state_size if config.norm == "frobenius" else config.rank) + config.static_rank
         for name in model.adapted_names:
             generator, key = model.generator(name), name.replace(".", "/")
             inputs, outputs = generator.input_map.shape[1], generator.output_map.shape[0]
@@ -45,3 +49,20 @@ class StaticLora(nn.Module):
             output = model.base.get_decoder()(input_ids=batch.input_ids.flatten(0, 1), use_cache=False)
         hidden = output.last_hidden_state.view(*shape, -1)
         return token_losses(model, hidden, batch.input_ids, batch.targets)
+
+
+def static_adapter(model: GenerativeAdapter, factors: Mapping[str, LowRankFactors]) -> Adapter:
+    """Trained factors that serve all contexts, as an adapter that can be saved.
+
+    Args:
+        model: whose layers they adapt.
+        factors: by adapted layer, one pair each (as `StaticLora.factors` gives them).
+    """
+    return Adapter(
+        lora_a={name: pair.lora_a[0].detach().clone() for name, pair in factors.items()},
+        lora_b={name: pair.lora_b[0].detach().clone() for name, pair in factors.items()},
+        scale=next(iter(factors.values())).scale,
+        base_fingerprint=model.base_fingerprint(),
+        generator_fingerprint="",
+        base_name=model.base.config.name_or_path,
+    )

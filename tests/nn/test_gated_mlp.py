@@ -5,11 +5,13 @@ import weakref
 
 import pytest
 import torch
+from tiny import make_model
 from torch import Generator, nn
 from transformers import GemmaConfig, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from gakernels.attachment import put_in_lean_modules, take_out_lean_modules
 from gakernels.nn import AdaptedLinear, GatedMLP, LowRankFactors
 
 
@@ -144,3 +146,13 @@ def test_a_copy_is_independent(generator: Generator) -> None:
         ours.gate_proj.weight.zero_()
     assert torch.equal(twin(x), before)
     assert torch.equal(twin.original(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_can_be_put_in_again_beside_adapted_layers(dtype: torch.dtype) -> None:
+    model = make_model(base_dtype=dtype, linears=("gate_proj",))
+    kinds = [type(module) for module in model.base.modules()]
+    take_out_lean_modules(model.base)
+    assert GatedMLP not in [type(module) for module in model.base.modules()]
+    put_in_lean_modules(model.base)
+    assert [type(module) for module in model.base.modules()] == kinds

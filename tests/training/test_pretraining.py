@@ -13,7 +13,7 @@ from regression import InterruptionError, log_of
 from tiny import make_base, make_config
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from gakernels import FormatError, GenerativeAdapter, InputError
+from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
 from gakernels.attachment import decoder_layers
 from gakernels.compilation import compile_layers
 from gakernels.evaluation.perplexity import context_perplexity
@@ -94,6 +94,9 @@ def test_both_losses_fall_and_everything_is_written(data: Path, tmp_path: Path) 
         assert task.perplexity["own"] < task.perplexity["none"]
     assert report.contexts == CONTEXTS
     assert report.context_tokens == CHUNK * CHUNKS
+    control = Adapter.load(out / "static_lora.safetensors")
+    with model.adapted(control):
+        assert set(control.lora_a) == set(model.adapted_names)
     assert load_recipe(PretrainingRecipe, out / "recipe.yaml") == recipe
     again = GenerativeAdapter.from_pretrained(out)
     scored = context_perplexity(again, read(recipe).held_out, CHUNKS)
