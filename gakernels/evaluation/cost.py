@@ -89,6 +89,8 @@ METHODS = {
     "adapter": "generated adapter beside the weights",
     "adapter_merged": "generated adapter added to the weights",
     "adapter_compact": "generated adapter kept as U and V",
+    "adapter_retrieval": "generated adapter beside the weights, and the best passage read with every question",
+    "static_lora": "one trained LoRA for all contexts: nothing is kept of this one",
     "lora_tuning": "LoRA of the same layers and rank trained on the context",
     "full_tuning": "all weights trained on the context",
 }
@@ -143,7 +145,7 @@ def _contextualization(
             return flops.full_training_pass(shape, length) * (sequences * settings.epochs)
         return flops.lora_training_pass(shape, config, length) * (sequences * settings.epochs)
     if not method.startswith("adapter"):
-        return Flops()
+        return Flops()  # what training a static LoRA cost, once for all contexts, is not in it
     normed = flops.context_states(shape, config, context) + flops.norm(shape, config)
     if method == "adapter_compact":
         return normed
@@ -160,8 +162,11 @@ def _query(method: str, shape: ModelShape, config: GeneratorConfig, context: int
         return flops.generation(shape, prompt, new, before=context)
     if method == "retrieval":
         return flops.generation(shape, min(settings.retrieved_tokens, context) + prompt, new)
+    if method == "adapter_retrieval":
+        found = min(settings.retrieved_tokens, context)
+        return flops.generation(shape, found + prompt, new) + flops.low_rank_products(shape, config, found + read)
     closed_book = flops.generation(shape, prompt, new)
-    if method in ("adapter", "lora_tuning"):
+    if method in ("adapter", "lora_tuning", "static_lora"):
         return closed_book + flops.low_rank_products(shape, config, read)
     if method == "adapter_compact":
         return closed_book + flops.compact_products(shape, config, read)
@@ -169,8 +174,11 @@ def _query(method: str, shape: ModelShape, config: GeneratorConfig, context: int
 
 
 def _storage(method: str, shape: ModelShape, config: GeneratorConfig, context: int, settings: CostSettings) -> Storage:
-    if method == "closed_book":
+    if method in ("closed_book", "static_lora"):
         return Storage("nothing", 0, 0)
+    if method == "adapter_retrieval":
+        numbers, kept = adapter_numbers(shape, config), TOKEN_ID_BYTES * context
+        return Storage("factors and token ids", numbers + context, settings.number_bytes * numbers + kept)
     if method in ("prompt", "retrieval"):
         return Storage("token ids", context, TOKEN_ID_BYTES * context)
     if method == "prompt_cached":

@@ -106,6 +106,7 @@ def test_generated_adapters(name: str, chunks: int, monkeypatch: pytest.MonkeyPa
             generate(base, prompt.shape[1], given.new_tokens)
 
     assert counted(answer)[0] == expected("adapter", model, model.config, context, given).query.total
+    check_with_retrieval(model, adapters[0], context, given)
     merged, _ = counted(lambda: model.merge(adapters[0]))
     cost = expected("adapter_merged", model, model.config, context, given)
     assert found + made + merged == cost.contextualization.total
@@ -114,6 +115,19 @@ def test_generated_adapters(name: str, chunks: int, monkeypatch: pytest.MonkeyPa
     check_numbers(model, adapters[0], states, context)
     if model.config.norm == "polar":
         check_compact(model, states, context, found, given)
+
+
+def check_with_retrieval(model: GenerativeAdapter, adapter: Adapter, context: int, given: CostSettings) -> None:
+    cost = expected("adapter_retrieval", model, model.config, context, given)
+    alone = expected("adapter", model, model.config, context, given)
+    assert cost.contextualization == alone.contextualization
+    assert cost.storage.numbers == alone.storage.numbers + context
+
+    def answer() -> None:
+        with model.adapted(adapter):
+            generate(model.base, given.prompt_tokens + min(given.retrieved_tokens, context), given.new_tokens)
+
+    assert counted(answer)[0] == cost.query.total
 
 
 def check_numbers(model: GenerativeAdapter, adapter: Adapter, states: dict[str, Tensor], context: int) -> None:
@@ -169,6 +183,9 @@ def test_lora_tuning(linears: tuple[str, ...], layers: tuple[int, ...] | None) -
     assert found == cost.contextualization.total
     with torch.no_grad():
         assert counted(lambda: generate(tuned, given.prompt_tokens, given.new_tokens))[0] == cost.query.total
+    static = expected("static_lora", base, config, context, given)
+    assert static.query == cost.query
+    assert (static.contextualization.total, static.storage.numbers) == (0, 0)
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -183,7 +200,13 @@ def test_full_tuning(family: str) -> None:
 
 def test_every_method_is_counted_in_this_file() -> None:
     here = {"closed_book", "prompt", "prompt_cached", "retrieval", "lora_tuning", "full_tuning"}
-    assert set(METHODS) == here | {"adapter", "adapter_merged", "adapter_compact"}
+    assert set(METHODS) == here | {
+        "adapter",
+        "adapter_merged",
+        "adapter_compact",
+        "adapter_retrieval",
+        "static_lora",
+    }
 
 
 def test_pytorchs_own_rules_agree_up_to_the_half_of_attention_that_the_mask_leaves_out() -> None:

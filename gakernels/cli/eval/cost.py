@@ -1,4 +1,4 @@
-"""`gakernels eval`: what a generator is worth, and what it costs."""
+"""`gakernels eval cost`: what a context costs by each method."""
 
 import argparse
 import json
@@ -15,26 +15,13 @@ from gakernels.errors import InputError
 from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, all_costs, stream_state
 from gakernels.evaluation.paper_costs import QUERY_TOKENS, TableRow, table_1
 from gakernels.evaluation.shapes import SHAPES, ModelShape
+from gakernels.evaluation.tables import short_count
 from gakernels.files import write_text
 from gakernels.version import __version__
 
-PREFIXES = ("", "k", "M", "G", "T", "P")
 
-
-def add_parser(commands: Any) -> None:
-    """Add the command and its subcommands."""
-    parser = add_command(
-        commands,
-        "eval",
-        None,  # each task brings its own
-        "Evaluate. So far: cost.",
-        "  gakernels eval cost --shape mistral-7b --context 1024,8192",
-    )
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    _add_cost(tasks)
-
-
-def _add_cost(tasks: Any) -> None:
+def add_task(tasks: Any) -> None:
+    """Add the task."""
     parser = add_command(
         tasks,
         "cost",
@@ -121,14 +108,8 @@ def _cost_table(shape: ModelShape, context: int, rows: list[MethodCost], setting
     table.add_column("of what")
     for row in rows:
         counts = row.contextualization.total, row.query.total, row.storage.numbers, row.storage.bytes
-        table.add_row(row.method, *map(_short, counts), row.storage.kind)
+        table.add_row(row.method, *map(short_count, counts), row.storage.kind)
     return table
-
-
-def _short(count: int) -> str:
-    """A count with a prefix, of powers of 1,000."""
-    power = min(max(len(str(count)) - 1, 0) // 3, len(PREFIXES) - 1)
-    return f"{count / 1000**power:.{3 if power else 0}f} {PREFIXES[power]}".strip()
 
 
 def _paper_table(rows: list[TableRow]) -> Table:

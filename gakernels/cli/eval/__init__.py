@@ -1,0 +1,21 @@
+"""`gakernels eval`: what a generator is worth, and what it costs."""
+
+from typing import Any
+
+from gakernels.cli.common import add_command
+from gakernels.cli.eval import cost, dialog, docqa, icl, perplexity, recall
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its subcommands."""
+    parser = add_command(
+        commands,
+        "eval",
+        None,  # each task brings its own
+        "Evaluate a generator against prompting, retrieval, fine-tuning and controls (docs/evaluation.md).",
+        "  gakernels eval docqa --generator my-generator --data dev.json --limit 500 --json results.json\n"
+        "  gakernels eval cost --shape mistral-7b --context 1024,8192",
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for module in (docqa, icl, dialog, perplexity, recall, cost):
+        module.add_task(tasks)

@@ -1,0 +1,226 @@
+"""What the evaluations on a model share: options, the run, and the report."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gakernels.cli.common import add_model_options, load_generator
+from gakernels.errors import InputError
+from gakernels.evaluation import report as reports
+from gakernels.evaluation.answer_log import AnswerLog
+from gakernels.evaluation.cases import Scenario
+from gakernels.evaluation.methods import METHODS, MethodSettings
+from gakernels.evaluation.metrics import PROTOCOLS
+from gakernels.evaluation.plots import plots
+from gakernels.evaluation.prompts import STYLES
+from gakernels.evaluation.runner import Runner, RunSettings
+from gakernels.evaluation.scenarios.docqa import AskSettings
+from gakernels.evaluation.tables import ReportTable
+from gakernels.model import GenerativeAdapter
+from gakernels.training.parallel import Ranks, process_group
+from gakernels.training.static_lora import STATIC_LORA_FILE
+
+DEFAULT_METHODS = "closed_book,prompt,retrieval,adapter"
+NO_STATIC_LORA = (
+    "No static LoRA trained with the generator's budget was given (--static-lora), so that control is missing: "
+    "what the adapter gains over the base model may come from the training."
+)
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser, methods: str = DEFAULT_METHODS, generator_required: bool = True
+) -> None:
+    """Options of every evaluation on a model."""
+    add_model_options(parser, generator_required)
+    parser.add_argument(
+        "--methods",
+        default=methods,
+        help=f"with commas, of: {', '.join(METHODS)} (default: %(default)s); with an adapter the controls come along",
+    )
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default="official", help="see docs/evaluation.md (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=int, help="questions or documents, of each cell of the results (default: all)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the report here, and .md, .html and plots beside it; answers are kept there too",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument(
+        "--static-lora", type=Path, help=f"trained static LoRA (default: {STATIC_LORA_FILE} of the generator's folder)"
+    )
+    parser.add_argument("--learning-rate", type=float, help="of fine-tuned methods (default: docs/evaluation.md)")
+    parser.add_argument("--epochs", type=int, help="of fine-tuned methods, at most (default: docs/evaluation.md)")
+    parser.add_argument("--batch-tokens", type=int, default=16_384, help="rows x tokens (default: %(default)s)")
+
+
+def add_question_options(parser: argparse.ArgumentParser) -> None:
+    """Options of evaluations that ask questions."""
+    parser.add_argument("--train", type=Path, help="questions of the same form to tune on, for the sft and cpt methods")
+    parser.add_argument("--passages", type=int, default=1, help="of 100 words, for retrieval (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, help="most tokens of an answer (default: the paper's)")
+    parser.add_argument(
+        "--chat", action="store_true", help="ask in the tokenizer's chat template, as instruction tuning does"
+    )
+    parser.add_argument("--style", choices=STYLES, help="of the base model's prompts (default: the protocol's)")
+    parser.add_argument("--adapted-style", choices=STYLES, help="of an adapted model's (default: the protocol's)")
+
+
+def ask_settings(options: argparse.Namespace) -> AskSettings:
+    """How questions are asked."""
+    return AskSettings(options.style, options.adapted_style, options.new_tokens, options.limit)
+
+
+def numbers(text: str, option: str, least: int = 1) -> list[int]:
+    """Numbers of at least `least`, 0 or 1, with commas between them.
+
+    Raises:
+        InputError: they are not.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise InputError(f"{option} must be numbers above {least - 1}, with commas, but it is {text!r}")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raises: InputError: --methods has one of these, which the evaluation can't use."""
+    for name in _listed(options):
+        if name in names:
+            raise InputError(f"--methods: {name} can't be used in {options.task}: {why}")
+
+
+def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[[GenerativeAdapter], Scenario]) -> int:
+    """Run an evaluation, print it and write its report. Returns the exit code.
+
+    Args:
+        options: of the command line.
+        files: data that the answers depend on.
+        make: reads them and makes the scenario; called once the model is there.
+    """
+    if options.json is not None and options.json.suffix != ".json":
+        raise InputError(f"--json must be a file whose name ends in .json, but it is {options.json}")
+    for file in files:
+        if not file.exists():
+            raise InputError(f"there is no file {file}")
+    with process_group(options.device) as ranks:
+        model = load_generator(options)
+        names, static_lora, notes = _methods(options)
+        scenario = make(model)
+        settings = _settings(options, model, scenario, files, static_lora)
+        log = AnswerLog(options.json, settings, ranks.rank)
+        runner = Runner(
+            model, scenario, names, log, _method_settings(options, static_lora), _run_settings(options), ranks
+        )
+        _run(runner, options.json)
+        if ranks.rank == 0:
+            _finish(runner, settings, notes, options.json, ranks)
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> tuple[list[str], Path | None, list[str]]:
+    """Names of the methods, with the controls that belong to an adapter; the static LoRA; and remarks."""
+    names = _listed(options)
+    beside = options.generator / STATIC_LORA_FILE
+    static_lora = options.static_lora or (beside if beside.is_file() else None)
+    notes = []
+    if any(name.startswith("adapter") for name in names):
+        controls = ["other_adapter"] + (["static_lora"] if static_lora is not None else [])
+        names += [name for name in controls if name not in names]
+        notes = [] if static_lora is not None else [NO_STATIC_LORA]
+    return names, static_lora, notes
+
+
+def _listed(options: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in options.methods.split(",") if name.strip()))
+
+
+def _settings(
+    options: argparse.Namespace,
+    model: GenerativeAdapter,
+    scenario: Scenario,
+    files: Sequence[Path],
+    static_lora: Path | None,
+) -> dict[str, Any]:
+    """Everything that the answers depend on. Methods may be added to a run later."""
+    return {
+        "scenario": scenario.name,
+        "protocol": scenario.protocol,
+        **scenario.settings,
+        "new_tokens": scenario.new_tokens,
+        "limit": options.limit,
+        "seed": options.seed,
+        "passages": getattr(options, "passages", 1),
+        "chat": getattr(options, "chat", False),
+        "learning_rate": options.learning_rate,
+        "epochs": options.epochs,
+        "static_lora": None if static_lora is None else reports.data_hash(static_lora),
+        "data": {name: reports.data_hash(file) for name, file in _names(files).items()},
+        **reports.describe_model(model),
+    }
+
+
+def _names(files: Sequence[Path]) -> dict[str, Path]:
+    """Their names, or where these are not different their paths."""
+    names = {file.name: file for file in files}
+    return names if len(names) == len(files) else {str(file): file for file in files}
+
+
+def _method_settings(options: argparse.Namespace, static_lora: Path | None) -> MethodSettings:
+    return MethodSettings(
+        passages=getattr(options, "passages", 1),
+        chat=getattr(options, "chat", False),
+        static_lora=static_lora,
+        learning_rate=options.learning_rate,
+        epochs=options.epochs,
+        seed=options.seed,
+        batch_tokens=options.batch_tokens,
+    )
+
+
+def _run_settings(options: argparse.Namespace) -> RunSettings:
+    return RunSettings(batch_tokens=options.batch_tokens)
+
+
+def _run(runner: Runner, report: Path | None) -> None:
+    try:
+        runner.run()
+    except KeyboardInterrupt:
+        if report is not None:
+            print(f"the answers so far are kept beside {report}; the same command goes on", file=sys.stderr)
+        raise
+
+
+def _finish(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str], path: Path | None, ranks: Ranks) -> None:
+    report = reports.build(runner, {**settings, "processes": ranks.world}, notes)
+    console = Console()
+    for table in reports.own_tables(report):
+        console.print(_rich(table))
+    for note in report["notes"]:
+        console.print(note, highlight=False)
+    if path is not None:
+        for file in reports.write(report, path, _plots(report)):
+            print(file)
+
+
+def _plots(report: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        return plots(report)
+    except ImportError:
+        print("no plots: matplotlib is not installed (pip install 'gakernels[plots]')", file=sys.stderr)
+        return {}
+
+
+def _rich(table: ReportTable) -> Table:
+    shown = Table(title=table.title, caption=table.note or None)
+    for place, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="right" if place else "left", no_wrap=not place)
+    for row in table.rows:
+        shown.add_row(*(cell.replace("[", "\\[") for cell in row))
+    return shown

@@ -1,0 +1,40 @@
+"""Questions as tokens: as plain text, or as a user's message in the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from gakernels.training.instruction.chat import ChatEncoder
+from gakernels.training.instruction.records import Message
+
+
+class Asker:
+    """Writes questions, and questions with an answer behind them.
+
+    Args:
+        tokenizer: of the model.
+        chat: whether a question is a user's message, as instruction tuning writes it (docs/instruction_tuning.md).
+
+    Raises:
+        InputError: there is to be a chat, but the tokenizer is a slow one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._chat = ChatEncoder(tokenizer) if chat else None
+
+    def question(self, text: str) -> list[int]:
+        """The tokens behind which the answer begins."""
+        if self._chat is not None:
+            return self._chat.prompt([Message("user", text)])
+        return list(self._tokenizer(text)["input_ids"])
+
+    def answered(self, text: str, answer: str) -> tuple[list[int], int]:
+        """The tokens of a question and an answer, and where the answer begins."""
+        asked = self.question(text)
+        if self._chat is not None:
+            return asked + list(self._tokenizer(answer, add_special_tokens=False)["input_ids"]), len(asked)
+        whole = list(self._tokenizer(f"{text} {answer}")["input_ids"])
+        # A tokenizer may join the last characters of the question with the first of the answer.
+        common = next((n for n, (one, other) in enumerate(zip(asked, whole, strict=False)) if one != other), len(asked))
+        return whole, max(min(common, len(whole) - 1), 1)

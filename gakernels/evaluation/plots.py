@@ -1,0 +1,138 @@
+"""Plots of a report as SVG (extra `plots`)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from gakernels.evaluation import paper_results
+from gakernels.evaluation.recall_plot import draw_recall
+from gakernels.evaluation.report import cell_name
+
+_MARKERS = "osD^v<>ph*"
+_PAPER_LINES = ("closed_book", "prompt", "adapter")
+
+
+def plots(report: Mapping[str, Any]) -> dict[str, str]:
+    """SVG texts by name: quality (against length or shots where there are several), and quality against cost.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    made: dict[str, str] = {}
+    with rc_context({"svg.hashsalt": "gakernels", "font.size": 9}):
+        for metric in dict.fromkeys(row["metric"] for row in report["results"]):
+            rows = [row for row in report["results"] if row["metric"] == metric and "task" not in row["cell"]]
+            if report["scenario"] == "recall":
+                figure = Figure(figsize=(9, 5.5), layout="constrained")
+                draw_recall(figure, rows, report["settings"]["chance"])
+            else:
+                figure = Figure(figsize=(8, 4.2), layout="constrained")
+                _draw_metric(figure.subplots(), report, metric, rows)
+            made[metric] = _svg(figure)
+        first = next(iter(made), None)
+        if first is not None and report["costs"]:
+            figure = Figure(figsize=(8, 4.2), layout="constrained")
+            _draw_cost(figure.subplots(), report, first)
+            made["cost"] = _svg(figure)
+    return made
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _draw_metric(axes: Any, report: Mapping[str, Any], metric: str, rows: list[dict[str, Any]]) -> None:
+    along = next((name for name in ("length", "shots") if _differs(rows, name)), None)
+    axes.set_title(f"{report['scenario']}, protocol {report['protocol']}: {metric.replace('_', ' ')}")
+    if along is None:
+        _bars(axes, rows)
+        return
+    lines = _lines(rows, along)
+    for number, (name, line) in enumerate(lines.items()):
+        beside = 2 ** (0.03 * (number - len(lines) / 2))  # so that equal values do not hide each other
+        x, values = [row["cell"][along] * beside for row in line], [row["value"] for row in line]
+        style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+        axes.errorbar(x, values, yerr=_errors(line), label=name, linewidth=1, elinewidth=0.8, capsize=2, **style)
+    if report["scenario"] == "docqa" and metric == "f1":
+        _paper_lines(axes, {row["cell"]["length"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["cell"][along] for row in rows}))
+    axes.get_xaxis().set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_xlabel({"length": "tokens of context", "shots": "demonstrations"}.get(along, along))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _differs(rows: list[dict[str, Any]], name: str) -> bool:
+    return len({row["cell"].get(name) for row in rows}) > 1
+
+
+def _lines(rows: list[dict[str, Any]], along: str) -> dict[str, list[dict[str, Any]]]:
+    """By method, and whatever else tells cells apart."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        rest = tuple((name, value) for name, value in row["cell"].items() if name != along)
+        lines.setdefault(row["method"] + (f" ({cell_name(rest)})" if rest else ""), []).append(row)
+    return {name: sorted(line, key=lambda row: row["cell"][along]) for name, line in lines.items()}
+
+
+def _paper_lines(axes: Any, lengths: set[int]) -> None:
+    """The paper's F1 for Mistral-7B-Instruct on SQuAD, dotted."""
+    shown = [length for length in paper_results.LENGTHS if length in lengths]
+    for number, method in enumerate(_PAPER_LINES):
+        values = [paper_results.TABLE_5[0].values(length)[method] / 100 for length in shown]
+        axes.plot(shown, values, ":x", color=f"{0.2 + 0.25 * number}", label=f"paper, Mistral-7B, SQuAD: {method}")
+
+
+def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
+    labels = [
+        row["method"] + (f"\n{cell_name(tuple(row['cell'].items()))}" if _cells(rows) > 1 else "") for row in rows
+    ]
+    values = [row["value"] for row in rows]
+    axes.barh(range(len(rows)), values, xerr=_errors(rows), color="C0", alpha=0.8, height=0.6, ecolor="0.3")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > 50 * min(positive):
+        axes.set_xscale("log")
+
+
+def _errors(rows: list[dict[str, Any]]) -> list[list[float]]:
+    """How far the interval reaches below and above each value."""
+    return [[abs(row["value"] - row[key]) for row in rows] for key in ("low", "high")]
+
+
+def _cells(rows: list[dict[str, Any]]) -> int:
+    return len({tuple(row["cell"].items()) for row in rows})
+
+
+def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
+    """Quality against the operations of a question, a point for each method and cell."""
+    quality: dict[tuple[str, str], float] = {}
+    for row in report["results"]:
+        if row["metric"] == metric and "task" not in row["cell"]:
+            cell = {name: value for name, value in row["cell"].items() if name != "kind"}
+            quality.setdefault((row["method"], cell_name(tuple(cell.items()))), row["value"])
+    methods = list(dict.fromkeys(row["method"] for row in report["costs"]))
+    for number, method in enumerate(methods):
+        points = [
+            (row["query_flops"]["total"], quality[key])
+            for row in report["costs"]
+            if row["method"] == method and (key := (method, cell_name(tuple(row["cell"].items())))) in quality
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            marker = _MARKERS[number % len(_MARKERS)]
+            axes.plot(x, y, marker, color=f"C{number % 10}", label=method, markersize=6, alpha=0.7)
+    axes.set_xscale("log")
+    axes.set_xlabel("operations of a question (FLOP, from the shapes)")
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_title("quality against the cost of a question")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,0 +1,308 @@
+"""Running methods on a scenario: contexts in shards, requests in batches, answers kept as they come."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from gakernels.errors import InputError
+from gakernels.evaluation.answer_log import AnswerLog, Entry
+from gakernels.evaluation.asking import Asker
+from gakernels.evaluation.cases import Answer, Measurements, Request, Scenario
+from gakernels.evaluation.decoding import Decoder, Row, SharedStart, plan_batches
+from gakernels.evaluation.measuring import measured
+from gakernels.evaluation.methods import METHODS, Method, MethodSettings, Prepared
+from gakernels.model import GenerativeAdapter
+from gakernels.training.parallel import Ranks
+
+_LONG = timedelta(days=30)
+ALONE = 3  # requests of each method that are also answered one by one, for the latency
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How the work is divided; the answers are the same up to the rounding of other batches.
+
+    Attributes:
+        batch_tokens: bound of rows times tokens of a batch.
+        max_rows: most rows in a batch.
+        shard_contexts: most contexts whose adapters are held at a time.
+        shard_questions: contexts with about so many questions are held at a time.
+
+    Raises:
+        InputError: a value is below 1.
+    """
+
+    batch_tokens: int = 16_384
+    max_rows: int = 64
+    shard_contexts: int = 32
+    shard_questions: int = 512
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, but it is {value}")
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """What a method took.
+
+    Attributes:
+        method: its name.
+        fit_seconds: training on other data, once for all contexts.
+        contextualization_seconds: for one context.
+        question_seconds: for one request, in batches.
+        latency_seconds: for one request alone, the median of a few; None where nothing was asked alone.
+        peak_bytes: memory.
+        requests: how many were answered.
+        truncated: how many of them were too long for the model, which read the end of them.
+        left_out: cases that could not be asked, by reason.
+    """
+
+    method: str
+    fit_seconds: float
+    contextualization_seconds: float
+    question_seconds: float
+    latency_seconds: float | None
+    peak_bytes: int
+    requests: int
+    truncated: int
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+class Runner:
+    """Runs a scenario on a model.
+
+    Args:
+        model: base model and generators.
+        scenario: what is asked.
+        names: of the methods.
+        log: where answers are kept.
+        method_settings: of the methods.
+        settings: how the work is divided.
+        ranks: the processes that share the work; each must see the files of the log.
+        progress: whether a bar is shown.
+
+    Raises:
+        InputError: there is no such method, a method lacks what it needs, or the model can't read a chunk at once.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeAdapter,
+        scenario: Scenario,
+        names: Sequence[str],
+        log: AnswerLog,
+        method_settings: MethodSettings | None = None,
+        settings: RunSettings | None = None,
+        ranks: Ranks | None = None,
+        progress: bool = True,
+    ) -> None:
+        unknown = [name for name in names if name not in METHODS]
+        if unknown or not names:
+            raise InputError(f"methods must be among {', '.join(METHODS)}, but they are {', '.join(names) or 'none'}")
+        self.model, self.scenario, self.log = model, scenario, log
+        self.settings, self.ranks = settings or RunSettings(), ranks or Ranks()
+        self.decoder = Decoder(model)
+        limit, chunk = self.decoder.limit, model.config.chunk_size
+        if limit is not None and chunk > limit:
+            raise InputError(f"the generator reads chunks of {chunk} tokens, but the base model at most {limit}")
+        if limit is not None and scenario.new_tokens >= limit:
+            raise InputError(f"new_tokens must be below the model's limit of {limit}, but it is {scenario.new_tokens}")
+        self.method_settings = method_settings or MethodSettings()
+        self._asker = Asker(self.decoder.tokenizer, self.method_settings.chat)
+        self.methods: dict[str, Method] = {
+            name: METHODS[name](model, scenario, self.method_settings) for name in dict.fromkeys(names)
+        }
+        self._progress = progress and self.ranks.rank == 0
+
+    def run(self) -> None:
+        """Answer what the log has no answer to.
+
+        Raises:
+            InputError: a batch does not fit the memory.
+        """
+        # A group of its own: processes that are finished wait for the others as long as these need.
+        finish = dist.new_group(timeout=_LONG, backend="gloo") if self.ranks.world > 1 else None
+        shards = list(self._shards())
+        for name, method in self.methods.items():
+            own = [
+                (number, requests)
+                for number, shard in enumerate(shards)
+                if number % self.ranks.world == self.ranks.rank
+                and (requests := self._open_requests(name, method, shard))
+            ]
+            if own:
+                self._run_method(name, method, own)
+        if finish is not None:
+            dist.barrier(finish)
+            self.log.reload()
+
+    def measurements(self) -> dict[str, Measurements]:
+        """By method, the samples of every cell and metric."""
+        return {name: self.scenario.measure(self.scenario, self.log.answers(name)) for name in self.methods}
+
+    def method_runs(self) -> list[MethodRun]:
+        """What each method took."""
+        return [self._method_run(name, method) for name, method in self.methods.items()]
+
+    def _shards(self) -> Iterator[list[int]]:
+        """Numbers of the cases that are held at a time; they depend on the scenario alone."""
+        shard: list[int] = []
+        questions = 0
+        for number, case in enumerate(self.scenario.cases):
+            shard.append(number)
+            questions += len(case.context.questions)
+            if len(shard) >= self.settings.shard_contexts or questions >= self.settings.shard_questions:
+                yield shard
+                shard, questions = [], 0
+        if shard:
+            yield shard
+
+    def _open_requests(self, name: str, method: Method, shard: Sequence[int]) -> list[Request]:
+        """All requests of a shard where any of them is open; none where all are answered."""
+        cases = self.scenario.cases
+        requests = [
+            request
+            for number in shard
+            if method.missing(cases[number]) is None
+            for request in self.scenario.ask(number, cases[number])
+        ]
+        answered = self.log.answers(name)
+        return [] if all(request.key in answered for request in requests) else requests
+
+    def _run_method(self, name: str, method: Method, shards: Sequence[tuple[int, Sequence[Request]]]) -> None:
+        total = sum(len(requests) for _, requests in shards)
+        with tqdm(total=total, desc=name, unit="request", disable=None if self._progress else True) as bar:
+            try:
+                with measured(self.model.device) as fit:
+                    method.fit()
+                self.log.add(Entry(name, (), {"fit_seconds": fit.seconds, "peak_bytes": fit.peak_bytes}))
+                for number, requests in shards:
+                    self._run_shard(name, method, requests, bar, alone=number == 0)
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"{name}: the memory is not enough for a batch of {self.settings.batch_tokens} tokens; go on with "
+                    "a smaller --batch-tokens"
+                ) from error
+
+    def _run_shard(self, name: str, method: Method, requests: Sequence[Request], bar: tqdm[None], alone: bool) -> None:
+        numbers = list(dict.fromkeys(request.case for request in requests))
+        places = {number: place for place, number in enumerate(numbers)}
+        with measured(self.model.device) as preparing:
+            prepared = method.prepare([self.scenario.cases[number] for number in numbers])
+        rows = [self._row(request, places[request.case], prepared, method.adapted) for request in requests]
+        facts = {"contexts": len(numbers), "seconds_preparing": preparing.seconds}
+        self.log.add(Entry(name, (), {**facts, "peak_bytes": preparing.peak_bytes}))
+        for place, part in enumerate(self._parts(requests, prepared.separate)):
+            weights = prepared.weights
+            asked, read = [requests[number] for number in part], [rows[number] for number in part]
+            with nullcontext() if weights is None else weights(places[asked[0].case]):
+                if alone and place == 0:
+                    self._ask_alone(name, list(zip(asked, read, strict=True))[:ALONE])
+                self._ask_part(name, asked, read, prepared.separate, bar)
+
+    def _ask_part(
+        self, name: str, requests: Sequence[Request], rows: Sequence[Row], separate: bool, bar: tqdm[None]
+    ) -> None:
+        """Ask what is open of requests that may share batches; where they are of one case, its start is read once."""
+        answered = self.log.answers(name)
+        shared = None
+        if separate and not all(request.key in answered for request in requests):
+            with measured(self.model.device) as reading:
+                shared = self.decoder.shared_start(rows)
+            self.log.add(Entry(name, (), vars(reading)))
+        for batch in self._batches(requests, rows):
+            if not all(requests[number].key in answered for number in batch):
+                self._ask(name, [requests[number] for number in batch], [rows[number] for number in batch], shared)
+            bar.update(len(batch))
+
+    @staticmethod
+    def _parts(requests: Sequence[Request], separate: bool) -> list[list[int]]:
+        """Numbers of the requests that may share a batch."""
+        numbers = range(len(requests))
+        if not separate:
+            return [list(numbers)]
+        return [list(part) for _, part in groupby(numbers, key=lambda number: requests[number].case)]
+
+    def _batches(self, requests: Sequence[Request], rows: Sequence[Row]) -> Iterator[list[int]]:
+        """Generation and scoring apart."""
+        for generated in (True, False):
+            kind = [number for number in range(len(rows)) if (requests[number].continuation is None) == generated]
+            new = self.scenario.new_tokens if generated else 0
+            lengths = [len(rows[number].tokens) + new for number in kind]
+            for batch in plan_batches(lengths, self.settings.batch_tokens, self.settings.max_rows):
+                yield [kind[number] for number in batch]
+
+    def _row(self, request: Request, place: int, prepared: Prepared, adapted: bool) -> Row:
+        """What the model reads for a request: the end of it, where it can't read all."""
+        text = request.adapted_prompt if adapted else request.prompt
+        front = prepared.in_front(place, request.query)
+        tokens, start, room = self._tokens(request, text, front)
+        cut = 0 if self.decoder.limit is None else max(len(tokens) - (self.decoder.limit - room), 0)
+        return Row(tuple(tokens[cut:]), prepared.adapters[place], max(start - cut, 1), cut > 0)
+
+    def _tokens(self, request: Request, text: str, front: str | None) -> tuple[list[int], int, int]:
+        """Token ids, where the scored ones begin, and how many more will come."""
+        if isinstance(request.continuation, tuple):
+            head = self.decoder.begin() if front is None else self.decoder.encode(front)
+            return [*head, *request.continuation], len(head) + 1, 0
+        text = text if front is None else f"{front}\n\n{text}"
+        if request.continuation is None:
+            asked = self._asker.question(text)
+            return asked, len(asked), self.scenario.new_tokens
+        return *self._asker.answered(text, request.continuation), 0
+
+    def _ask(self, name: str, requests: Sequence[Request], rows: Sequence[Row], shared: SharedStart | None) -> None:
+        with measured(self.model.device) as took:
+            answers = self._answers(requests, rows, shared)
+        keyed = tuple((request.key, answer) for request, answer in zip(requests, answers, strict=True))
+        counts = {"requests": len(requests), "truncated": sum(row.cut for row in rows)}
+        self.log.add(Entry(name, keyed, {**counts, **vars(took)}))
+
+    def _ask_alone(self, name: str, asked: Sequence[tuple[Request, Row]]) -> None:
+        """Measure how long an answer takes where nothing else is asked; the first, which warms up, does not count."""
+        seconds = []
+        for request, row in asked:
+            with measured(self.model.device) as took:
+                self._answers([request], [row])
+            seconds.append(took.seconds)
+        self.log.add(Entry(name, (), {"latency_seconds": statistics.median(seconds[1:] or seconds)}))
+
+    def _answers(
+        self, requests: Sequence[Request], rows: Sequence[Row], shared: SharedStart | None = None
+    ) -> Sequence[Answer]:
+        if requests[0].continuation is None:
+            return self.decoder.generate(rows, self.scenario.new_tokens, self.scenario.stops, shared)
+        return self.decoder.losses(rows, shared)
+
+    def _method_run(self, name: str, method: Method) -> MethodRun:
+        facts = self.log.facts(name)
+        sums: dict[str, Any] = {
+            key: sum(fact.get(key, 0) for fact in facts)
+            for key in ("fit_seconds", "contexts", "seconds_preparing", "truncated", "requests", "seconds")
+        }
+        reasons = Counter(reason for case in self.scenario.cases if (reason := method.missing(case)) is not None)
+        latency = [fact["latency_seconds"] for fact in facts if "latency_seconds" in fact]
+        return MethodRun(
+            method=name,
+            fit_seconds=sums["fit_seconds"],
+            contextualization_seconds=sums["seconds_preparing"] / max(sums["contexts"], 1),
+            question_seconds=sums["seconds"] / max(sums["requests"], 1),
+            latency_seconds=latency[0] if latency else None,
+            peak_bytes=max((fact.get("peak_bytes", 0) for fact in facts), default=0),
+            requests=len(self.log.answers(name)),
+            truncated=sums["truncated"],
+            left_out=dict(reasons),
+        )

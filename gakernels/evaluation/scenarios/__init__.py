@@ -1,0 +1,1 @@
+"""The evaluations: what is read, asked and scored in each."""

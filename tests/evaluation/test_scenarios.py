@@ -1,0 +1,271 @@
+"""What each scenario asks, and how answers become samples."""
+
+import math
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from invented import make_tokenizer
+from tiny import random_context
+from worlds import contexts, make, merged, run, text
+
+from gakernels import InputError
+from gakernels.evaluation.cases import Case, Cell, Scenario, limited, with_others
+from gakernels.evaluation.metaicl import Task
+from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1
+from gakernels.evaluation.prompts import icl_prompt, qa_prompt
+from gakernels.evaluation.records import Context, Dataset, Question, Skipped
+from gakernels.evaluation.samples import score
+from gakernels.evaluation.scenarios.dialog import dialog
+from gakernels.evaluation.scenarios.docqa import AskSettings, docqa
+from gakernels.evaluation.scenarios.icl import TaskData, icl
+from gakernels.evaluation.scenarios.perplexity import perplexity
+from gakernels.windows import split_evenly
+
+
+@pytest.fixture
+def random(generator: torch.Generator) -> Random:
+    return Random(generator.initial_seed())
+
+
+def data(count: int) -> Dataset:
+    return Dataset(tuple(contexts(count)), Skipped())
+
+
+def cells(asked: Scenario) -> list[Cell]:
+    return list(dict.fromkeys(case.cell for case in asked.cases))
+
+
+# Cases
+
+
+def test_a_limit_is_one_of_questions() -> None:
+    all_of_them = contexts(4)
+    for limit in range(1, 14):
+        kept = limited(all_of_them, limit)
+        questions = [question for context in kept for question in context.questions]
+        assert questions == [question for context in all_of_them for question in context.questions][:limit]
+        assert all(context.questions for context in kept)
+    assert limited(all_of_them, None) == all_of_them
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_other_context_is_another_of_the_same_cell(count: int) -> None:
+    cases = [Case(context, (("length", n % 2),)) for n, context in enumerate(contexts(count))]
+    for number, case in enumerate(with_others(cases, first=10)):
+        same = [n for n in range(count) if n % 2 == number % 2 and n != number]
+        assert (case.other is None) == (not same)
+        assert case.other is None or case.other - 10 in same
+
+
+# Documents
+
+
+def test_documents_are_grouped_to_every_length() -> None:
+    asked = docqa(data(12), lambda text: len(text.split()), [20, 60, 20])
+    assert cells(asked) == [(("length", 20),), (("length", 60),)]
+    for cell in cells(asked):
+        mine = [case.context for case in asked.cases if case.cell == cell]
+        assert sum(len(context.questions) for context in mine) == 36
+    assert len({case.context.text for case in asked.cases}) == len(asked.cases)
+
+
+def test_the_released_protocol_asks_the_first_tenth_in_its_own_words() -> None:
+    drawn = data(40)
+    asked = docqa(drawn, lambda text: 1000, [25], "released")  # 40 groups
+    assert len(asked.cases) == 4
+    request = asked.ask(0, asked.cases[0])[0]
+    question = asked.cases[0].context.questions[0].text
+    assert request.prompt == qa_prompt(question, None, "released")
+    assert request.adapted_prompt == question
+    official = docqa(drawn, lambda text: 1000, [25])
+    assert len(official.cases) == 40
+    assert official.ask(0, official.cases[0])[0].adapted_prompt == qa_prompt(question)
+    assert docqa(drawn, lambda text: 1000, [25], "released", "all").settings["part"] == "all"
+
+
+@pytest.mark.parametrize("protocol", ["official", "released"])
+def test_answers_are_scored_as_the_metrics_say(protocol: str, random: Random) -> None:
+    asked = docqa(data(6), len, [1, 400], protocol, "all")
+    given = {
+        request.key: random.choice([text(1), text(3), asked.cases[number].context.questions[0].answers[0]])
+        for number, case in enumerate(asked.cases)
+        for request in asked.ask(number, case)
+    }
+    measured = asked.measure(asked, given)
+    assert {cell for cell, _ in measured} == set(cells(asked))
+    for (cell, metric), samples in measured.items():
+        one = answer_f1 if metric == "f1" else answer_exact_match
+        expected = [
+            one(answer, asked.cases[key[0]].context.questions[key[1]].answers, protocol)
+            for key, answer in given.items()
+            if asked.cases[key[0]].cell == cell
+        ]
+        assert score(metric, samples).value == pytest.approx(sum(expected) / len(expected))
+
+
+def test_the_next_turn_is_asked_without_an_instruction() -> None:
+    asked = dialog(data(2), "response")
+    request = asked.ask(0, asked.cases[0])[1]
+    assert request.prompt == request.adapted_prompt == asked.cases[0].context.questions[1].text
+    assert dialog(data(2), "recall").ask(0, asked.cases[0])[0].prompt.startswith("Instruction: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"limit": 0}, "limit must be at least 1"), ({"new_tokens": 0}, "new_tokens must be at least 1")],
+)
+def test_bad_settings(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AskSettings(**settings)
+
+
+def test_bad_protocols_and_styles() -> None:
+    with pytest.raises(InputError, match="protocol must be one of official, released"):
+        docqa(data(1), len, [1], "mine")
+    asked = docqa(data(1), len, [1], settings=AskSettings(style="loud"))
+    with pytest.raises(InputError, match="style must be one of"):
+        asked.ask(0, asked.cases[0])
+
+
+# In-context learning
+
+
+def task(name: str, labels: tuple[str, ...], count: int, own_options: bool = False) -> Task:
+    items = []
+    for number in range(count):
+        answer = labels[number % len(labels)]
+        options = (answer, text(2) + str(number)) if own_options else labels
+        items.append(Question(text(4), (answer,), options, str(number)))
+    return Task(name, tuple(items), Skipped())
+
+
+def test_demonstrations_are_the_context_and_the_other_one_is_of_another_task() -> None:
+    tasks = [
+        TaskData(task(name, labels, 20), task(name, labels, 6), seed, task(name, labels, 4).items)
+        for name, labels in (("a", ("w3", "w4")), ("b", ("w5", "w6", "w7")))
+        for seed in (13, 21)
+    ]
+    asked = icl(tasks, [1, 4], settings=AskSettings(limit=5))
+    assert len(asked.cases) == 2 * 2 * 2
+    for case in asked.cases:
+        cell = dict(case.cell)
+        assert case.context.text.count("Input: ") == cell["shots"]
+        assert len(case.context.questions) == 5
+        assert case.other is not None
+        other = dict(asked.cases[case.other].cell)
+        assert (other["shots"], other["seed"]) == (cell["shots"], cell["seed"])
+        assert other["task"] != cell["task"]
+        assert len(case.training) == 16
+        assert len(case.validation) == 4
+    assert all(case.other is None for case in icl(tasks[:1], [1]).cases)
+
+
+def test_labels_are_generated_and_options_ranked() -> None:
+    asked = icl([TaskData(task("a", ("w3", "w4"), 4), task("a", ("w3", "w4"), 3), 13)], [2])
+    requests = asked.ask(0, asked.cases[0])
+    assert [(request.question, request.option, request.continuation) for request in requests[:3]] == [
+        (0, -1, None),
+        (0, 0, "w3"),
+        (0, 1, "w4"),
+    ]
+    assert len(requests) == 9
+    item = asked.cases[0].context.questions[0].text
+    assert {request.prompt for request in requests[:3]} == {icl_prompt(item)}
+
+
+def test_tasks_and_seeds_are_averaged_apart_by_kind(random: Random) -> None:
+    labels = ("w3", "w4", "w5")
+    tasks = [
+        TaskData(task(name, labels, 8), task(name, labels, 9, own), seed)
+        for name, own in (("a", False), ("b", False), ("c", True))
+        for seed in (13, 21, 42)
+    ]
+    asked = icl(tasks, [2])
+    given: dict[tuple[int, int, int], object] = {}
+    for number, case in enumerate(asked.cases):
+        for request in asked.ask(number, case):
+            ranked = (random.uniform(0, 9), random.randint(1, 3))
+            given[request.key] = random.choice(labels) if request.option < 0 else ranked
+    measured = asked.measure(asked, given)
+    values: dict[str, dict[str, list[float]]] = {}
+    for number, case in enumerate(asked.cases):
+        cell = dict(case.cell)
+        chosen, gold, hits = [], [], []
+        for place, question in enumerate(case.context.questions):
+            losses = [given[number, place, n] for n in range(len(question.options))]
+            chosen.append(question.options[min(range(len(losses)), key=lambda n: losses[n][0] / losses[n][1])])
+            gold.append(question.answers[0])
+            hits.append(given[number, place, -1] == gold[-1])
+        found = values.setdefault(cell["task"], {"match": [], "ranking_accuracy": [], "ranking_macro_f1": []})
+        found["match"].append(sum(hits) / 9)
+        found["ranking_accuracy"].append(sum(map(str.__eq__, chosen, gold)) / 9)
+        found["ranking_macro_f1"].append(macro_f1(chosen, gold, gold_labels_only=True).value)
+
+    def mean(metric: str, *names: str) -> float:
+        return sum(sum(values[name][metric]) / 3 for name in names) / len(names)
+
+    for metric in values["a"]:
+        key = ((("kind", "classification"), ("shots", 2)), metric)
+        assert score(metric, measured[key]).value == pytest.approx(mean(metric, "a", "b"))
+        of_a = ((("kind", "classification"), ("task", "a"), ("shots", 2)), metric)
+        assert score(metric, measured[of_a]).value == pytest.approx(mean(metric, "a"))
+    other = (("kind", "other"), ("shots", 2))
+    assert score("match", measured[other, "match"]).value == pytest.approx(mean("match", "c"))
+    assert (other, "ranking_macro_f1") not in measured
+
+
+def test_no_task_is_refused() -> None:
+    with pytest.raises(InputError, match="tasks must be at least one task"):
+        icl([])
+
+
+# Perplexity
+
+
+@pytest.mark.parametrize("protocol", ["official", "released"])
+def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
+    model, tokenizer = make(), make_tokenizer()
+    pairs = [(random_context(8 + 3 * n), random_context(11)) for n in range(3)]
+    texts = [(" ".join(f"w{token}" for token in context), f"d{n}") for n, (context, _) in enumerate(pairs)]
+    asked = perplexity(texts, pairs, 6, protocol)
+    runner = run(model, asked, "closed_book", "prompt", "adapter", "other_adapter")
+    measured = runner.measurements()
+    adapters = [model.stream().append(context).adapter() for context, _ in texts]
+
+    def losses(window: list[int], front: list[int], base: torch.nn.Module) -> tuple[float, int]:
+        labels = [-100] * (len(front) + 1) + window[1:]
+        with torch.no_grad():
+            loss = base(input_ids=torch.tensor([front + window]), labels=torch.tensor([labels]), use_cache=False).loss
+        return float(loss) * (len(window) - 1), len(window) - 1
+
+    for name in runner.methods:
+        for part in (0, 1):
+            by_document = []
+            for number, pair in enumerate(pairs):
+                adapter = {"adapter": adapters[number], "other_adapter": adapters[asked.cases[number].other]}.get(name)
+                front = tokenizer(texts[number][0])["input_ids"] if name == "prompt" else [1]
+                base = merged(model, adapter)
+                found = [losses(window, front, base) for window in split_evenly(pair[part], 6) if len(window) > 1]
+                by_document.append((sum(loss for loss, _ in found), sum(tokens for _, tokens in found)))
+            if protocol == "official":
+                mean = sum(loss for loss, _ in by_document) / sum(tokens for _, tokens in by_document)
+            else:
+                mean = sum(loss / tokens for loss, tokens in by_document) / 3
+            metric = ("reconstruction_perplexity", "completion_perplexity")[part]
+            assert score(metric, measured[name][(), metric]).value == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+def test_documents_that_are_too_short_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least two tokens of context"):
+        perplexity([("w3", "d")], [([3], [4, 5])], 6)
+    with pytest.raises(InputError, match="at least one document"):
+        perplexity([], [], 6)
+    with pytest.raises(InputError, match="protocol must be one of"):
+        perplexity([("w3 w4", "d")], [([3, 4], [4, 5])], 6, "mine")
+
+
+def test_a_context_keeps_its_name() -> None:
+    asked = dialog(Dataset((Context("w3", (Question("w4", ("w5",)),), "line 7"),), Skipped()), "recall")
+    assert asked.cases[0].context.name == "line 7"
