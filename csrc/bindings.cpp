@@ -37,11 +37,12 @@ PYBIND11_MODULE(GAKERNELS_MODULE, module) {
   pybind11::register_local_exception<LaunchError>(module, "LaunchError", PyExc_RuntimeError);
 
   pybind11::class_<Sizes>(module, "Sizes", pybind11::module_local())
-      .def(pybind11::init([](int batch, int size, int rank, int steps, double damping, int multiprocessors) {
-             return Sizes{batch, size, rank, steps, damping, multiprocessors};
+      .def(pybind11::init([](int batch, int size, int rank, int steps, double damping, int multiprocessors,
+                             bool exact) {
+             return Sizes{batch, size, rank, steps, damping, multiprocessors, exact};
            }),
            pybind11::arg("batch"), pybind11::arg("size"), pybind11::arg("rank"), pybind11::arg("steps"),
-           pybind11::arg("damping"), pybind11::arg("multiprocessors"));
+           pybind11::arg("damping"), pybind11::arg("multiprocessors"), pybind11::arg("exact"));
   module.def(
       "inverse_root_rule",
       [](double lowest, double highest) {
@@ -69,7 +70,7 @@ PYBIND11_MODULE(GAKERNELS_MODULE, module) {
          Address workspace, Address stream) {
         check(gakernels::run_forward(sizes,
                                      {at<const float>(states), at<const float>(sketch), at<float>(u), at<float>(v),
-                                      at<float>(inputs), at<double>(transforms)},
+                                      at<void>(inputs), at<double>(transforms)},
                                      at<void>(workspace), at<void>(stream)));
       },
       pybind11::arg("sizes"), pybind11::kw_only(), pybind11::arg("states"), pybind11::arg("sketch"),
@@ -82,7 +83,7 @@ PYBIND11_MODULE(GAKERNELS_MODULE, module) {
          Address transforms, Address grad_states, Address workspace, Address stream) {
         check(gakernels::run_backward(sizes,
                                       {at<const float>(grad_u), at<const float>(grad_v), at<const float>(states),
-                                       at<const float>(sketch), at<const float>(inputs), at<const double>(transforms),
+                                       at<const float>(sketch), at<const void>(inputs), at<const double>(transforms),
                                        at<float>(grad_states)},
                                       at<void>(workspace), at<void>(stream)));
       },

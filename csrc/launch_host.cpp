@@ -42,23 +42,23 @@ class EmulatedLauncher {
 
 std::int64_t forward_workspace(const Sizes& sizes) {
   EmulatedLauncher none;
-  return Polar<EmulatedLauncher>(none, sizes, nullptr).forward_bytes();
+  return with_polar(none, sizes, nullptr, [](auto& polar) { return polar.forward_bytes(); });
 }
 
 std::int64_t backward_workspace(const Sizes& sizes) {
   EmulatedLauncher none;
-  return Polar<EmulatedLauncher>(none, sizes, nullptr).backward_bytes();
+  return with_polar(none, sizes, nullptr, [](auto& polar) { return polar.backward_bytes(); });
 }
 
 int run_forward(const Sizes& sizes, const Forward& data, void* workspace, void*) {
   EmulatedLauncher launcher;
-  Polar<EmulatedLauncher>(launcher, sizes, static_cast<unsigned char*>(workspace)).forward(data);
+  with_polar(launcher, sizes, workspace, [&data](auto& polar) { polar.forward(data); });
   return launcher.status();
 }
 
 int run_backward(const Sizes& sizes, const Backward& data, void* workspace, void*) {
   EmulatedLauncher launcher;
-  Polar<EmulatedLauncher>(launcher, sizes, static_cast<unsigned char*>(workspace)).backward(data);
+  with_polar(launcher, sizes, workspace, [&data](auto& polar) { polar.backward(data); });
   return launcher.status();
 }
 

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "factor.h"
+#include "outer_products.h"
 #include "product.h"
 #include "product64.h"
 #include "quadrature.h"
@@ -17,12 +19,14 @@
 
 namespace gakernels {
 
-constexpr double kLeastDamping = 1.0 / (1 << 23);  // float32 states hold nothing smaller; the r x r steps stay definite
+// Its square is eight roundings of a float64 trace, so that the r x r steps stay definite; float32 states hold less.
+constexpr double kLeastDamping = 1.0 / (1 << 25);
 
 struct Sizes {
   int batch, size, rank, steps;  // steps: K = 2 + 2 power_iterations
   double damping;
   int multiprocessors;  // of the device; the shapes of the launches follow from it
+  bool exact;           // all in float64, for a small damping; else the tall matrices are float32
 
   std::int64_t tall() const { return static_cast<std::int64_t>(size) * rank; }
   std::int64_t square() const { return static_cast<std::int64_t>(rank) * rank; }
@@ -31,13 +35,14 @@ struct Sizes {
 struct Forward {
   const float *states, *sketch;  // (batch, size, size), (size, rank)
   float *u, *v;                  // (batch, size, rank)
-  float* inputs;                 // X_k (batch, steps, size, rank)
+  void* inputs;                  // X_k (batch, steps, size, rank), float64 if exact, else float32
   double* transforms;            // W_k (batch, steps, rank, rank)
 };
 
 struct Backward {
   const float *grad_u, *grad_v;  // (batch, size, rank)
-  const float *states, *sketch, *inputs;
+  const float *states, *sketch;
+  const void* inputs;
   const double* transforms;
   float* grad_states;            // (batch, size, size)
 };
@@ -45,20 +50,26 @@ struct Backward {
 template <class...>
 struct KernelList {};
 
-// Products in float64 by what they are for; T: transposed.
-using Gram = Product64<float, true, float, false, double, Form::kLower>;                    // X^T X
-using Inner = Product64<float, true, float, false, double, Form::kFull>;                    // G^T X
-using Transformed = Product64<float, false, double, false, float, Form::kFull>;             // X W
-using Square = Product64<double, false, double, false, double, Form::kFull>;                // W s
+// Products in float64 by what they are for; T: transposed. Scalar: of the tall matrices X, Y and G.
+template <class Scalar>
+using Gram = Product64<Scalar, true, Scalar, false, double, Form::kLower>;                  // X^T X
+template <class Scalar>
+using Inner = Product64<Scalar, true, Scalar, false, double, Form::kFull>;                  // G^T X
+template <class Scalar>
+using Transformed = Product64<Scalar, false, double, false, Scalar, Form::kFull>;           // X W
+template <bool kTranspose>
+using ExactProduct = Product64<float, kTranspose, double, false, double, Form::kFull>;      // S Y or S^T Y
+using Square = Product64<double, false, double, false, double, Form::kFull>;                // W s; also X W in float64
 using SquareMirror = Product64<double, false, double, false, double, Form::kMirror>;        // lower half of E W
 using SquareTransposedMirror = Product64<double, false, double, true, double, Form::kMirror>;  // P W^T
 
 using AllKernels =
     KernelList<Peaks, StateProduct<64, 32, false>, StateProduct<64, 32, true>, StateProduct<64, 64, false>,
                StateProduct<64, 64, true>, StateProduct<64, 128, false>, StateProduct<64, 128, true>,
-               SplitFactor, WideProduct<false>, WideProduct<true>, OuterProducts, Gram, Inner, Transformed,
-               Square, SquareMirror, SquareTransposedMirror, StepGradient, SumParts, Factor<Inverse::kTransform>,
-               Factor<Inverse::kNode>>;
+               SplitFactor, WideProduct<false>, WideProduct<true>, OuterProducts<float>, Gram<float>, Inner<float>,
+               Transformed<float>, Square, SquareMirror, SquareTransposedMirror, StepGradient<float>, SumParts,
+               Factor<Inverse::kTransform>, Factor<Inverse::kNode>, ExactProduct<false>, ExactProduct<true>,
+               Gram<double>, Inner<double>, StepGradient<double>, OuterProducts<double>, Widen, Narrow>;
 
 // Hands out a workspace piece by piece; without memory it only counts.
 class Arena {
@@ -78,8 +89,11 @@ class Arena {
   std::int64_t used_ = 0;
 };
 
-template <class Launcher>
+// Scalar, of the tall matrices: float, with products on TF32 tensor cores, or double, with all of them in float64.
+template <class Launcher, class Scalar>
 class Polar {
+  static constexpr bool kExact = std::is_same_v<Scalar, double>;
+
  public:
   Polar(Launcher& launcher, const Sizes& sizes, unsigned char* memory)
       : launcher_(launcher), sizes_(sizes), arena_(memory) {
@@ -95,13 +109,19 @@ class Polar {
       splits_ *= 2;
     }
     group_ = std::max(1, std::min(sizes_.batch, 320 / rule_.count));
-    peaks_ = arena_.take<float>(static_cast<std::int64_t>(sizes_.batch) * kSlices);
     grams_ = arena_.take<double>(sizes_.batch * splits_ * sizes_.square());
-    // With two tiles for every multiprocessor the wide product pays, and a tile of 128 columns is not half empty.
-    if (sizes_.rank > 64 && static_cast<std::int64_t>(sizes_.batch) * sizes_.size >= 2 * sizes_.multiprocessors * 128) {
-      parts_ = arena_.take<float>(2 * sizes_.batch * sizes_.tall());
-    }
     nodes_ = arena_.take<double>(group_ * rule_.count * sizes_.square());
+    if constexpr (kExact) {
+      sketch_ = arena_.take<double>(sizes_.tall());
+      basis_ = arena_.take<double>(sizes_.batch * sizes_.tall());
+    } else {
+      peaks_ = arena_.take<float>(static_cast<std::int64_t>(sizes_.batch) * kSlices);
+      // With two tiles for every multiprocessor the wide product pays, and a tile of 128 columns is not half empty.
+      const std::int64_t rows = static_cast<std::int64_t>(sizes_.batch) * sizes_.size;
+      if (sizes_.rank > 64 && rows >= 2 * sizes_.multiprocessors * 128) {
+        parts_ = arena_.take<float>(2 * sizes_.batch * sizes_.tall());
+      }
+    }
   }
 
   std::int64_t forward_bytes() const { return arena_.used(); }
@@ -109,11 +129,11 @@ class Polar {
   void forward(const Forward& data) {
     if (sizes_.batch == 0) return;
     look_through(data.states);
+    const Scalar* previous = widened(data.sketch, sketch_, sizes_.tall());
     const int last = sizes_.steps - 1;
     for (int k = 0; k <= last; ++k) {
-      float* y = (last - k) % 2 == 0 ? data.v : data.u;  // the two take turns; the last two stay
-      const float* previous = k == 0 ? data.sketch : ((last - k) % 2 == 0 ? data.u : data.v);
-      float* x = data.inputs + k * sizes_.tall();
+      float* out = (last - k) % 2 == 0 ? data.v : data.u;  // the two take turns; the last two stay
+      Scalar* x = static_cast<Scalar*>(data.inputs) + k * sizes_.tall();
       double* transform = data.transforms + k * sizes_.square();
       multiply(k % 2 == 1, data.states, previous, k == 0 ? 0 : sizes_.tall(), nullptr, x,
                sizes_.steps * sizes_.tall());
@@ -129,16 +149,23 @@ class Polar {
                                                sizes_.steps * sizes_.square(), sizes_.rank, rule_.count, false, 1.0});
         }
       }
-      transform_input(x, transform, y, 1, sizes_.tall());
+      if constexpr (kExact) {
+        transform_input(x, transform, basis_, 1, sizes_.tall());
+        if (k >= last - 1) narrow(basis_, out);
+        previous = basis_;
+      } else {
+        transform_input(x, transform, out, 1, sizes_.tall());
+        previous = out;
+      }
     }
   }
 
   // Takes the workspace of the backward, beyond that of the forward.
   void prepare_backward() {
     const std::int64_t square = sizes_.batch * sizes_.square();
-    gradients_ = arena_.take<float>(sizes_.batch * sizes_.steps * sizes_.tall());
-    bases_ = arena_.take<float>(sizes_.batch * (sizes_.steps - 1) * sizes_.tall());
-    upstream_ = arena_.take<float>(sizes_.batch * sizes_.tall());
+    gradients_ = arena_.take<Scalar>(sizes_.batch * sizes_.steps * sizes_.tall());
+    bases_ = arena_.take<Scalar>(sizes_.batch * (sizes_.steps - 1) * sizes_.tall());
+    upstream_ = arena_.take<Scalar>(sizes_.batch * sizes_.tall());
     inner_ = arena_.take<double>(square);
     symmetric_ = arena_.take<double>(square);
     half_ = arena_.take<double>(square);
@@ -157,10 +184,12 @@ class Polar {
     prepare_backward();
     look_through(data.states);
     const int last = sizes_.steps - 1;
-    transform_input(data.inputs, data.transforms, bases_, last, last * sizes_.tall());
-    const float* upstream = data.grad_v;
+    const auto* inputs = static_cast<const Scalar*>(data.inputs);
+    const Scalar* sketch = widened(data.sketch, sketch_, sizes_.tall());
+    transform_input(inputs, data.transforms, bases_, last, last * sizes_.tall());
+    const Scalar* upstream = widened(data.grad_v, upstream_, sizes_.batch * sizes_.tall());
     for (int k = last; k >= 0; --k) {
-      const float* x = data.inputs + k * sizes_.tall();
+      const Scalar* x = inputs + k * sizes_.tall();
       const double* transform = data.transforms + k * sizes_.square();
       inner_product(upstream, x, k == last);
       if (k == last) {
@@ -169,20 +198,20 @@ class Polar {
       } else {
         transform_gradient(transform);
       }
-      float* gradient = gradients_ + k * sizes_.tall();
-      const StepGradient::Arguments step{upstream, x, transform, q_, gradient, sizes_.tall(),
-                                         sizes_.steps * sizes_.tall(), sizes_.steps * sizes_.square(),
-                                         sizes_.steps * sizes_.tall(), sizes_.size, sizes_.rank,
-                                         sizes_.damping * sizes_.damping};
-      launcher_.template launch<StepGradient>(step.grid(sizes_.batch), step);
+      Scalar* gradient = gradients_ + k * sizes_.tall();
+      const std::int64_t tall = sizes_.steps * sizes_.tall(), square = sizes_.steps * sizes_.square();
+      const typename StepGradient<Scalar>::Arguments step{
+          upstream, x,      transform, q_,          gradient,    sizes_.tall(),
+          tall,     square, tall,      sizes_.size, sizes_.rank, sizes_.damping * sizes_.damping};
+      launcher_.template launch<StepGradient<Scalar>>(step.grid(sizes_.batch), step);
       if (k == 0) break;
       multiply(k % 2 == 0, data.states, gradient, sizes_.steps * sizes_.tall(), k == last ? data.grad_u : nullptr,
                upstream_, sizes_.tall());
       upstream = upstream_;
     }
-    const OuterProducts::Arguments outer{peaks_,           gradients_,  bases_,      data.sketch,
-                                         data.grad_states, sizes_.size, sizes_.rank, sizes_.steps};
-    launcher_.template launch<OuterProducts>(outer.grid(sizes_.batch), outer);
+    const typename OuterProducts<Scalar>::Arguments outer{
+        peaks_, gradients_, bases_, sketch, data.grad_states, sizes_.size, sizes_.rank, sizes_.steps};
+    launcher_.template launch<OuterProducts<Scalar>>(outer.grid(sizes_.batch), outer);
   }
 
  private:
@@ -192,14 +221,66 @@ class Polar {
     return arguments.grid(batch);
   }
 
+  // Without powers of two in float64: no square of a float32 number overflows there.
   void look_through(const float* states) {
-    const Peaks::Arguments arguments{states, peaks_, static_cast<std::int64_t>(sizes_.size) * sizes_.size};
-    launcher_.template launch<Peaks>(arguments.grid(sizes_.batch), arguments);
+    if constexpr (!kExact) {
+      const Peaks::Arguments arguments{states, peaks_, static_cast<std::int64_t>(sizes_.size) * sizes_.size};
+      launcher_.template launch<Peaks>(arguments.grid(sizes_.batch), arguments);
+    }
   }
 
-  // out = 2^-e S factor + addend, or with S^T
-  void multiply(bool transpose, const float* states, const float* factor, std::int64_t factor_stride,
-                const float* addend, float* out, std::int64_t out_stride) {
+  // A matrix in the type of the tall ones: itself, or a copy in `room`.
+  const Scalar* widened(const float* from, Scalar* room, std::int64_t count) {
+    if constexpr (kExact) {
+      widen(from, room, count, false);
+      return room;
+    } else {
+      return from;
+    }
+  }
+
+  void widen(const float* from, double* to, std::int64_t count, bool add) {
+    const Widen::Arguments arguments{from, to, count, add};
+    launcher_.template launch<Widen>(arguments.grid(), arguments);
+  }
+
+  void narrow(const double* from, float* to) {
+    const Narrow::Arguments arguments{from, to, sizes_.batch * sizes_.tall()};
+    launcher_.template launch<Narrow>(arguments.grid(), arguments);
+  }
+
+  // out = S factor + addend, or with S^T; with float32 matrices times 2^-e. `out` has no gaps where there is an addend.
+  void multiply(bool transpose, const float* states, const Scalar* factor, std::int64_t factor_stride,
+                const float* addend, Scalar* out, std::int64_t out_stride) {
+    if constexpr (kExact) {
+      if (transpose) {
+        launch_exact<ExactProduct<true>>(states, factor, factor_stride, out, out_stride);
+      } else {
+        launch_exact<ExactProduct<false>>(states, factor, factor_stride, out, out_stride);
+      }
+      if (addend != nullptr) widen(addend, out, sizes_.batch * sizes_.tall(), true);
+    } else {
+      multiply_by_parts(transpose, states, factor, factor_stride, addend, out, out_stride);
+    }
+  }
+
+  template <class Kernel>
+  void launch_exact(const float* states, const double* factor, std::int64_t factor_stride, double* out,
+                    std::int64_t out_stride) {
+    typename Kernel::Arguments arguments{};
+    arguments.a = {states, static_cast<std::int64_t>(sizes_.size) * sizes_.size, 0};
+    arguments.b = {factor, factor_stride, 0};
+    arguments.out = out;
+    arguments.out_matrix = out_stride;
+    arguments.rows = arguments.depth = arguments.lda = sizes_.size;
+    arguments.columns = arguments.ldb = sizes_.rank;
+    arguments.alpha = 1;
+    launcher_.template launch<Kernel>(arguments.grid(sizes_.batch, 1), arguments);
+  }
+
+  // Factors split into TF32 numbers, times 2^-e.
+  void multiply_by_parts(bool transpose, const float* states, const float* factor, std::int64_t factor_stride,
+                         const float* addend, float* out, std::int64_t out_stride) {
     if (sizes_.rank == 32) {
       choose<64, 32>(transpose, states, factor, factor_stride, addend, out, out_stride);
     } else if (sizes_.rank == 64) {
@@ -242,20 +323,20 @@ class Polar {
   }
 
   // Partial sums of X^T X, lower triangle.
-  void gram(const float* x, std::int64_t stride) {
+  void gram(const Scalar* x, std::int64_t stride) {
     const std::int64_t rows = sizes_.size / splits_;
-    typename Gram::Arguments arguments{};
+    typename Gram<Scalar>::Arguments arguments{};
     arguments.a = arguments.b = {x, stride, rows * sizes_.rank};
-    launch_tall_inner<Gram>(arguments, rows);
+    launch_tall_inner<Gram<Scalar>>(arguments, rows);
   }
 
   // inner_ = G^T X, or its symmetric part
-  void inner_product(const float* upstream, const float* x, bool symmetric) {
+  void inner_product(const Scalar* upstream, const Scalar* x, bool symmetric) {
     const std::int64_t rows = sizes_.size / splits_;
-    typename Inner::Arguments arguments{};
+    typename Inner<Scalar>::Arguments arguments{};
     arguments.a = {upstream, sizes_.tall(), rows * sizes_.rank};
     arguments.b = {x, sizes_.steps * sizes_.tall(), rows * sizes_.rank};
-    launch_tall_inner<Inner>(arguments, rows);
+    launch_tall_inner<Inner<Scalar>>(arguments, rows);
     launcher_.template launch<SumParts>(
         sum_grid(sizes_.batch), {grams_, inner_, sizes_.square(), sizes_.rank, splits_, symmetric, 1.0});
   }
@@ -292,8 +373,8 @@ class Polar {
   }
 
   // Y_k = X_k W_k for `count` steps
-  void transform_input(const float* x, const double* transform, float* y, int count, std::int64_t y_stride) {
-    typename Transformed::Arguments arguments{};
+  void transform_input(const Scalar* x, const double* transform, Scalar* y, int count, std::int64_t y_stride) {
+    typename Transformed<Scalar>::Arguments arguments{};
     arguments.a = {x, sizes_.steps * sizes_.tall(), sizes_.tall()};
     arguments.b = {transform, sizes_.steps * sizes_.square(), sizes_.square()};
     arguments.out = y;
@@ -302,7 +383,7 @@ class Polar {
     arguments.rows = sizes_.size;
     arguments.columns = arguments.depth = arguments.lda = arguments.ldb = sizes_.rank;
     arguments.alpha = 1;
-    launcher_.template launch<Transformed>(arguments.grid(sizes_.batch, count), arguments);
+    launcher_.template launch<Transformed<Scalar>>(arguments.grid(sizes_.batch, count), arguments);
   }
 
   // q_ = -2 W s W^T, s the symmetric part of the lower triangle of (G^T X) W with half of its diagonal
@@ -345,9 +426,22 @@ class Polar {
   Arena arena_;
   Quadrature shift_, rule_;
   int splits_ = 1, group_ = 1;
-  float *peaks_ = nullptr, *gradients_ = nullptr, *bases_ = nullptr, *upstream_ = nullptr, *parts_ = nullptr;
+  float *peaks_ = nullptr, *parts_ = nullptr;
+  Scalar *sketch_ = nullptr, *basis_ = nullptr, *gradients_ = nullptr, *bases_ = nullptr, *upstream_ = nullptr;
   double *grams_ = nullptr, *nodes_ = nullptr, *left_ = nullptr, *terms_ = nullptr;
   double *inner_ = nullptr, *symmetric_ = nullptr, *half_ = nullptr, *q_ = nullptr;
 };
+
+// action(polar), for the sequences in the arithmetic that the sizes ask for.
+template <class Launcher, class Action>
+auto with_polar(Launcher& launcher, const Sizes& sizes, void* workspace, const Action& action) {
+  auto* memory = static_cast<unsigned char*>(workspace);
+  if (sizes.exact) {
+    Polar<Launcher, double> polar(launcher, sizes, memory);
+    return action(polar);
+  }
+  Polar<Launcher, float> polar(launcher, sizes, memory);
+  return action(polar);
+}
 
 }  // namespace gakernels

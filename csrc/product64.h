@@ -1,4 +1,5 @@
-// Products in float64 on FP64 tensor cores, of matrices that are `rank` wide: Gram matrices, X W, and r x r factors.
+// Products in float64 on FP64 tensor cores, of matrices that are `rank` wide: Gram matrices, X W, and r x r factors;
+// and where all is to be in float64, the products with S.
 #pragma once
 
 #include <cstddef>
@@ -211,15 +212,16 @@ struct Product64 {
 };
 
 // dX = G W^T + X Q + weight tr(Q) X: the backward of f(X) = X W, where Q is twice the gradient of the Gram matrix.
+template <class Scalar>
 struct StepGradient {
-  using Tile = Product64Tile<float, false, double, true>;
+  using Tile = Product64Tile<Scalar, false, double, true>;
   static constexpr int kThreads = Tile::kThreads, kBlocks = 2;
   static constexpr std::size_t kShared = Tile::kShared;
 
   struct Arguments {
-    const float *upstream, *x;     // G, X (size, rank) of the first matrix
+    const Scalar *upstream, *x;    // G, X (size, rank) of the first matrix
     const double *transform, *q;   // W, Q (rank, rank) of the first matrix
-    float* out;                    // dX
+    Scalar* out;                   // dX
     std::int64_t upstream_matrix, x_matrix, transform_matrix, out_matrix;  // distances; Q lies without gaps
     int size, rank;
     double weight;
@@ -238,21 +240,21 @@ struct StepGradient {
     double trace = 0;
     for (int i = 0; i < rank; ++i) trace += q[i * (rank + 1)];
     const double factor = arguments.weight * trace;
-    const float* x = arguments.x + block.z * arguments.x_matrix;
-    float* out = arguments.out + block.z * arguments.out_matrix;
+    const Scalar* x = arguments.x + block.z * arguments.x_matrix;
+    Scalar* out = arguments.out + block.z * arguments.out_matrix;
     Tile::for_each_pair(thread, sums, [&](int row, int column, double left, double right) {
       const int n = source.column + column;
       if (n >= rank) return;
       const std::int64_t at = static_cast<std::int64_t>(source.row + row) * rank + n;
-      out[at] = static_cast<float>(left + factor * x[at]);
-      out[at + 1] = static_cast<float>(right + factor * x[at + 1]);
+      out[at] = static_cast<Scalar>(left + factor * x[at]);
+      out[at + 1] = static_cast<Scalar>(right + factor * x[at + 1]);
     });
   }
 
  private:
   struct Source {
     int row, column, rank;  // of the tile; of the matrices
-    const float *upstream, *x;
+    const Scalar *upstream, *x;
     const double *transform, *q;
 
     GAKERNELS_INLINE Source(const Arguments& all, const Index3& block)
@@ -265,7 +267,7 @@ struct StepGradient {
       q = all.q + static_cast<std::int64_t>(block.z) * rank * rank + down;
     }
 
-    GAKERNELS_INLINE const float* a(int chunk) const {
+    GAKERNELS_INLINE const Scalar* a(int chunk) const {
       const int per_segment = rank / Tile::kDepth;
       return (chunk < per_segment ? upstream : x) + chunk % per_segment * Tile::kDepth;
     }
@@ -308,6 +310,49 @@ struct SumParts {
       sum += arguments.symmetric ? (part[at] + part[mirrored]) / 2 : part[at];
     }
     arguments.out[block.z * arguments.out_matrix + at] = arguments.alpha * sum;
+  }
+};
+
+// to = from, or to += from.
+struct Widen {
+  static constexpr int kThreads = 256, kBlocks = 4;
+  static constexpr std::size_t kShared = 0;
+
+  struct Arguments {
+    const float* from;
+    double* to;
+    std::int64_t count;
+    bool add;
+
+    Index3 grid() const { return {static_cast<int>((count + kThreads - 1) / kThreads), 1, 1}; }
+  };
+
+  template <class Thread>
+  GAKERNELS_INLINE static void run(Thread& thread, const Arguments& arguments) {
+    const std::int64_t at = static_cast<std::int64_t>(thread.block().x) * kThreads + thread.index();
+    if (at >= arguments.count) return;
+    const double value = arguments.from[at];
+    arguments.to[at] = arguments.add ? arguments.to[at] + value : value;
+  }
+};
+
+// to = from, rounded.
+struct Narrow {
+  static constexpr int kThreads = 256, kBlocks = 4;
+  static constexpr std::size_t kShared = 0;
+
+  struct Arguments {
+    const double* from;
+    float* to;
+    std::int64_t count;
+
+    Index3 grid() const { return {static_cast<int>((count + kThreads - 1) / kThreads), 1, 1}; }
+  };
+
+  template <class Thread>
+  GAKERNELS_INLINE static void run(Thread& thread, const Arguments& arguments) {
+    const std::int64_t at = static_cast<std::int64_t>(thread.block().x) * kThreads + thread.index();
+    if (at < arguments.count) arguments.to[at] = static_cast<float>(arguments.from[at]);
   }
 };
 

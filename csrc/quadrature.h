@@ -11,7 +11,7 @@
 
 namespace gakernels {
 
-constexpr int kMostNodes = 40;
+constexpr int kMostNodes = 44;
 
 struct Quadrature {
   int count;

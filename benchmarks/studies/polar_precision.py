@@ -14,7 +14,8 @@ r x r work are done in one of these ways, all formed in PyTorch:
     TF32x3    products of high and low TF32 parts, as the kernels of csrc/ form them; the rest as in fp64
     exact     products in float64, rounded to float32; the rest as in fp64
 
-With --host the kernels themselves run, emulated (a library that tests/ops/cuda_host.py builds), value and gradient.
+With --host the kernels themselves run, emulated (a library that tests/ops/cuda_host.py builds), value and gradient;
+for a small damping these compute in float64 throughout.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from gakernels.ops import low_rank_polar
 from gakernels.ops.low_rank_polar import extension
 
 TAUS = (0.0, 1e-5, 1e-4, 1e-3)
-LEAST = 2.0**-23  # of the kernels
+LEAST = 2.0**-25  # of the kernels
 CHUNK = 32
 Product = Callable[[Tensor, Tensor], Tensor]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from gakernels.cli.common import add_command
 from gakernels.ops.dispatch import BACKENDS, choose, why_not
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
+from gakernels.ops.low_rank_polar.precision import EXACT_BELOW
 from gakernels.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "peft", "flash-attn")
@@ -44,6 +45,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"{operation:15} {choice.backend:10} {choice.reason}")
         for backend in BACKENDS[2:]:
             print(f"{'':15} {backend:10} {why_not(operation, backend, *arguments) or 'can run'}")
+    print(
+        f"\nprecision       of low_rank_polar: float32 products for a damping from {EXACT_BELOW:g} on (the default: "
+        f"{DEFAULT_DAMPING:g}), under it float64 throughout (triton: float32 products always)"
+    )
     return 0
 
 

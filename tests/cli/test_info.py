@@ -34,6 +34,7 @@ def test_it_shows_versions_and_each_operation_with_its_reason(
     for backend, reason in rows(outcome.out).values():
         assert backend == "eager"
         assert reason.startswith("default")
+    assert "float32 products for a damping from 0.001 on" in outcome.out
 
 
 def test_a_forced_backend_is_the_reason(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

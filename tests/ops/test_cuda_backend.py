@@ -45,7 +45,7 @@ def test_forcing_it_on_the_cpu_is_an_error(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launch_without_a_gpu_says_so(cuda: ModuleType) -> None:
-    sizes = cuda.kernels.Sizes(1, 128, 32, 4, 1e-3, 132)
+    sizes = cuda.kernels.Sizes(1, 128, 32, 4, 1e-3, 132, exact=False)
     none = dict.fromkeys(("states", "sketch", "u", "v", "inputs", "transforms", "workspace", "stream"), 0)
     with pytest.raises(cuda.kernels.LaunchError, match=r"(?i)cuda|driver|device"):
         cuda.kernels.forward(sizes, **none)
@@ -64,8 +64,9 @@ def test_machine_code_is_for_some_chips(
     assert cuda._runs_on(architecture, capability) is runs
 
 
-def test_the_workspace_grows_with_the_batch(cuda: ModuleType) -> None:
-    sizes = [cuda.kernels.Sizes(batch, 1024, 128, 4, 1e-3, 132) for batch in (1, 8, 256)]
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_workspace_grows_with_the_batch(cuda: ModuleType, exact: bool) -> None:
+    sizes = [cuda.kernels.Sizes(batch, 1024, 128, 4, 1e-3, 132, exact) for batch in (1, 8, 256)]
     for bytes_of in (cuda.kernels.forward_workspace, cuda.kernels.backward_workspace):
         assert 0 < bytes_of(sizes[0]) < bytes_of(sizes[1]) < bytes_of(sizes[2])
         assert bytes_of(sizes[2]) < 4 << 30
@@ -88,36 +89,38 @@ STATES: dict[str, Callable[[Generator, int, int], Tensor]] = {
 }
 
 
-def norm(states: Tensor, sketch: Tensor) -> Tensor:
-    u, v = low_rank_polar(states, sketch)
+def norm(states: Tensor, sketch: Tensor, damping: float = DEFAULT_DAMPING) -> Tensor:
+    u, v = low_rank_polar(states, sketch, damping=damping)
     return u @ v.mT
 
 
-def expected(states: Tensor, sketch: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def expected(states: Tensor, sketch: Tensor, upstream: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """norm(S) and its gradient in float64 on the CPU, by plain PyTorch."""
     wide = states.cpu().double(), sketch.cpu().double()
-    (gradient,) = gradients(lambda s: norm(s, wide[1]), upstream.cpu().double(), wide[0])
-    return svd_norm(*wide, DEFAULT_DAMPING), gradient
+    (gradient,) = gradients(lambda s: norm(s, wide[1], damping), upstream.cpu().double(), wide[0])
+    return svd_norm(*wide, damping), gradient
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("state_size", "rank", "batch"), [(128, 32, 3), (256, 64, 2), (384, 96, 2), (1024, 128, 2)])
+@pytest.mark.parametrize("damping", [1e-4, DEFAULT_DAMPING])
 @pytest.mark.parametrize("kind", STATES)
 def test_equals_the_definition_on_the_gpu(
     cuda: ModuleType,
     generator: Generator,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
+    damping: float,
     state_size: int,
     rank: int,
     batch: int,
 ) -> None:
     states = torch.stack([STATES[kind](generator, state_size, rank).float() for _ in range(batch)]).cuda()
     sketch, upstream = draw(generator, state_size, rank).float().cuda(), draw(generator, *states.shape).float().cuda()
-    value, gradient = expected(states, sketch, upstream)
+    value, gradient = expected(states, sketch, upstream, damping)
     monkeypatch.setenv("GAKERNELS_BACKEND", "cuda")
-    assert relative(norm(states, sketch).cpu(), value) <= VALUE_TOLERANCE
-    (ours,) = gradients(lambda s: norm(s, sketch), upstream, states)
+    assert relative(norm(states, sketch, damping).cpu(), value) <= VALUE_TOLERANCE
+    (ours,) = gradients(lambda s: norm(s, sketch, damping), upstream, states)
     assert relative(ours.cpu(), gradient) <= GRADIENT_TOLERANCE
 
 

@@ -10,6 +10,7 @@ from gakernels.errors import InputError
 from gakernels.ops import checks
 from gakernels.ops.dispatch import choose, module
 from gakernels.ops.low_rank_polar import eager, reference
+from gakernels.ops.low_rank_polar.precision import is_exact
 
 __all__ = ["DEFAULT_DAMPING", "low_rank_polar"]
 
@@ -29,7 +30,7 @@ def low_rank_polar(
         sketch: (d_r, r), the fixed matrix Omega; it gets no gradient.
         power_iterations: passes of S S^T over the sketch, as `niter` of `torch.svd_lowrank`.
         damping: tau. 0 gives the exact polar factor (the SVD form), which is undefined, and here not finite or noise,
-            for states of rank below r.
+            for states of rank below r. Under 1e-3 float32 states are computed in float64 throughout, at its cost.
 
     Returns:
         u, v: (..., d_r, r) each. Only the product u v^T is defined, not the basis.
@@ -74,7 +75,8 @@ def _(
     batch, (state_size, rank) = states.shape[:-2], sketch.shape
     count = 2 + 2 * power_iterations
     u, v = (states.new_empty(*batch, state_size, rank) for _ in range(2))
-    inputs = states.new_empty(*batch, count, state_size, rank)
+    exact = backend != "triton" and is_exact(states.dtype, damping)  # the Triton kernels have no float64 products
+    inputs = states.new_empty((*batch, count, state_size, rank), dtype=torch.float64 if exact else states.dtype)
     transforms = states.new_empty((*batch, count, rank, rank), dtype=torch.float64)
     spectrum = rank if backend == "eager" else 0  # the kernels make no eigendecomposition
     roots = states.new_empty((*batch, spectrum), dtype=torch.float64)

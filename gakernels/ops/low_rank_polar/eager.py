@@ -1,4 +1,4 @@
-"""`low_rank_polar` in plain PyTorch: tall GEMMs with S, and r x r matrices in float64.
+"""`low_rank_polar` in plain PyTorch: tall GEMMs with S, and r x r matrices in float64; at a small damping all of it.
 
 Only the product u v^T is defined, so every step but the last may use any W with W W^T = (X^T X + c^2 I)^(-1): a
 Cholesky factor, which costs a fraction of an eigendecomposition. The derivations are in docs/numerics.md.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gakernels.ops import autocast
+from gakernels.ops.low_rank_polar.precision import is_exact
 
 
 class Steps(NamedTuple):
@@ -18,7 +19,7 @@ class Steps(NamedTuple):
     Backends that make no eigendecomposition leave `roots` and `vectors` empty.
     """
 
-    inputs: Tensor  # (..., K, d_r, r): X, in the dtype of the states
+    inputs: Tensor  # (..., K, d_r, r): X, in the dtype of the states, or float64 (precision.py)
     transforms: Tensor  # (..., K, r, r) float64: W; the symmetric root M in the last step
     roots: Tensor  # (..., r) float64: h, the square roots of the eigenvalues of X^T X + c^2 I in the last step
     vectors: Tensor  # (..., r, r) float64: its eigenvectors V
@@ -33,6 +34,9 @@ def sizes(states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: fl
 @autocast.without
 def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor, Steps]:
     """Returns u, v (..., d_r, r) and the steps: S Omega, then S^T and S in turn, K = 2 + 2 power_iterations in all."""
+    dtype = states.dtype
+    if is_exact(dtype, damping):
+        states, sketch = states.double(), sketch.double()
     shrink = power_of_two(states)
     inputs, transforms = [], []
     basis, previous = sketch, sketch
@@ -48,12 +52,16 @@ def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: floa
         inputs.append(x)
         transforms.append(w)
         previous, basis = basis, (wide @ w).to(x.dtype)
-    return previous, basis, Steps(torch.stack(inputs, -3), torch.stack(transforms, -3), h, vectors.contiguous())
+    steps = Steps(torch.stack(inputs, -3), torch.stack(transforms, -3), h, vectors.contiguous())
+    return previous.to(dtype), basis.to(dtype), steps
 
 
 @autocast.without
 def backward(grad_u: Tensor, grad_v: Tensor, states: Tensor, sketch: Tensor, steps: Steps, damping: float) -> Tensor:
     """Gradient of the states. The steps are undone from the last; all outer products form one GEMM at the end."""
+    dtype = states.dtype
+    if is_exact(dtype, damping):
+        states, sketch = states.double(), sketch.double()
     shrink = power_of_two(states)
     left, right = [], []  # dS = sum of left right^T
     last = steps.inputs.shape[-3] - 1
@@ -73,7 +81,7 @@ def backward(grad_u: Tensor, grad_v: Tensor, states: Tensor, sketch: Tensor, ste
             if k == last:
                 grad = grad + grad_u
             grad_x = triangular_step_backward(grad.double(), x, y, w, damping).to(states.dtype)
-    return (torch.cat(left, -1) * shrink) @ torch.cat(right, -1).mT
+    return ((torch.cat(left, -1) * shrink) @ torch.cat(right, -1).mT).to(dtype)
 
 
 def _step(steps: Steps, k: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gakernels.ops.low_rank_polar.eager import Steps
+from gakernels.ops.low_rank_polar.precision import is_exact
 
 MOST_RANK, MOST_BATCH = 128, 65_535
 RANK_MULTIPLE, STATE_MULTIPLE = 32, 128
@@ -40,9 +41,10 @@ def forward(
     """Returns u, v (..., d_r, r) and the steps, without an eigendecomposition."""
     states, sketch = _ready(states), _ready(sketch)
     batch, (state_size, rank), count = states.shape[:-2], sketch.shape, 2 + 2 * power_iterations
-    sizes = target.kernels.Sizes(batch.numel(), state_size, rank, count, damping, target.multiprocessors)
+    exact = is_exact(states.dtype, damping)
+    sizes = target.kernels.Sizes(batch.numel(), state_size, rank, count, damping, target.multiprocessors, exact)
     u, v = (states.new_empty(*batch, state_size, rank) for _ in range(2))
-    inputs = states.new_empty(*batch, count, state_size, rank)
+    inputs = states.new_empty((*batch, count, state_size, rank), dtype=torch.float64 if exact else states.dtype)
     transforms = states.new_empty((*batch, count, rank, rank), dtype=torch.float64)
     workspace = states.new_empty(target.kernels.forward_workspace(sizes), dtype=torch.uint8)
     target.kernels.forward(
@@ -73,7 +75,8 @@ def backward(
     inputs, transforms = _ready(steps.inputs), _ready(steps.transforms)
     (state_size, rank), count = sketch.shape, inputs.shape[-3]
     batch = states.shape[:-2].numel()
-    sizes = target.kernels.Sizes(batch, state_size, rank, count, damping, target.multiprocessors)
+    exact = inputs.dtype == torch.float64
+    sizes = target.kernels.Sizes(batch, state_size, rank, count, damping, target.multiprocessors, exact)
     grad_states = torch.empty_like(states)
     workspace = states.new_empty(target.kernels.backward_workspace(sizes), dtype=torch.uint8)
     target.kernels.backward(
