@@ -10,6 +10,7 @@ from gakernels.errors import InputError
 from gakernels.hub import is_repository_name
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter
 from gakernels.released import is_released
+from gakernels.training.parallel import Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +48,17 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device must be a device of this machine, but {device!r} is not: {reason}") from error
+
+
+def process_device(device: str) -> str:
+    """The device of this process: with `cuda` the GPU of its number, so that no other one is touched.
+
+    Raises:
+        InputError: it is not there, or torchrun's environment is not whole.
+    """
+    own = f"cuda:{Ranks.from_environment().local_rank}" if device == "cuda" else device
+    check_device(own)
+    return own
 
 
 def load_generator(options: argparse.Namespace) -> GenerativeAdapter:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gakernels.cli.common import DTYPES, add_command, check_device
+from gakernels.cli.common import DTYPES, add_command, process_device
 from gakernels.cli.plan_table import USUAL_TFLOPS, duration, operations
 from gakernels.cli.recipe_options import add_recipe_options, planned_processes, recipe_of
 from gakernels.errors import InputError
@@ -102,9 +102,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--output is needed: the folder for generator, log, checkpoints and report")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output must be a folder, but {options.output} is a file")
-    check_device(options.device)
-    with process_group(options.device) as ranks:
-        device = f"cuda:{ranks.local_rank}" if options.device == "cuda" else options.device
+    device = process_device(options.device)
+    with process_group(device) as ranks:
         report = finetune(make_tuned_model(recipe, device), recipe, options.output, ranks=ranks)
         if ranks.rank == 0:
             _print(report)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from gakernels.cli.common import DTYPES, add_command, check_device
+from gakernels.cli.common import DTYPES, add_command, process_device
 from gakernels.cli.plan_table import print_plan
 from gakernels.cli.recipe_options import add_recipe_options, planned_processes, recipe_of
 from gakernels.errors import InputError
@@ -108,9 +108,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--output is needed: the folder for generator, log, checkpoints and report")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"--output must be a folder, but {options.output} is a file")
-    check_device(options.device)
-    with process_group(options.device) as ranks:
-        device = f"cuda:{ranks.local_rank}" if options.device == "cuda" else options.device
+    device = process_device(options.device)
+    with process_group(device) as ranks:
         report = pretrain(make_model(recipe, device), recipe, options.output, ranks=ranks)
         if ranks.rank == 0:
             _print(report)

@@ -103,8 +103,8 @@ def choose_recomputation(
             return estimate
         least = min(least, estimate.total)
     raise InputError(
-        f"memory_budget must be at least {least / 1e9:.2f} GB, what a step takes with gate and up of all "
-        f"layers computed again, but it is {budget / 1e9:.2f} GB; fewer rows or shorter windows at once take less"
+        f"memory_budget must be at least {math.ceil(least / 1e6)} MB, what a step takes with gate and up of all "
+        f"layers computed again, but it is {budget / 1e6:g} MB; fewer rows or shorter windows at once take less"
     )
 
 

@@ -76,7 +76,10 @@ def pretrain(
     """
     ranks = ranks or Ranks()
     if model.tokenizer is None:
-        raise InputError("tokenizer is needed to pretrain on text; pass one to GenerativeAdapter")
+        raise InputError(
+            f"tokenizer is needed to pretrain on text, but {recipe.model.name} has none; "
+            "put its files into the folder of the model, or pass one to GenerativeAdapter"
+        )
     run = _Run(model, recipe, _read(model, recipe, ranks, progress), folder, progress, ranks)
     run.train_generators()
     report = run.evaluate(run.data.held_out, {"static_lora": run.train_control()} if run.has_control else {})
@@ -88,10 +91,18 @@ def pretrain(
 def _read(model: GenerativeAdapter, recipe: PretrainingRecipe, ranks: Ranks, progress: bool) -> PretrainingData:
     assert model.tokenizer is not None
     recipe.windows.at_once(ranks.world)  # refuses before anything is read
+    _check_chunk_size(model)
     vocabulary = model.base.get_input_embeddings().num_embeddings
     shown = progress and ranks.rank == 0
     held_out = HeldOutSize(recipe.evaluation.contexts, recipe.context_chunks * recipe.generator.chunk_size)
     return load_data(recipe.data, model.tokenizer, vocabulary, recipe.segment_tokens, held_out, shown)
+
+
+def _check_chunk_size(model: GenerativeAdapter) -> None:
+    size = model.config.chunk_size
+    limit = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and size > limit:
+        raise InputError(f"chunk_size must be at most the {limit} positions of the base model, but it is {size}")
 
 
 @dataclass(frozen=True)

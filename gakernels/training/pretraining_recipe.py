@@ -153,6 +153,16 @@ class PretrainingRecipe:
             raise InputError("windows.plain needs a generator.static_rank above 0: nothing else could learn from it")
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
+        if self.evaluation.static_lora and not any(dict(self.trainer.loss_weights).get(n, 1.0) for n in self._losses()):
+            raise InputError(
+                "evaluation.static_lora needs a loss of the text, but trainer.loss_weights leaves out "
+                + ", ".join(self._losses())
+            )
+
+    def _losses(self) -> list[str]:
+        """The losses of the text itself."""
+        there = {"reconstruction": True, "completion": self.windows.chunks > 1, "plain": self.windows.plain}
+        return [name for name, is_there in there.items() if is_there]
 
     @property
     def segment_tokens(self) -> int:

@@ -87,7 +87,9 @@ class _Loader(yaml.SafeLoader):
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is text that is no UTF-8, or a date like 2024-13-01
         raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
         raise InputError(f"config: {path} must be a mapping of sections, but it is {_shown(values)}")
@@ -214,7 +216,7 @@ def _parsed(value: Any) -> Any:
         return value
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return str(value)
 
 

@@ -20,7 +20,7 @@ class TrainerConfig:
 
     Attributes:
         steps: optimizer steps in all.
-        learning_rate: at the end of the warm-up.
+        learning_rate: at the end of the warm-up; AdamW moves every parameter by about that much in a step.
         warmup_steps: of the schedule.
         schedule: what follows the warm-up: `linear`, `cosine` or `constant`.
         learning_rate_factors: pairs of a pattern of parameter names (`*` for anything) and a factor of their learning
@@ -70,9 +70,10 @@ class TrainerConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "most_skipped", "evaluate_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
-        for name in ("learning_rate", "peak_tflops"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be above 0, but it is {getattr(self, name)}")
+        if not 0 < self.learning_rate <= 1:
+            raise InputError(f"learning_rate must be above 0 and at most 1, but it is {self.learning_rate}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise InputError(f"peak_tflops must be above 0, but it is {self.peak_tflops}")
         if not self.clip > 0:
             raise InputError(f"clip must be above 0 (infinity for no clipping), but it is {self.clip}")
         if not self.spike_factor > 1:
@@ -84,9 +85,10 @@ class TrainerConfig:
             raise InputError(f"betas must be at least 0 and below 1, but they are {self.betas}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, but it is {self.seed}")
-        for name, factor in self.learning_rate_factors:
-            if not 0 <= factor < math.inf:
-                raise InputError(f"learning_rate_factors must be at least 0, but that of {name!r} is {factor}")
+        for setting in ("learning_rate_factors", "loss_weights"):
+            for name, factor in getattr(self, setting):
+                if not 0 <= factor < math.inf:
+                    raise InputError(f"{setting} must be at least 0, but that of {name!r} is {factor}")
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, but it is {getattr(self, name)!r}")

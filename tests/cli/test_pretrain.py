@@ -117,8 +117,8 @@ def test_a_run_with_other_options_is_not_gone_on_with(run: Callable[..., Any], o
     [
         (["--steps", 0], "steps must be at least 1, but it is 0"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--learning-rate", -1], "learning_rate must be above 0, but it is -1.0"),
-        (["--learning-rate", "inf"], "learning_rate must be above 0, but it is inf"),
+        (["--learning-rate", -1], "learning_rate must be above 0 and at most 1, but it is -1.0"),
+        (["--learning-rate", "inf"], "learning_rate must be above 0 and at most 1, but it is inf"),
         (["--warmup-steps", -1], "warmup_steps must be at least 0, but it is -1"),
         (["--weight-decay", -1], "weight_decay must be at least 0, but it is -1.0"),
         (["--weight-decay", "nan"], "weight_decay must be at least 0, but it is nan"),
@@ -192,7 +192,7 @@ def test_an_output_that_is_a_file_is_refused(refused: Callable[..., str], option
 
 
 def test_a_diverged_run_is_told_in_one_line(run: Callable[..., Any], options: list[Any]) -> None:
-    outcome = run("pretrain", *options, "--learning-rate", 1e30, "--steps", 10)
+    outcome = run("pretrain", *options, "--set", "trainer.learning_rate_factors={'*': 1e30}", "--steps", 10)
     assert outcome.code == 2
     assert "gakernels pretrain: training stopped: " in outcome.err.splitlines()[-1]
 

@@ -329,6 +329,14 @@ def test_a_model_without_tokenizer_is_refused(data: Path, tmp_path: Path) -> Non
         pretrain(model, make_recipe(data), tmp_path / "out", progress=False)
 
 
+def test_chunks_longer_than_the_base_model_reads_are_refused(data: Path, tmp_path: Path) -> None:
+    model = start()
+    model.base.config.max_position_embeddings = CHUNK - 1
+    with pytest.raises(InputError, match="chunk_size must be at most the 15 positions of the base model, but it is 16"):
+        pretrain(model, make_recipe(data), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_chunks_of_one_token_are_refused(data: Path) -> None:
     recipe = make_recipe(data)
     with pytest.raises(InputError, match="chunk_size must be at least 2 to train on next tokens, but it is 1"):
@@ -353,6 +361,14 @@ def test_chunks_of_one_token_are_refused(data: Path) -> None:
         ({"memory_budget": "much"}, "a memory budget must be .*, but it is 'much'"),
         ({"data": {"held_out_path": "a", "held_out_every": 2}}, "must not both be given"),
         ({"data": {"held_out_every": 1}}, "data.held_out_every must be at least 2, but it is 1"),
+        (
+            {
+                "evaluation": {"static_lora": True},
+                "trainer": {"loss_weights": (("reconstruction", 0.0), ("completion", 0.0))},
+                "distillation": Distillation(),
+            },
+            "static_lora needs a loss of the text, but trainer.loss_weights leaves out reconstruction, completion",
+        ),
     ],
 )
 def test_a_setting_out_of_range_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

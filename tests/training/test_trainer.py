@@ -116,9 +116,9 @@ def test_a_weight_for_an_unknown_loss_is_refused() -> None:
         ({"steps": 0}, "steps must be at least 1, but it is 0"),
         ({"log_every": 0}, "log_every must be at least 1, but it is 0"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 1, but it is -1"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, but it is 0"),
-        ({"learning_rate": math.nan}, "learning_rate must be above 0, but it is nan"),
-        ({"learning_rate": math.inf}, "learning_rate must be above 0, but it is inf"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and at most 1, but it is 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0 and at most 1, but it is nan"),
+        ({"learning_rate": 1e9}, "learning_rate must be above 0 and at most 1, but it is 1000000000"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, but it is -1"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, but it is -0.1"),
         ({"clip": 0.0}, "clip must be above 0"),
@@ -137,6 +137,8 @@ def test_a_weight_for_an_unknown_loss_is_refused() -> None:
             {"learning_rate_factors": (("*", -1.0),)},
             r"learning_rate_factors must be at least 0, but that of '\*' is -1",
         ),
+        ({"loss_weights": (("copy", -0.5),)}, "loss_weights must be at least 0, but that of 'copy' is -0.5"),
+        ({"loss_weights": (("copy", math.nan),)}, "loss_weights must be at least 0, but that of 'copy' is nan"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:

@@ -56,6 +56,11 @@ def write_cache(
             "bad_records": bad.to_dict(),
         }
         write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # What a full disk raises names no file.
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         _remove_others(folder)
 

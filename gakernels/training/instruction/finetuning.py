@@ -151,7 +151,7 @@ class _Run:
 
     def settings(self) -> dict[str, Any]:
         """What a run depends on, for its checkpoints. The data counts by its tokens, not by its path."""
-        batches = asdict(self.recipe.batches)
+        batches, base = asdict(self.recipe.batches), self.recipe.model
         del batches["positions"]  # changes rounding only
         return {
             "seed": self.recipe.seed,
@@ -159,7 +159,11 @@ class _Run:
             "data": {"tokens": self.data.fingerprint(), "weights": list(self.data.weights)},
             "start": self.model.generator_fingerprint(),
             "generator": self.model.config.to_dict(),
-            "base": {"fingerprint": self.model.base_fingerprint(), "dtype": str(self.model.base.dtype)},
+            "base": {
+                "fingerprint": self.model.base_fingerprint(),
+                "dtype": str(self.model.base.dtype),
+                "quantization": base and base.quantization,
+            },
         }
 
     def _evaluate_some(self) -> dict[str, object]:

@@ -116,6 +116,8 @@ def load_tuning_data(
         raise InputError(
             f"data.held_out_path must have at least 2 contexts, but {config.held_out_path} has {len(kept)}"
         )
+    for name, source in config.all_sources().items():
+        sources[name] = _without(kept, sources[name], name, source.path, skipped)
     weights = [source.weight for source in config.all_sources().values()]
     return TuningData(list(sources.values()), weights, kept, skipped, shortened)
 
@@ -127,6 +129,19 @@ def _split(examples: list[Example], held_out: int, path: str) -> tuple[list[Exam
             "evaluation.contexts or a data.held_out_path is needed"
         )
     return examples[:-held_out], examples[-held_out:]
+
+
+def _without(
+    held_out: Sequence[Example], examples: Sequence[Example], name: str, path: str, skipped: BadRecords
+) -> list[Example]:
+    """The examples whose context is not held out, from another source or from data of its own."""
+    contexts = {example.context.tobytes() for example in held_out}
+    left = [example for example in examples if example.context.tobytes() not in contexts]
+    for _ in range(len(examples) - len(left)):
+        skipped.add("context that is held out", name)
+    if not left:
+        raise InputError(f"data: {path} has no context that is not held out: {skipped}")
+    return left
 
 
 def _check_vocabulary(examples: Sequence[Example], path: str, vocabulary: int) -> None:

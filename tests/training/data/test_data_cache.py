@@ -384,7 +384,7 @@ def test_an_error_while_writing_leaves_the_old_cache_and_nothing_else(monkeypatc
         plain(*arguments)
 
     monkeypatch.setattr(cache_writing._Writer, "add", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{folder}'"):
         made(Invented(2000, version=1))
     assert files_of(folder) == before
 

@@ -164,6 +164,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     other = replace(recipe, batches=replace(recipe.batches, conversations=2))
     with pytest.raises(FormatError, match=r"batches\.conversations was 3 and is 2"):
         finetune(start(other), other, tmp_path / "parts", progress=False)
+    rounded = replace(recipe, model=BaseConfig(str(ASSETS / "base"), quantization="fp8"))
+    with pytest.raises(FormatError, match=r"base\.quantization was None and is 'fp8'"):
+        finetune(start(rounded), rounded, tmp_path / "parts", progress=False)
 
 
 def test_two_rounds_of_the_data_unless_fewer_steps_are_asked_for(people: Path) -> None:
@@ -204,6 +207,27 @@ def test_several_sources_and_held_out_data_of_their_own(people: Path, tmp_path: 
     assert [len(source) for source in read.sources] == [40, 12]
     assert (list(read.weights), len(read.held_out)) == ([3.0, 1.0], 5)
     assert finetune(model, recipe, tmp_path / "out", progress=False).contexts == 5
+
+
+def test_a_context_that_is_held_out_is_left_out_of_every_source(people: Path, tmp_path: Path) -> None:
+    lines = people.read_text().splitlines(keepends=True)
+    second = write_people(tmp_path / "second.jsonl", 12, 5)
+    second.write_text("".join(lines[-2:]) + second.read_text())  # two contexts that the first source holds out
+    sources = {"first": InstructionSource(str(people)), "second": InstructionSource(str(second))}
+    tokenizer = start(recipe_of(people)).tokenizer
+
+    def read(data: InstructionDataConfig) -> finetuning.TuningData:
+        return finetuning.load_tuning_data(data, tokenizer, 10**6, 64, 6, progress=False)
+
+    found = read(InstructionDataConfig(sources=sources))
+    assert [len(source) for source in found.sources] == [37, 9]
+    assert found.skipped.counts == {"context that is held out": 2}
+    again = read(InstructionDataConfig(str(people), held_out_path=str(people)))  # holds its first six contexts out
+    assert ([len(source) for source in again.sources], len(again.held_out)) == ([34], 6)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(lines[:3]))
+    with pytest.raises(InputError, match=r"few\.jsonl has no context that is not held out: 3 x context that is held"):
+        read(InstructionDataConfig(str(few), held_out_path=str(people)))
 
 
 def test_data_that_can_not_be_used_is_told_before_the_first_step(people: Path, tmp_path: Path) -> None:
