@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     embedded = options.generator is None
     if embedded:
         options.generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
-    with _one_thread() if embedded else nullcontext():
+    with one_thread() if embedded else nullcontext():
         model = load_generator(options)
         if document is not None:
             results = _own_document(model, document, options)
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The embedded models are too small for several threads: they would only wait for each other, and for long where
     other programs use the cores."""
     before = torch.get_num_threads()

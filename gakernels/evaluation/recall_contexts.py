@@ -43,7 +43,9 @@ def few_facts(rng: Random, facts: int, distractors: int = 0) -> list[Telling]:
     """
     most = MOST_FACTS - bool(distractors)
     if not 1 <= facts <= most or distractors < 0:
-        raise InputError(f"facts must be between 1 and {most}, distractors at least 0, but they are {facts} and {distractors}")
+        raise InputError(
+            f"facts must be between 1 and {most}, and distractors at least 0, but they are {facts} and {distractors}"
+        )
     asked, others = _draw(rng, facts)
     told = [Telling(fact, True) for fact in asked] + [Telling(next(others)) for _ in range(distractors)]
     rng.shuffle(told)
@@ -67,7 +69,7 @@ def long_context(rng: Random, facts: int, tokens: int, measure: Callable[[str], 
     asked, others = _draw(rng, facts)
     left = tokens - sum(measure(fact.statement()) for fact in asked)
     if left < 0:
-        raise InputError(f"a context of {tokens} tokens is too short for {facts} facts; make it at least {tokens - left}")
+        raise InputError(f"{facts} facts need a context of {tokens - left} tokens or more, but it is {tokens}")
     filling: list[Telling] = []
     while (left := left - measure((fact := next(others)).statement())) >= 0:
         filling.append(Telling(fact))
@@ -82,7 +84,8 @@ def overwritten_facts(rng: Random, facts: int, overwritten: int) -> list[Telling
     """
     if not 1 <= overwritten <= facts <= MOST_FACTS:
         raise InputError(
-            f"overwritten must be between 1 and facts, which are at most {MOST_FACTS}, but they are {overwritten} and {facts}"
+            f"overwritten must be between 1 and the facts, of which there are at most {MOST_FACTS}, but it is "
+            f"{overwritten} of {facts}"
         )
     old, _ = _draw(rng, facts)
     newer = [_changed(rng, fact) for fact in old[:overwritten]]

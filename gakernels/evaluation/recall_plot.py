@@ -37,4 +37,6 @@ def draw_recall(figure: Any, rows: Sequence[Mapping[str, Any]], chance: float) -
         axes.set_ylim(-0.03, 1.03)
     for axes in list(panels)[len(tests) :]:
         axes.set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize=8)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize=8
+    )

@@ -45,6 +45,7 @@ COUNTED_AS = {
     "sft_full": "closed_book",
     "cpt_lora": "lora_tuning",
     "cpt_full": "full_tuning",
+    "context_lora": "lora_tuning",
 }
 INTERVALS = "Values with 95% bootstrap intervals, which resample whole contexts."
 Rows = tuple[tuple[str, ...], ...]

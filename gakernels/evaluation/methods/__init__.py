@@ -3,6 +3,7 @@
 from gakernels.evaluation.methods.adapter import AdapterWithRetrieval, GeneratedAdapter, MergedAdapter, StreamedAdapter
 from gakernels.evaluation.methods.base import Method, MethodSettings, Prepared
 from gakernels.evaluation.methods.closed_book import ClosedBook
+from gakernels.evaluation.methods.context_tuning import ContextTuning
 from gakernels.evaluation.methods.other_adapter import OtherAdapter
 from gakernels.evaluation.methods.prompt import FullPrompt
 from gakernels.evaluation.methods.retrieval import Retrieval
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "sft_full": SupervisedTuningFull,
     "cpt_lora": ContinualPretraining,
     "cpt_full": ContinualPretrainingFull,
+    "context_lora": ContextTuning,
     "few_shot_lora": FewShotTuning,
     "few_shot_full": FewShotTuningFull,
 }

@@ -1,0 +1,177 @@
+"""Training of the small-scale study: generators on the demo's base, by the paper's two objectives alone.
+
+A text tells facts about one invented person, then some of them again among new ones; so a part of what follows can be
+known from what stands before, as in any text. No question is trained on.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from random import Random
+
+import torch
+
+from gakernels.configuration import GeneratorConfig
+from gakernels.demo.people import ATTRIBUTES, Document, Fact, Split, draw_people
+from gakernels.files import replacing
+from gakernels.model import GenerativeAdapter, load_base
+from gakernels.training.objective import WindowObjective
+from gakernels.training.objectives import Loss, WindowBatch, window_losses
+from gakernels.training.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
+from gakernels.training.trainer import Trainer, TrainerConfig
+from gakernels.windows import pad_windows, split_evenly
+
+BASE = Path(str(files("gakernels.demo") / "assets" / "base"))
+STATIC = "static_lora"
+BOTH = (("reconstruction", 1.0), ("completion", 1.0))
+MOST_FACTS = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the ablation.
+
+    Attributes:
+        loss_weights: of the two objectives.
+        norm: of the generated adapter.
+        scale: of the generated adapter.
+        linears: adapted layers.
+    """
+
+    loss_weights: tuple[tuple[str, float], ...] = BOTH
+    norm: str = "polar"
+    scale: float = 1.0
+    linears: tuple[str, ...] = ("o_proj", "down_proj")
+
+
+STATE_SIZE, RANK = 128, 32
+VARIANTS = {
+    "default": Variant(),
+    "reconstruction_only": Variant((("reconstruction", 1.0), ("completion", 0.0))),
+    "completion_only": Variant((("reconstruction", 0.0), ("completion", 1.0))),
+    "frobenius": Variant(norm="frobenius"),
+    "frobenius_equal_norm": Variant(norm="frobenius", scale=RANK**0.5),
+    "attention_only": Variant(linears=("o_proj",)),
+}
+
+
+def draw_texts(rng: Random, facts: int, split: Split) -> tuple[Document, Document]:
+    """Facts about a person; and what follows: a third of them again, among as many new ones."""
+    (person,) = draw_people(rng, 1, split)
+    repeated = max(1, facts // 3)
+    drawn = [  # an attribute each
+        Fact(person, attribute, rng.choice(attribute.values)) for attribute in rng.sample(ATTRIBUTES, facts + repeated)
+    ]
+    told, new = drawn[:facts], drawn[facts:]
+    following = rng.sample(told, repeated) + new
+    rng.shuffle(following)
+    return Document((person,), tuple(told)), Document((person,), tuple(following))
+
+
+def step_windows(model: GenerativeAdapter, steps: int, seed: int, documents: int, step: int) -> Sequence[WindowBatch]:
+    """The windows of a step; texts grow from 3 facts to 16 over the first 60% of the steps."""
+    rng = Random(seed * 1_000_003 + step)
+    facts = 3 + round((MOST_FACTS - 3) * min(1.0, step / steps / 0.6))
+    return [text_windows(model, [draw_texts(rng, facts, "train") for _ in range(documents)])]
+
+
+def text_windows(model: GenerativeAdapter, texts: Sequence[tuple[Document, Document]]) -> WindowBatch:
+    """For each text T chunks of context, the same again to reconstruct, and what follows to complete.
+
+    The copies and what follows are seen with the adapter of the whole context.
+    """
+    told = [split_evenly(_tokens(model, text), model.config.chunk_size) for text, _ in texts]
+    chunks = max(len(context) for context in told)
+    padded = [[*context, *[[] for _ in range(chunks - len(context))]] for context in told]
+    rows = [[*row, *row, _tokens(model, after)] for row, (_, after) in zip(padded, texts, strict=True)]
+    input_ids, mask = pad_windows(rows, pad=0)
+    reconstruction, completion = torch.zeros_like(mask), mask.clone()
+    reconstruction[:, chunks : 2 * chunks] = mask[:, chunks : 2 * chunks]
+    completion[:, 0] = False
+    completion[:, chunks : 2 * chunks] = False
+    targets = {"reconstruction": reconstruction, "completion": completion}
+    return WindowBatch(input_ids, mask, chunks, (*range(chunks), *[chunks] * (chunks + 1)), targets)
+
+
+def _tokens(model: GenerativeAdapter, document: Document) -> list[int]:
+    assert model.tokenizer is not None
+    return list(model.tokenizer(document.text())["input_ids"])
+
+
+def trainer_config(variant: Variant, steps: int, label: str) -> TrainerConfig:
+    """As the demo's generator is trained."""
+    return TrainerConfig(
+        steps=steps,
+        learning_rate=3e-3,
+        warmup_steps=min(30, steps),
+        betas=(0.9, 0.98),
+        loss_weights=variant.loss_weights,
+        log_every=25,
+        checkpoint_every=100,
+        keep_checkpoints=1,
+        label=label,
+    )
+
+
+def build(base: Path, variant: Variant, seed: int) -> GenerativeAdapter:
+    """The base model with untrained generators."""
+    config = GeneratorConfig(
+        linears=variant.linears,
+        state_size=STATE_SIZE,
+        rank=RANK,
+        scale=variant.scale,
+        chunk_size=128,
+        norm=variant.norm,
+        seed=seed,
+    )
+    language_model, tokenizer = load_base(str(base), dtype=torch.float32)
+    return GenerativeAdapter(language_model, config, tokenizer)
+
+
+def train(folder: Path, base: Path, name: str, seed: int, steps: int, documents: int = 4) -> None:
+    """Train a variant, or `static_lora` in place of the default's generators, and write it to `folder/NAME-SEED`.
+
+    A run that was interrupted goes on; one that is finished is left as it is.
+    """
+    target = folder / f"{name}-{seed}"
+    static = name == STATIC
+    variant = VARIANTS["default" if static else name]
+    if target.exists():
+        return
+    model = build(base, variant, seed)
+    lora = StaticLora(model)
+    trained = lora if static else model.generators
+
+    def losses(batch: WindowBatch) -> dict[str, Loss]:
+        return lora.window_losses(model, batch) if static else window_losses(model, batch)
+
+    objective = WindowObjective(lambda step: step_windows(model, steps, seed, documents, step), losses)
+    config = trainer_config(variant, steps, target.name)
+    settings = {"variant": asdict(variant), "static": static, "seed": seed, "documents": documents}
+    parameters = dict(trained.named_parameters())
+    Trainer(config, parameters, objective, folder / "runs" / target.name, settings, progress=False).run()
+    if static:
+        with replacing(target) as temporary:
+            static_adapter(model, lora.factors()).save(temporary / STATIC_LORA_FILE)
+    else:
+        model.save_pretrained(target, base_name=str(base))
+
+
+def main() -> None:
+    """Train what the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for generators and logs")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, STATIC], default=[*VARIANTS, STATIC])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=300)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in arguments.seeds:
+        for name in arguments.variants:
+            train(arguments.output, BASE, name, seed, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
