@@ -34,6 +34,10 @@ _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
 _PIECE = 1 << 20
 
 
+class _DamagedError(FormatError):
+    """A checkpoint that is not as it was written, unlike one that this version or this run can't use."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """What of a run is kept.
@@ -113,7 +117,8 @@ def newest_good(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
         It, or None where there is no checkpoint; and what was found damaged, in words.
 
     Raises:
-        FormatError: it belongs to a run with other settings, or all checkpoints are damaged.
+        FormatError: it belongs to a run with other settings or was written by a newer version, or all checkpoints are
+            damaged.
     """
     for path in folder.glob(".step-*.tmp"):
         if _UNFINISHED.fullmatch(path.name):
@@ -122,7 +127,7 @@ def newest_good(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
     for path in reversed(find_checkpoints(folder)):
         try:
             manifest = _verified(path)
-        except FormatError as error:
+        except _DamagedError as error:
             damage.append(str(error))
             continue
         _check_settings(path, manifest["settings"], json.loads(json.dumps(dict(settings))))
@@ -215,7 +220,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("it does not have the checksum that it names")
         manifest: dict[str, Any] = json.loads(text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: {MANIFEST} can't be read ({error})") from error
+        raise _DamagedError(f"{path} is damaged: {MANIFEST} can't be read ({error})") from error
     if manifest["format_version"] > FORMAT_VERSION:
         raise FormatError(
             f"{path} has format version {manifest['format_version']}, written by gakernels "
@@ -229,9 +234,9 @@ def _verified(path: Path) -> dict[str, Any]:
     manifest = _read_manifest(path)
     for name, expected in manifest["files"].items():
         if not (path / name).is_file():
-            raise FormatError(f"{path} is damaged: {name} is missing")
+            raise _DamagedError(f"{path} is damaged: {name} is missing")
         if _sha256(path / name) != expected:
-            raise FormatError(f"{path} is damaged: {name} does not have the checksum that {MANIFEST} names")
+            raise _DamagedError(f"{path} is damaged: {name} does not have the checksum that {MANIFEST} names")
     return manifest
 
 

@@ -105,6 +105,21 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch:
     assert steps_of(tmp_path) == [15, 20]
 
 
+def test_one_of_a_newer_version_is_not_passed_over_for_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = drawn_seed()
+    problem = Problem(seed)
+    with pytest.raises(InterruptionError):
+        make_trainer(problem, tmp_path, interrupted(problem, 17)).run()
+    with monkeypatch.context() as patch:
+        patch.setattr("gakernels.training.checkpoint.FORMAT_VERSION", 99)
+        make_trainer(Problem(seed), tmp_path).run()
+    with pytest.raises(FormatError, match=r"step-00000020 has format version 99"):
+        make_trainer(Problem(seed), tmp_path).run()
+    assert steps_of(tmp_path) == [15, 20]
+
+
 def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     problem = Problem(drawn_seed())
     make_trainer(problem, tmp_path, clip=0.5).run()
