@@ -16,6 +16,7 @@ from gakernels.evaluation.msc import read_msc
 from gakernels.evaluation.persona_chat import COLUMNS, read_persona_chat
 from gakernels.evaluation.records import Context, Question
 from gakernels.evaluation.squad import group_contexts, read_squad
+from gakernels.evaluation.streaming_qa import read_streaming_qa
 
 
 @pytest.fixture
@@ -351,3 +352,47 @@ def test_a_file_that_is_no_chat_is_refused(tmp_path: Path) -> None:
         read_persona_chat(rows(path))
     with pytest.raises(InputError, match="questions must be one of recall, response"):
         read_persona_chat(path, "all")
+
+
+# StreamingQA
+
+
+@pytest.fixture
+def articles(tmp_path: Path) -> Callable[..., Path]:
+    def write(*rows: list[str], header: tuple[str, ...] = ("id", "question", "answers", "text")) -> Path:
+        path = tmp_path / "articles.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+        return path
+
+    return write
+
+
+def test_streaming_qa(articles: Callable[..., Path]) -> None:
+    path = articles(
+        ["a", "Who won?", "Ann\\ Ann Lee \\", 'Ann, who is "fast",\nwon.'],
+        ["b", "Where?", "Rome", 'Ann, who is "fast",\nwon.'],
+    )
+    data = read_streaming_qa(path)
+    text = 'Ann, who is "fast",\nwon.'
+    first, second = Question("Who won?", ("Ann", "Ann Lee"), id="0"), Question("Where?", ("Rome",), id="1")
+    assert [(context.text, context.questions) for context in data.contexts] == [(text, (first,)), (text, (second,))]
+    assert data.skipped.total == 0
+    (joined,) = group_contexts(data.contexts, 1000)
+    assert (joined.text, joined.questions) == (text, (first, second))
+
+
+def test_bad_rows_of_streaming_qa_are_counted(articles: Callable[..., Path]) -> None:
+    good = ["a", "Who?", "Ann", "Ann won."]
+    data = read_streaming_qa(
+        articles(good, ["b", "", "Ann", "x"], ["c", "Who?", " \\ ", "x"], ["d", "Who?", "Ann"], good)
+    )
+    assert len(data.contexts) == 2
+    assert data.skipped.counts == {"row without question": 1, "row without answers": 1, "row without text": 1}
+
+
+def test_streaming_qa_without_a_column_or_a_row_is_refused(articles: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"must have the columns text, question, answers, but 'answers' is missing"):
+        read_streaming_qa(articles(["a", "b"], header=("text", "question")))
+    with pytest.raises(InputError, match=r"has no context with a question and an answer: 1 x row without text"):
+        read_streaming_qa(articles(["a", "Who?", "Ann", " "]))
