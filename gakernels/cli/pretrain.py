@@ -10,10 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from gakernels.cli.common import DTYPES, add_command, process_device
+from gakernels.cli.common import add_command, process_device
 from gakernels.cli.plan_table import print_plan
-from gakernels.cli.recipe_options import add_recipe_options, planned_processes, recipe_of
-from gakernels.errors import InputError
+from gakernels.cli.recipe_options import (
+    add_base_options,
+    add_log_options,
+    add_optimisation_options,
+    add_recipe_options,
+    output_of,
+    planned_processes,
+    recipe_of,
+)
 from gakernels.evaluation.perplexity import PerplexityReport, TaskPerplexity
 from gakernels.nn.adapter_generator import NORMS
 from gakernels.training.objectives import RECONSTRUCTIONS
@@ -83,18 +90,12 @@ def add_parser(commands: Any) -> None:
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--steps", type=int, help="optimizer steps")
     optimisation.add_argument("--batch-size", type=int, help="segments in a step (default: 8)")
-    optimisation.add_argument("--learning-rate", type=float, help="default: 5e-5")
-    optimisation.add_argument("--warmup-steps", type=int, help="default: 100")
-    optimisation.add_argument("--weight-decay", type=float, help="default: 0.01")
-    optimisation.add_argument("--seed", type=int, help="default: 0")
+    add_optimisation_options(optimisation)
     report = parser.add_argument_group("log and report")
     report.add_argument("--held-out", type=int, help="contexts kept for the report (default: 32)")
     report.add_argument("--static-lora", action="store_true", default=None, help="also train a static LoRA, as long")
-    report.add_argument("--log-every", type=int, help="steps (default: 10)")
-    report.add_argument("--evaluate-every", type=int, help="steps between evaluations (default: only at the end)")
-    report.add_argument("--checkpoint-every", type=int, help="steps (default: 500)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: float32)")
+    add_log_options(report)
+    add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,16 +105,13 @@ def run(options: argparse.Namespace) -> int:
         plan = plan_pretraining(recipe, planned_processes(options), torch.device(options.device).type)
         print_plan(plan, options.tflops, _segments(recipe))
         return 0
-    if options.output is None:
-        raise InputError("--output is needed: the folder for generator, log, checkpoints and report")
-    if options.output.exists() and not options.output.is_dir():
-        raise InputError(f"--output must be a folder, but {options.output} is a file")
+    folder = output_of(options)
     device = process_device(options.device)
     with process_group(device) as ranks:
-        report = pretrain(make_model(recipe, device), recipe, options.output, ranks=ranks)
+        report = pretrain(make_model(recipe, device), recipe, folder, ranks=ranks)
         if ranks.rank == 0:
             _print(report)
-            print(f"generator, log and report: {options.output}")
+            print(f"generator, log and report: {folder}")
     return 0
 
 

@@ -1,12 +1,10 @@
 """Synthetic-Persona-Chat: CSV files of two personas and a conversation a row (docs/evaluation.md)."""
 
-import csv
-import io
 from pathlib import Path
 
 from gakernels.errors import InputError
 from gakernels.evaluation.dialogue import conversation, recall_questions, response_questions
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped, dataset, open_text
+from gakernels.evaluation.records import Context, Dataset, Question, Skipped, csv_rows, dataset
 
 QUESTIONS = ("recall", "response")
 USERS = ("User 1", "User 2")
@@ -30,28 +28,21 @@ def read_persona_chat(path: Path, questions: str = "recall") -> Dataset:
     """
     if questions not in QUESTIONS:
         raise InputError(f"questions must be one of {', '.join(QUESTIONS)}, but it is {questions!r}")
-    reader = csv.DictReader(io.StringIO(open_text(path), newline=""), strict=True)
     contexts, skipped = [], Skipped()
-    try:
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-        if missing:
-            raise InputError(f"{path} must have the columns {', '.join(COLUMNS)}, but {missing[0]!r} is missing")
-        for row in reader:
-            context = _context(row, f"{path.name}:{reader.line_num}", questions)
-            if isinstance(context, Context):
-                contexts.append(context)
-            else:
-                skipped.add(context, f"{path}:{reader.line_num}")
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num} is no CSV: {error}") from error
+    for line, row in csv_rows(path, COLUMNS):
+        context = _context(row, f"{path.name}:{line}", questions)
+        if isinstance(context, Context):
+            contexts.append(context)
+        else:
+            skipped.add(context, f"{path}:{line}")
     return dataset(path, contexts, skipped)
 
 
-def _context(row: dict[str, str | None], name: str, questions: str) -> Context | str:
+def _context(row: dict[str, str], name: str, questions: str) -> Context | str:
     """The context of a row, or why there is none."""
-    turns = _turns(row[COLUMNS[2]] or "")
+    turns = _turns(row[COLUMNS[2]])
     personas = [
-        (user, [line.strip() for line in (row[column] or "").split("\n") if line.strip()])
+        (user, [line.strip() for line in row[column].split("\n") if line.strip()])
         for user, column in zip(USERS, COLUMNS, strict=False)
     ]
     if len(turns) < 2:

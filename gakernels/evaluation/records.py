@@ -1,7 +1,9 @@
 """What all data sets become: contexts with questions and gold answers; and what was left out on the way."""
 
+import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,23 @@ def json_lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, dict[str, An
             yield f"{path}:{number}", value
         else:
             skipped.add("line that is no JSON object", f"{path}:{number}")
+
+
+def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file with its columns by name, each with the line that it ends on; a short row has empty ends.
+
+    Raises:
+        InputError: as `open_text`; a column is missing, or it is no CSV.
+    """
+    reader = csv.DictReader(io.StringIO(open_text(path), newline=""), strict=True, restval="")
+    try:
+        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+        if missing:
+            raise InputError(f"{path} must have the columns {', '.join(columns)}, but {missing[0]!r} is missing")
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num} is no CSV: {error}") from error
 
 
 def text_of(value: object) -> str:

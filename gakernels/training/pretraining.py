@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from gakernels.nn import LowRankFactors
 from gakernels.training.base_model import load_base_model
 from gakernels.training.checkpoint import find_checkpoints
 from gakernels.training.distillation import NAME as DISTILLATION
+from gakernels.training.generator_run import REPORT_FILE, precision_of, processes_of, save_generators, write_recipe
 from gakernels.training.memory import fit_memory_budget, parse_bytes
 from gakernels.training.objective import WindowObjective
 from gakernels.training.objectives import WindowBatch, pretraining_windows, window_losses
@@ -27,15 +27,11 @@ from gakernels.training.parallel import Parallel, Ranks, Replicas
 from gakernels.training.plan import largest_step, step_setting
 from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
-from gakernels.training.recipes import recipe_text
-from gakernels.training.sharding import Shards
 from gakernels.training.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
 from gakernels.training.step_flops import pretraining_flops
 from gakernels.training.throughput import StepCost
 from gakernels.training.trainer import Trainer
-from gakernels.training.trainer_config import PRECISIONS, TrainerConfig
-
-RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
+from gakernels.training.trainer_config import TrainerConfig
 
 
 def make_model(recipe: PretrainingRecipe, device: torch.device | str) -> GenerativeAdapter:
@@ -124,17 +120,17 @@ class _Run:
         """Train them and write them."""
         settings = self.settings()
         self._prepare_base()
-        parallel = self._parallel()
+        parallel = processes_of(self)
         parameters = dict(self.model.generators.named_parameters())
         trainer = self._trainer(self.recipe.trainer, parameters, self._objective(), parallel, settings)
         if self.ranks.rank == 0 and not find_checkpoints(self.folder / "checkpoints"):
-            self._write_recipe()
+            write_recipe(self)
         try:
             trainer.run()
         finally:
             uncompile_layers(self.model.base)
-        self._save()
-        self._write_recipe()  # again: some settings may change when a run is gone on with
+        save_generators(self)
+        write_recipe(self)  # again: some settings may change when a run is gone on with
 
     def train_control(self) -> dict[str, LowRankFactors]:
         """The static LoRA, trained as the generators were, on the losses of the text itself."""
@@ -164,7 +160,7 @@ class _Run:
         """Perplexities of contexts, in the precision of the run."""
         chunks, size = self.recipe.context_chunks, self.recipe.evaluation.batch_size
         shown = progress and self.progress and self.ranks.rank == 0
-        with self._autocast():
+        with precision_of(self):
             return context_perplexity(self.model, held_out, chunks, controls, size, shown)
 
     def settings(self) -> dict[str, Any]:
@@ -231,11 +227,6 @@ class _Run:
         held_out = few(self.data.held_out, self.recipe.evaluation.contexts_at_intervals)
         return self.evaluate(held_out, progress=False).to_dict()
 
-    def _parallel(self) -> Parallel:
-        if self.ranks.world == 1:
-            return Parallel()
-        return Shards(self.ranks, self.model) if self.recipe.parallel == "shards" else Replicas(self.ranks)
-
     def _prepare_base(self) -> None:
         """How the base model is run: recomputation, streams, compilation."""
         if self.recipe.memory_budget is not None:
@@ -257,21 +248,6 @@ class _Run:
         size = self.model.config.chunk_size
         one = pretraining_flops(shape, self.model.config, windows.chunks, size, windows.plain, windows.slices)
         return StepCost(segments * self.recipe.segment_tokens, segments * one.total)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = PRECISIONS[self.recipe.trainer.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype=dtype)
-
-    def _save(self) -> None:
-        """The first process writes; where the generators are sharded, all of them take part in gathering."""
-        if self.ranks.rank == 0:
-            self.model.save_pretrained(self.folder)
-        elif self.recipe.parallel == "shards":
-            self.model.generator_tensors()
-
-    def _write_recipe(self) -> None:
-        if self.ranks.rank == 0:
-            write_text(self.folder / RECIPE_FILE, recipe_text(self.recipe))
 
 
 def segment_windows(segment: Tensor, windows: WindowsConfig, single: bool, generator: torch.Generator) -> WindowBatch:

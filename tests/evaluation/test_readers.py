@@ -375,7 +375,10 @@ def test_streaming_qa(articles: Callable[..., Path]) -> None:
     )
     data = read_streaming_qa(path)
     text = 'Ann, who is "fast",\nwon.'
-    first, second = Question("Who won?", ("Ann", "Ann Lee"), id="0"), Question("Where?", ("Rome",), id="1")
+    first, second = (
+        Question("Who won?", ("Ann", "Ann Lee"), id="articles.csv:3"),
+        Question("Where?", ("Rome",), id="articles.csv:5"),
+    )
     assert [(context.text, context.questions) for context in data.contexts] == [(text, (first,)), (text, (second,))]
     assert data.skipped.total == 0
     (joined,) = group_contexts(data.contexts, 1000)

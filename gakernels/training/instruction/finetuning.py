@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.training.base_model import BaseConfig, check_tokenizer, load_base_model
 from gakernels.training.checkpoint import find_checkpoints
+from gakernels.training.generator_run import REPORT_FILE, precision_of, processes_of, save_generators, write_recipe
 from gakernels.training.instruction.examples import Example
 from gakernels.training.instruction.losses import can_pack
 from gakernels.training.instruction.objective import InstructionObjective
@@ -24,14 +24,9 @@ from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.instruction.report import AnswerReport, score_answers
 from gakernels.training.instruction.steps import InstructionSteps
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
-from gakernels.training.parallel import Parallel, Ranks, Replicas
-from gakernels.training.recipes import recipe_text
-from gakernels.training.sharding import Shards
+from gakernels.training.parallel import Ranks
 from gakernels.training.throughput import StepCost
 from gakernels.training.trainer import Trainer
-from gakernels.training.trainer_config import PRECISIONS
-
-RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
 
 
 def make_tuned_model(recipe: FinetuningRecipe, device: torch.device | str) -> GenerativeAdapter:
@@ -126,7 +121,7 @@ class _Run:
         steps = tuning_steps(self.recipe, self.data, self.model.config.chunk_size, can_pack(self.model), self.ranks)
         settings = self.settings()
         config = replace(self.recipe.trainer, steps=self.recipe.steps(self.data.contexts))
-        parallel = self._parallel()  # before the parameters are asked for: it may shard them
+        parallel = processes_of(self)  # before the parameters are asked for: it may shard them
         trainer = Trainer(
             config,
             dict(self.model.generators.named_parameters()),
@@ -139,14 +134,14 @@ class _Run:
             StepCost(tokens=steps.load(min(8, config.steps)).tokens),
         )
         if self.ranks.rank == 0 and not find_checkpoints(self.folder / "checkpoints"):
-            self._write_recipe()
+            write_recipe(self)
         trainer.run()
-        self._save()
-        self._write_recipe()  # again: some settings may change when a run is gone on with
+        save_generators(self)
+        write_recipe(self)  # again: some settings may change when a run is gone on with
 
     def evaluate(self, examples: Sequence[Example], progress: bool = False) -> AnswerReport:
         """Scores of examples, in the precision of the run."""
-        with self._autocast():
+        with precision_of(self):
             return score_answers(self.model, examples, self.recipe.evaluation.batch_size, progress)
 
     def settings(self) -> dict[str, Any]:
@@ -168,26 +163,6 @@ class _Run:
 
     def _evaluate_some(self) -> dict[str, object]:
         return self.evaluate(self.data.held_out[: self.recipe.evaluation.contexts_at_intervals]).to_dict()
-
-    def _parallel(self) -> Parallel:
-        if self.ranks.world == 1:
-            return Parallel()
-        return Shards(self.ranks, self.model) if self.recipe.parallel == "shards" else Replicas(self.ranks)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = PRECISIONS[self.recipe.trainer.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype=dtype)
-
-    def _save(self) -> None:
-        """The first process writes; where the generators are sharded, all of them take part in gathering."""
-        if self.ranks.rank == 0:
-            self.model.save_pretrained(self.folder)
-        elif self.recipe.parallel == "shards":
-            self.model.generator_tensors()
-
-    def _write_recipe(self) -> None:
-        if self.ranks.rank == 0:
-            write_text(self.folder / RECIPE_FILE, recipe_text(self.recipe))
 
 
 def tuning_steps(
