@@ -11,6 +11,7 @@ from random import Random
 import processes
 import regression
 import torch
+from forked import own_progress_lock
 
 # One process imports what takes long, and those that are killed are forked from it.
 _server = multiprocessing.get_context("forkserver")
@@ -35,6 +36,7 @@ def train_generator(folder: Path, seed: int) -> None:
 
 def _run(train: Callable[[Path, int], None], folder: Path, seed: int, begun: Event) -> None:
     torch.set_num_threads(1)
+    own_progress_lock()
     begun.set()
     train(folder, seed)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import own_progress_lock
 from invented import make_tokenizer, random_text
 from writing import drawn, json_lines, write
 
@@ -274,6 +275,7 @@ def in_a_process(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            own_progress_lock()
             work()
         finally:
             os._exit(0)
