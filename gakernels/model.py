@@ -32,6 +32,7 @@ from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
 from gakernels.hub import local_folder
 from gakernels.nn import AdaptedLinear, AdapterGenerator, CompactFactors, LowRankFactors
 from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, adapted
+from gakernels.nn.cpu_attention import CpuAttention
 from gakernels.side_stream import Streams, streams_of
 from gakernels.token_loss import token_loss
 from gakernels.windows import only_first_is_plain, pad_left, pad_windows, split_evenly
@@ -224,7 +225,7 @@ class GenerativeAdapter(nn.Module):
 
     def _encode(self, context: ContextPass, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The last hidden states (B, W, M, d_h) and the states after the context by adapted layer, of one pass."""
-        with self._running(context):
+        with self._running(context), CpuAttention():
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
             for name in self.adapted_names:  # all are formed, so that all states are there

@@ -4,11 +4,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # fits a CPU's cache; a quarter of a gigabyte of float32
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # a block of 2 MiB in bfloat16; of 128 MiB
+LEAST_TOKENS = 256  # every block reads the whole head: on fewer tokens the product waits for memory
+LOGITS_IN_CACHE = {"cpu": 1 << 18}  # float32 numbers that stay in a core's cache between two passes over them
+
+# From a block (n, d_h), what stands beside it and whether a gradient is wanted: the losses (n,) of its tokens and the
+# gradient (n, d_h) of their sum, or None.
+BlockLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def token_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
@@ -27,10 +32,33 @@ def token_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]
         (N,), float32 or wider.
     """
 
-    def cross_entropy(block: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(wide(head(block)), wanted, reduction="none")
+    def take(block: Tensor, wanted: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        with torch.set_grad_enabled(needs_gradient):
+            leaf = block.detach().requires_grad_(needs_gradient)
+            logits = head(leaf)
+        loss, grad_logits = _cross_entropy(logits.detach(), wanted, needs_gradient)
+        return loss, None if grad_logits is None else torch.autograd.grad(logits, leaf, grad_logits)[0]
 
-    return loss_in_blocks(hidden, targets, cross_entropy, vocabulary)
+    return loss_in_blocks(hidden, targets, take, vocabulary)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The loss (n,) of logits (n, vocabulary) in float32 or wider, and the gradient of its sum in their dtype.
+
+    A few rows at a time, so that the passes over them find them in a CPU's cache.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    losses = logits.new_empty(len(logits), dtype=dtype)
+    grad = torch.empty_like(logits) if needs_gradient else None
+    rows = max(1, LOGITS_IN_CACHE.get(logits.device.type, logits.numel()) // max(1, logits.shape[1]))
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        log_p, wanted = logits[part].log_softmax(-1, dtype=dtype), targets[part, None]
+        losses[part] = -log_p.gather(1, wanted)[:, 0]
+        if grad is not None:
+            probabilities = log_p.exp_()
+            grad[part] = probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1))
+    return losses, grad
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -38,35 +66,42 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def loss_in_blocks(
-    hidden: Tensor, beside: Tensor, loss: Callable[[Tensor, Tensor], Tensor], logits_per_token: int
-) -> Tensor:
+def by_autograd(loss: Callable[[Tensor, Tensor], Tensor]) -> BlockLoss:
+    """A differentiable loss (n,) of a block and what stands beside it, for `loss_in_blocks`."""
+
+    def take(block: Tensor, beside: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        with torch.set_grad_enabled(needs_gradient):
+            leaf = block.detach().requires_grad_(needs_gradient)
+            losses = loss(leaf, beside)
+            gradient = torch.autograd.grad(losses.sum(), leaf)[0] if needs_gradient else None
+        return losses.detach(), gradient
+
+    return take
+
+
+def loss_in_blocks(hidden: Tensor, beside: Tensor, take: BlockLoss, logits_per_token: int) -> Tensor:
     """A loss of each token (N,), of which the gradient of its hidden state is all that is kept.
 
     Args:
         hidden: (N, d_h).
         beside: (N, ...), what else the loss of a token needs; it gets no gradient.
-        loss: from a block of both to the losses (n,) of its tokens, each of its own hidden state alone.
+        take: the losses of a block of both, each of its own hidden state alone, with the gradient.
         logits_per_token: from which the size of the blocks follows.
     """
-    losses: Tensor = _LossInBlocks.apply(hidden, beside, loss, logits_per_token)  # type: ignore[no-untyped-call]
+    losses: Tensor = _LossInBlocks.apply(hidden, beside, take, logits_per_token)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _LossInBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, beside: Tensor, function: Callable[[Tensor, Tensor], Tensor], logits_per_token: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, beside: Tensor, take: BlockLoss, logits_per_token: int) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         losses, gradients = [], []
         for block, wanted in _blocks(hidden, beside, logits_per_token):
-            with torch.set_grad_enabled(needs_gradient):
-                leaf = block.detach().requires_grad_(needs_gradient)
-                loss = function(leaf, wanted)
-                if needs_gradient:
-                    gradients.append(torch.autograd.grad(loss.sum(), leaf)[0])
-            losses.append(loss.detach())
+            loss, gradient = take(block, wanted, needs_gradient)
+            losses.append(loss)
+            if gradient is not None:
+                gradients.append(gradient)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
@@ -85,4 +120,4 @@ def _blocks(hidden: Tensor, beside: Tensor, logits_per_token: int) -> Iterator[t
 
 def tokens_at_once(device: str, logits_per_token: int) -> int:
     """Tokens in a block on a kind of device."""
-    return max(1, LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["cpu"]) // logits_per_token)
+    return max(LEAST_TOKENS, LOGITS_AT_ONCE.get(device, LOGITS_AT_ONCE["cpu"]) // logits_per_token)

@@ -31,6 +31,8 @@ def test_loss_and_gradient_in_blocks(
     generator: Generator, monkeypatch: pytest.MonkeyPatch, tokens: int, kind: int
 ) -> None:
     monkeypatch.setitem(blocks.LOGITS_AT_ONCE, "cpu", 4 * VOCABULARY + 3)  # four tokens at a time
+    monkeypatch.setattr(blocks, "LEAST_TOKENS", 1)
+    monkeypatch.setitem(blocks.LOGITS_IN_CACHE, "cpu", 3 * VOCABULARY)  # three rows of them
     hidden, targets, weight, upstream = inputs(generator, tokens, torch.float64)
     head, sizes = heads(weight)[kind], []
 

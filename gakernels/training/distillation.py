@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
-from gakernels.token_loss import loss_in_blocks, wide
+from gakernels.token_loss import by_autograd, loss_in_blocks, wide
 from gakernels.training.objectives import Loss, WindowBatch, to_device, token_losses
 
 NAME = "distillation"
@@ -81,7 +81,7 @@ class Distillation:
             return divergence(wide(model.logits(ours)), wanted, self.top_k, self.temperature)
 
         vocabulary = model.base.config.get_text_config().vocab_size
-        return loss_in_blocks(student, teacher, loss, 2 * vocabulary)
+        return loss_in_blocks(student, teacher, by_autograd(loss), 2 * vocabulary)
 
 
 def divergence(student: Tensor, teacher: Tensor, top_k: int, temperature: float = 1.0) -> Tensor:

@@ -277,7 +277,8 @@ class StepMemory:
         rows = self.step.predicted if gathers else self.step.tokens
         hidden = (self.step.tokens + gathers * rows) * self.h * self.a
         block = min(rows, tokens_at_once(self.setting.device, self.shape.vocabulary))
-        logits = block * self.shape.vocabulary * 3 * max(self.a, 4)  # their logarithms, and two gradients
+        logarithms = 4 if self.setting.device == "cuda" else 0  # on a CPU of a few rows at a time
+        logits = block * self.shape.vocabulary * (2 * self.a + logarithms)  # and their gradient
         return hidden + rows * self.h * self.a + max(logits, rows * self.h * self.a)
 
     def in_head(self) -> int:

@@ -105,6 +105,7 @@ def test_a_batch_against_the_model_with_prompts(
     monkeypatch: pytest.MonkeyPatch, of: tuple[str, ...], top_k: int, temperature: float
 ) -> None:
     monkeypatch.setitem(token_loss.LOGITS_AT_ONCE, "cpu", 2 * 7 * VOCABULARY)  # in blocks
+    monkeypatch.setattr(token_loss, "LEAST_TOKENS", 1)
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", 3 * 16)
     model, distillation = double_model(), Distillation(of, top_k, temperature)
     plain = conversation_batch() if of == ("answers",) else pretraining_batch()
