@@ -1,7 +1,8 @@
 """Checkpoints of a training run: everything that is needed to go on exactly, with any number of processes.
 
-A checkpoint is a folder: PyTorch's distributed checkpoint (every process writes its part), and `manifest.json` with the
-settings of the run and a checksum of every file. It gets its name when all of it is on the disk.
+A checkpoint is a folder of safetensors files (every process writes its part, by PyTorch's distributed checkpoint), and
+`manifest.json` with the settings of the run and a checksum of every file. It gets its name when all of it is on the
+disk. Nothing in it is a pickle: reading one runs no code. Up to format version 2 there was one, see `convert`.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -27,8 +28,11 @@ from gakernels.files import replacing
 from gakernels.training.parallel import Parallel
 from gakernels.version import __version__
 
-FORMAT_VERSION = 2  # 1: a safetensors file
+FORMAT_VERSION = 3  # 1: a safetensors file; 2: PyTorch's own files, one of which was a pickle
+LAST_WITH_PICKLE = 2
 MANIFEST = "manifest.json"
+TENSORS = "*.safetensors"
+FILE_BYTES = 2**30  # about the size of a file; a larger tensor has one of its own
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
 _PIECE = 1 << 20
@@ -92,7 +96,7 @@ def save_checkpoint(
     """
     path = folder / f"step-{step:08d}"
     with _one_writes(path, parallel) as temporary:
-        _save(temporary, state, parallel)
+        _save(temporary, state.by_name(), parallel)
         sums = {name: sum for part in parallel.gather(_own_sums(temporary, parallel)) for name, sum in part.items()}
         if parallel.ranks.rank == 0:
             entries = {"step": step, "settings": dict(state.settings), "notes": dict(notes), "files": sums}
@@ -101,6 +105,14 @@ def save_checkpoint(
         for old in find_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return path
+
+
+def write_whole(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write a checkpoint of one process to a folder that is there, with the entries of another one's manifest."""
+    alone = Parallel()
+    _save(folder, tensors, alone)
+    entries = {name: manifest[name] for name in ("step", "settings", "notes")}
+    _write_manifest(folder / MANIFEST, {**entries, "files": _own_sums(folder, alone)})
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -148,7 +160,7 @@ def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[in
         FormatError: it holds other parameters than `state`.
     """
     tensors = state.by_name()
-    reader = FileSystemReader(path)
+    reader = HuggingFaceStorageReader(str(path))
     saved = {name: getattr(entry, "size", None) for name, entry in reader.read_metadata().state_dict_metadata.items()}
     if saved != {name: tensor.shape for name, tensor in tensors.items()}:
         raise FormatError(f"{path} holds other parameters than this run trains")
@@ -172,14 +184,27 @@ def _one_writes(path: Path, parallel: Parallel) -> Iterator[Path]:
     parallel.gather(None)  # nobody goes on before it has its name
 
 
-def _save(folder: Path, state: RunState, parallel: Parallel) -> None:
-    writer = FileSystemWriter(folder, sync_files=True)
+def _save(folder: Path, tensors: Mapping[str, Tensor], parallel: Parallel) -> None:
+    files = _file_of_each(tensors)
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
         with _quiet():
-            save(state.by_name(), storage_writer=writer, no_dist=parallel.ranks.world == 1)
+            save(dict(tensors), storage_writer=writer, no_dist=parallel.ranks.world == 1)
     except CheckpointException as error:
         causes = ", ".join(dict.fromkeys(str(failure[0]).split("\n")[0] for failure in error.failures.values()))
         raise OSError(f"{folder} could not be written: {causes}") from error
+
+
+def _file_of_each(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file, from 1, that holds each tensor or a process's part of it; the same on all processes."""
+    numbers, size, number = {}, 0, 1
+    for name, tensor in tensors.items():
+        count = tensor.numel() * tensor.element_size()
+        if size and size + count > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name] = number
+        size += count
+    return numbers
 
 
 @contextmanager
@@ -192,10 +217,7 @@ def _quiet() -> Iterator[None]:
 
 def _own_sums(folder: Path, parallel: Parallel) -> dict[str, str]:
     """Checksums of the files that this process wrote."""
-    own = sorted(folder.glob(f"__{parallel.ranks.rank}_*"))
-    if parallel.ranks.rank == 0:
-        own.append(folder / ".metadata")
-    return {path.name: _sha256(path) for path in own}
+    return {path.name: _sha256(path) for path in sorted(folder.glob(f"shard-{parallel.ranks.rank + 1:05d}-*"))}
 
 
 def _sha256(path: Path) -> str:
@@ -212,7 +234,12 @@ def _write_manifest(path: Path, entries: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_any_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of any format version that had one.
+
+    Raises:
+        FormatError: it is damaged.
+    """
     try:
         outer = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         text: str = outer["manifest"]
@@ -221,10 +248,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _DamagedError(f"{path} is damaged: {MANIFEST} can't be read ({error})") from error
+    return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_any_manifest(path)
     if manifest["format_version"] > FORMAT_VERSION:
         raise FormatError(
             f"{path} has format version {manifest['format_version']}, written by gakernels "
             f"{manifest['gakernels_version']}; this version reads up to {FORMAT_VERSION}: upgrade gakernels"
+        )
+    if manifest["format_version"] <= LAST_WITH_PICKLE:
+        raise FormatError(
+            f"{path} has format version {manifest['format_version']}, of which a file is a pickle, which may run code "
+            f"when it is read. If you trust it: gakernels convert-checkpoint {path} --trust"
         )
     return manifest
 
@@ -232,12 +269,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _verified(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there and as they were written."""
     manifest = _read_manifest(path)
+    strange = {file.name for file in path.glob(TENSORS)} - set(manifest["files"])
+    if strange:
+        raise _DamagedError(f"{path} is damaged: {MANIFEST} does not name {min(strange)}")
+    check_files(path, manifest)
+    return manifest
+
+
+def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises: FormatError: a file that the manifest names is missing or not as it was written."""
     for name, expected in manifest["files"].items():
         if not (path / name).is_file():
             raise _DamagedError(f"{path} is damaged: {name} is missing")
         if _sha256(path / name) != expected:
             raise _DamagedError(f"{path} is damaged: {name} does not have the checksum that {MANIFEST} names")
-    return manifest
 
 
 def _put_aside(paths: list[Path]) -> None:

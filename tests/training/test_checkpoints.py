@@ -41,7 +41,7 @@ def flip(data: bytes) -> bytes:
     return data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :]
 
 
-@pytest.mark.parametrize("name", [MANIFEST, ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("name", [MANIFEST, "shard-00001-model-00001-of-00001.safetensors"])
 @pytest.mark.parametrize("damage", [cut, flip, lambda data: b"", None])
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytes], bytes] | None, name: str
@@ -72,7 +72,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: P
     seed = drawn_seed()
     make_trainer(Problem(seed), tmp_path).run()
     for path in find_checkpoints(tmp_path / "checkpoints"):
-        (path / "__0_0.distcp").write_bytes(b"")
+        (path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")
     log, problem = (tmp_path / "log.jsonl").read_text(), Problem(seed)
     with pytest.raises(FormatError, match=r"step-00000020 is damaged.*step-00000015 is damaged.*None is left"):
         make_trainer(problem, tmp_path).run()
@@ -128,7 +128,7 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     assert manifest["step"] == 20
     assert manifest["settings"]["trainer"]["clip"] == 0.5
     assert manifest["settings"]["seed"] == problem.seed
-    assert set(manifest["files"]) == {".metadata", "__0_0.distcp"}
+    assert set(manifest["files"]) == {"shard-00001-model-00001-of-00001.safetensors"}
 
 
 def test_parameters_that_are_not_finite_are_not_saved_though_all_losses_were(tmp_path: Path) -> None:
