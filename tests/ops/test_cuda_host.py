@@ -13,6 +13,8 @@ from gakernels import low_rank_polar
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING, reference
 from gakernels.ops.low_rank_polar.precision import EXACT_BELOW
 
+pytestmark = pytest.mark.kernels
+
 STATE_SIZE, RANK = 128, 32
 EXACT_DAMPING = 1e-6  # one of those with which all is computed in float64
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4

@@ -15,7 +15,7 @@ from gakernels.ops import launching
 from gakernels.ops.dispatch import module
 from gakernels.ops.lowrank_linear import reference
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("triton_backend")]
 
 SCALE = 0.37
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
