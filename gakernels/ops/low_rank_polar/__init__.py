@@ -30,7 +30,8 @@ def low_rank_polar(
         sketch: (d_r, r), the fixed matrix Omega; it gets no gradient.
         power_iterations: passes of S S^T over the sketch, as `niter` of `torch.svd_lowrank`.
         damping: tau. 0 gives the exact polar factor (the SVD form), which is undefined, and here not finite or noise,
-            for states of rank below r. Under 1e-3 float32 states are computed in float64 throughout, at its cost.
+            for states of rank below r. Under 1e-3 float32 states are computed in float64 throughout, at its cost. On a
+            GPU plain PyTorch and the CUDA kernels take it as 2^-25 at least, so that the result is finite.
 
     Returns:
         u, v: (..., d_r, r) each. Only the product u v^T is defined, not the basis.
