@@ -21,6 +21,14 @@ from gakernels.ops.low_rank_polar import DEFAULT_DAMPING, eager, shifted_inverse
 from gakernels.ops.low_rank_polar.poles import inverse_root_poles
 from gakernels.ops.low_rank_polar.shifted_inverses import LARGEST_CONDITION, triangular_inverse
 
+
+@pytest.fixture
+def without_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    assert not eager.uses_lapack(torch.device("cuda"))
+    monkeypatch.setattr(eager, "uses_lapack", lambda device: False)
+
+
 # CUDA code of PyTorch that factors matrix by matrix on the host, or copies to it and waits.
 MATRIX_BY_MATRIX = ("eig", "svd", "qr", "lu", "inv", "lstsq", "solve", "householder", "ldl", "pinv", "cholesky_inverse")
 WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount")
@@ -53,7 +61,7 @@ class Recorder(TorchDispatchMode):
 
 
 def recorded(batch: tuple[int, ...], size: int, rank: int, dtype: torch.dtype, damping: float = 1e-3) -> Recorder:
-    """What forward and backward call for tensors that are not on a CPU, here on the device without data."""
+    """What forward and backward call, here for tensors without data."""
     states = torch.empty(*batch, size, size, dtype=dtype, device="meta")
     sketch = torch.empty(size, rank, dtype=dtype, device="meta")
     with Recorder() as recorder:
@@ -64,6 +72,7 @@ def recorded(batch: tuple[int, ...], size: int, rank: int, dtype: torch.dtype, d
     return recorder
 
 
+@pytest.mark.usefixtures("without_lapack")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("damping", [0.0, 1e-6, 1e-4, DEFAULT_DAMPING, 3e-2, 10.0])
 @pytest.mark.parametrize(
@@ -78,14 +87,14 @@ def test_nothing_on_a_gpu_goes_matrix_by_matrix_or_waits(
     assert not recorder.faults
 
 
-def test_the_recorder_finds_eigenvectors_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "uses_lapack", lambda device: True)
+def test_the_recorder_finds_eigenvectors_and_copies() -> None:
     assert recorded((2,), 128, 70, torch.float32).faults == [*["linalg_solve_triangular"] * 3, "_linalg_eigh"]
     with Recorder() as recorder:
         torch.ones(3).to("meta")
     assert "_to_copy" in recorder.faults
 
 
+@pytest.mark.usefixtures("without_lapack")
 @pytest.mark.parametrize("rank", [13, 64])
 def test_the_number_of_calls_does_not_depend_on_that_of_the_matrices(rank: int) -> None:
     calls = [recorded((batch,), 256, rank, torch.float64).names for batch in (2, 128, 100_000, 200_000)]
@@ -105,11 +114,6 @@ def test_the_shapes_of_what_is_saved_follow_the_device() -> None:
 
 
 # --- on a CPU ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def without_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "uses_lapack", lambda device: False)
 
 
 def norm(states: Tensor, sketch: Tensor, damping: float = DEFAULT_DAMPING) -> Tensor:

@@ -37,8 +37,11 @@ def sizes(states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: fl
 
 
 def uses_lapack(device: torch.device) -> bool:
-    """Whether LAPACK does the r x r work, eigenvectors included: the faster form on a CPU. Elsewhere it would wait."""
-    return device.type == "cpu"
+    """Whether LAPACK does the r x r work, eigenvectors included: the faster form on a CPU. Elsewhere it would wait.
+
+    Meta tensors count as being on a CPU.
+    """
+    return device.type in ("cpu", "meta")
 
 
 @autocast.without
