@@ -43,13 +43,16 @@ class Site:
 
 
 def unwrapped(base: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, without wrappers around it or inside it, which would change its names.
+    """The transformers model itself, without wrappers around it or inside it, which would change its names, and not
+    compiled.
 
     Raises:
         InputError: it is sharded, has adapters of PEFT in it, or is no transformers model.
     """
     base = _content(base)
     for parent in list(base.modules()):
+        if parent._compiled_call_impl is not None:
+            parent._compiled_call_impl = None
         for name, child in list(parent.named_children()):
             if _content(child) is not child:
                 setattr(parent, name, _content(child))

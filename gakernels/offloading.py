@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _hooks(module: Any) -> list[Any]:
+    module = getattr(module, "original", module)  # a module of ours that stands for another one
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gakernels.nn.adapted_linear import AdaptedLinear, LowRankFactors, as_windows
 from gakernels.nn.low_rank_term import add_low_rank_term
-from gakernels.offloading import execution_device, only_aligns
+from gakernels.offloading import only_aligns
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,11 +66,6 @@ class AdaptedQuantizedLinear(AdaptedLinear):
     def original(self) -> Any:
         """The layer that this one adapts."""
         return self._original[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return execution_device(self.original)
 
     def to_linear(self) -> Any:
         """The layer again."""
