@@ -1,6 +1,5 @@
 """torch.compile of the frozen decoder layers, which fuses what lies between their matrix products."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from gakernels.attachment import decoder_layers
-from gakernels.errors import InputError
 from gakernels.nn import AdaptedLinear
+from gakernels.nn.factors_in_force import HandedOver, refuse_copy
 
 
 def compile_layers(base: PreTrainedModel, **options: Any) -> None:
@@ -35,7 +34,7 @@ class _Compiled:
 
     def __init__(self, compiled: Callable[..., Any], linears: list[AdaptedLinear]) -> None:
         self._compiled = compiled
-        self._places = [(linear, threading.local()) for linear in linears]
+        self._places = [(linear, HandedOver()) for linear in linears]
         for linear, place in self._places:
             linear.handed_over = place
 
@@ -49,7 +48,7 @@ class _Compiled:
                 place.factors = None  # not kept alive until the next call
 
     def __reduce__(self) -> Any:
-        raise InputError("a compiled layer can't be copied or pickled; call uncompile_layers(base) first")
+        refuse_copy()
 
 
 def uncompile_layers(base: PreTrainedModel) -> None:

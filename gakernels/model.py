@@ -597,7 +597,7 @@ class GenerativeAdapter(nn.Module):
         if any(isinstance(site.linear, AdaptedQuantizedLinear) for site in self._sites):
             raise InputError(
                 "an adapter can't be merged into weights that are quantised or offloaded; merge it into the full base "
-                "model"
+                "model (nor into layers that compute in a way of their own)"
             )
         self._check_adapters([adapter])
 

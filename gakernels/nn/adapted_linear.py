@@ -1,6 +1,5 @@
 """AdaptedLinear: a frozen linear layer that takes a low-rank adapter, or a different one per row of the batch."""
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gakernels.errors import InputError
-from gakernels.nn.factors_in_force import factors_in_force
+from gakernels.nn.factors_in_force import HandedOver, factors_in_force
 from gakernels.offloading import execution_device
 from gakernels.ops import lowrank_linear
 from gakernels.side_stream import Later
@@ -82,7 +81,7 @@ class AdaptedLinear(nn.Linear):
     """
 
     factors: Factors | Later[LowRankFactors | None] = None
-    handed_over: threading.local | None = None
+    handed_over: HandedOver | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "AdaptedLinear":

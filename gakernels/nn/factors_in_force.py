@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -61,6 +62,21 @@ class Block:
 
 
 _INNERMOST: ContextVar[Block | None] = ContextVar("gakernels_innermost_block", default=None)
+
+
+class HandedOver(threading.local):
+    """The factors of one layer in the current thread: for a compiled graph, since torch.compile can't trace a context
+    variable. Whoever calls the graph sets them."""
+
+    factors: Any = None
+
+    def __reduce__(self) -> NoReturn:
+        refuse_copy()
+
+
+def refuse_copy() -> NoReturn:
+    """Raises: InputError: what is compiled belongs to one layer; its copy would compute with that layer's weights."""
+    raise InputError("a compiled layer can't be copied or pickled; call uncompile_layers(base) first")
 
 
 def innermost() -> Block | None:
