@@ -13,6 +13,7 @@ from gakernels.offloading import offloaded_weight
 
 _REMEMBERED = "_gakernels_fingerprint"
 _SAMPLES = 256
+_PROBES = 16
 _TINY = 2.0**-16  # below it, float16 holds fewer bits than bfloat16
 _BLOCK = 1 << 20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -98,19 +99,20 @@ def _waited_for(sums: list[Tensor]) -> list[list[int]]:
 class FingerprintCache:
     """The fingerprint of tensors, computed again when one of them was exchanged or written to.
 
-    What PyTorch does not count as a change goes unnoticed: writes to `tensor.data`, and a CUDA graph that is replayed.
-    A copy, pickled or not, starts empty.
+    PyTorch counts most writes, but not those of fused optimizers, through `tensor.data` or by a replayed CUDA graph. So
+    some numbers of each tensor are compared too, with one wait for the device; only a write of that kind that leaves
+    all of these as they were goes unnoticed. A copy, pickled or not, starts empty.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[list[tuple[int, int, int]], list[weakref.ref[Tensor]], str] = ([], [], "")
+        self._last: tuple[list[Any], list[weakref.ref[Tensor]], str] = ([], [], "")
 
     def get(self, tensors: Iterable[Tensor], compute: Callable[[], str]) -> str:
         """The fingerprint of these tensors, which `compute` makes."""
         tensors = list(tensors)
         if any(tensor.is_inference() or type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return compute()  # these have no count of their changes
-        now = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+        now = [*((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors), _probe(tensors)]
         seen, alive, fingerprint = self._last
         if now != seen or any(reference() is None for reference in alive):
             fingerprint = compute()
@@ -119,6 +121,15 @@ class FingerprintCache:
 
     def __reduce__(self) -> Any:
         return FingerprintCache, ()
+
+
+def _probe(tensors: Iterable[Tensor]) -> list[bytes]:
+    """Some evenly spaced numbers of each tensor, bit by bit."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: max(1, flat.numel() // _PROBES)])
+    return [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in groups.values()]
 
 
 def _bit_sums(tensor: Tensor) -> Tensor:

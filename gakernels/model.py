@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -484,10 +484,13 @@ class GenerativeAdapter(nn.Module):
         Raises:
             InputError: there is no context, one is empty, or there is no tokenizer for a text.
         """
-        if isinstance(contexts, str) or (len(contexts) > 0 and is_token(contexts[0])):
-            return self.adapt([contexts])[0]  # type: ignore[list-item, index] # a list of one context
-        tokens = [self._encode_context(context, first=True) for context in contexts]  # type: ignore[arg-type]
-        return self.adapters(self.states(tokens), [len(row) for row in tokens])
+        one = isinstance(contexts, str) or not isinstance(contexts, Iterable)
+        several: list[Any] = [contexts] if one else list(contexts)
+        if not one and several and is_token(several[0]):
+            one, several = True, [several]
+        tokens = [self._encode_context(context, first=True) for context in several]
+        adapters = self.adapters(self.states(tokens), [len(row) for row in tokens])
+        return adapters[0] if one else adapters
 
     def _encode_context(self, context: str | Sequence[int], first: bool) -> list[int]:
         with self._tokenizing:
