@@ -162,7 +162,9 @@ def change(case: Case, base: PreTrainedModel, folder: Path) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.filterwarnings("ignore")
-def test_a_base_computes_what_the_plain_one_does_or_is_refused(case: Case, tmp_path: Path) -> None:
+def test_a_base_computes_what_the_plain_one_does_or_is_refused(
+    case: Case, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     base = make_base()
     other, config = copy.deepcopy(base), make_config()
     plain = make_trained(GenerativeAdapter(base, config))
@@ -175,6 +177,7 @@ def test_a_base_computes_what_the_plain_one_does_or_is_refused(case: Case, tmp_p
             return
         plain.save_pretrained(tmp_path / "generator")
         model = GenerativeAdapter.from_pretrained(tmp_path / "generator", changed)
+        model.tokenizer = plain.tokenizer = tokenizer
         assert_same(model, plain)
     model.adapt(random_context(20)).save_peft(tmp_path / "peft")
     peft_model = peft.PeftModel.from_pretrained(copy.deepcopy(plain.base), tmp_path / "peft")
@@ -196,10 +199,12 @@ def assert_same(model: GenerativeAdapter, plain: GenerativeAdapter) -> None:
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     with plain.adapted(wanted):
         logits, tokens = logits_of(plain.base, ids), plain.base.generate(input_ids=ids, **settings)
+        texts = plain.generate(["w3 w4 w5", "w6"])
     assert (logits - before).abs().max() > 1e-2
     with model.adapted(wanted):
         torch.testing.assert_close(logits_of(model.base, ids), logits, rtol=1e-4, atol=1e-5)
         assert torch.equal(model.base.generate(input_ids=ids, **settings), tokens)
+        assert model.generate(["w3 w4 w5", "w6"]) == texts
     windows = random_ids(1, 4, 5)
     for ours, theirs in zip(gradients(model, windows), gradients(plain, windows), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
@@ -399,9 +404,19 @@ def test_a_folder_of_a_lora_is_refused_as_a_base(
 # The table
 
 
+OTHERS = [  # each has a test of its own above
+    ("in float16", "works, near the numbers in float32"),
+    ("resized for added tokens", "works, with a warning"),
+    ("another one than the generator was trained for", "refused, unless `allow_other_base` is given"),
+    ("the folder of a LoRA, as a name", "refused: is a PEFT adapter"),
+    ("with weights on the device meta", "refused: base must have values for all of its parameters"),
+]
+
+
 def table() -> str:
-    rows = [(f"`{family}`", WORKS) for family in FAMILIES]
-    rows += [(family, f"refused: {refused}" if refused else WORKS) for family, (*_, refused) in MORE_FAMILIES.items()]
+    rows = [(f"`{family}`", "works") for family in FAMILIES]
+    rows += [(family, f"refused: {refused}" if refused else "works") for family, (*_, refused) in MORE_FAMILIES.items()]
+    rows += OTHERS
     rows += [(case.what, f"refused: {case.refused}" if case.refused else WORKS) for case in CASES]
     return "\n".join(["| base | what happens |", "|---|---|", *(f"| {what} | {outcome} |" for what, outcome in rows)])
 
