@@ -66,9 +66,7 @@ _INNERMOST: ContextVar[Block | None] = ContextVar("gakernels_innermost_block", d
 
 class HandedOver(threading.local):
     """The factors of one layer in the current thread: for a compiled graph, since torch.compile can't trace a context
-    variable. Whoever calls the graph sets them."""
-
-    factors: Any = None
+    variable. Whoever calls the graph sets `factors` (no default in the class: torch 2.11 can't guard that)."""
 
     def __reduce__(self) -> NoReturn:
         refuse_copy()
