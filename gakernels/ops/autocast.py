@@ -20,7 +20,7 @@ def is_enabled(device: torch.device) -> bool:
     return _is_known(device.type) and torch.is_autocast_enabled(device.type)
 
 
-@torch.compiler.assume_constant_result  # torch.compile of PyTorch 2.11 can't trace the question
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch 2.11 can't trace the question
 def _is_known(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
