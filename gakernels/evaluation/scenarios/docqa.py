@@ -98,7 +98,7 @@ def docqa(
             "part": part,
             "style": style,
             "adapted_style": adapted_style,
-            "lengths": list(dict.fromkeys(lengths or ["own"])),
+            "lengths": cell_lengths,
         },
         vars(data.skipped),
     )
