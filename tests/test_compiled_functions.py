@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import gakernels
+from gakernels.nn.cpu_attention import causal_attention
 from gakernels.nn.frozen_rms_norm import rms_norm
 from gakernels.nn.gated_mlp import gated_product
 from gakernels.nn.low_rank_term import add_low_rank_term
@@ -84,7 +85,19 @@ def float8(generator: Generator) -> Case:
     return Case(Float8Linear(linear), [x], lambda x: x @ linear.weight.double().mT + linear.bias.double())
 
 
+def causal(generator: Generator) -> Case:
+    query, key, value = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2, 2))
+
+    def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (tensor.repeat_interleave(2, 1) for tensor in (key, value))
+        hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        return (0.3 * query @ key.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ value
+
+    return Case(lambda q, k, v: causal_attention(q, k, v, 0.3), [query, key, value], exact)
+
+
 CASES = {
+    "nn.cpu_attention._CausalAttention": causal,
     "nn.gated_mlp._GatedProduct": gated,
     "nn.frozen_rms_norm._NormFunction": norm,
     "nn.frozen_rms_norm._NormFunction, no weight": norm_without_weight,
