@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -25,6 +26,10 @@
 #include "portable.h"
 
 namespace gakernels {
+
+// longjmp of the C library. With _FORTIFY_SOURCE, which some distributions set, its own name stands for a function that
+// takes a jump to another stack for a fault and aborts.
+[[noreturn]] void jump(std::jmp_buf place, int value) __asm__("_longjmp");
 
 class EmulatedBlock;
 
@@ -228,17 +233,21 @@ class EmulatedBlock {
   static void enter(unsigned high, unsigned low) {
     auto& thread = *reinterpret_cast<EmulatedThread*>(static_cast<std::uintptr_t>(high) << 32 | low);
     leave(thread);
-    (*thread.block_->kernel_)(thread);
+    try {
+      (*thread.block_->kernel_)(thread);
+    } catch (...) {  // it can't leave the stack of the fiber
+      thread.block_->failure_ = std::current_exception();
+    }
     thread.done_ = true;
-    _longjmp(thread.block_->home_, 1);
+    jump(thread.block_->home_, 1);
   }
 
   static void leave(EmulatedThread& thread) {
-    if (_setjmp(thread.place_) == 0) _longjmp(thread.block_->home_, 1);
+    if (_setjmp(thread.place_) == 0) jump(thread.block_->home_, 1);
   }
 
   [[gnu::noinline]] void resume(EmulatedThread& thread) {
-    if (_setjmp(home_) == 0) _longjmp(thread.place_, 1);
+    if (_setjmp(home_) == 0) jump(thread.place_, 1);
   }
 
   // Lets every thread run up to its next barrier, those of a slow warp only now and then. False when all are done.
@@ -254,6 +263,7 @@ class EmulatedBlock {
       if (waiting && thread.warp() == slow_warp_) continue;
       thread.waits_for_ = nullptr;
       resume(thread);
+      if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
     if (!finished && !moved) throw std::runtime_error("a barrier was not reached by all threads");
     return !finished;
@@ -271,6 +281,7 @@ class EmulatedBlock {
   Index3 position_{};
   Barrier barrier_;
   const std::function<void(EmulatedThread&)>* kernel_ = nullptr;
+  std::exception_ptr failure_;  // of the kernel, on its way out of a fiber
   std::jmp_buf home_;
 };
 

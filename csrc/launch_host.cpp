@@ -1,44 +1,8 @@
 #include "launch.h"
 
-#include <exception>
-#include <string>
-
-#include "emulated_thread.h"
+#include "emulated_launcher.h"
 
 namespace gakernels {
-namespace {
-
-std::string failure;
-
-// Runs every block of every launch to its end, in an order of threads that each launch draws anew.
-class EmulatedLauncher {
- public:
-  template <class Kernel>
-  void launch(Index3 grid, const typename Kernel::Arguments& arguments) {
-    if (status_ != 0) return;
-    static unsigned seed = 0;
-    EmulatedBlock block(Kernel::kThreads, Kernel::kShared, seed++);
-    try {
-      for (int z = 0; z < grid.z; ++z) {
-        for (int y = 0; y < grid.y; ++y) {
-          for (int x = 0; x < grid.x; ++x) {
-            block.run({x, y, z}, [&](EmulatedThread& thread) { Kernel::run(thread, arguments); });
-          }
-        }
-      }
-    } catch (const std::exception& error) {
-      failure = error.what();
-      status_ = 1;
-    }
-  }
-
-  int status() const { return status_; }
-
- private:
-  int status_ = 0;
-};
-
-}  // namespace
 
 std::int64_t forward_workspace(const Sizes& sizes) {
   EmulatedLauncher none;
@@ -62,7 +26,7 @@ int run_backward(const Sizes& sizes, const Backward& data, void* workspace, void
   return launcher.status();
 }
 
-const char* describe(int) { return failure.c_str(); }
+const char* describe(int) { return EmulatedLauncher::failure.c_str(); }
 
 const char* architectures() { return "host"; }
 

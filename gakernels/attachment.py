@@ -5,11 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gakernels.errors import InputError
 from gakernels.nn import AdaptedLinear, FrozenRMSNorm, GatedMLP
+from gakernels.nn.adapted_linear import has_hooks
 from gakernels.nn.adapted_quantized_linear import is_linear
+
+# Wrappers that compute what their module does, and where they keep it: compiled, replicated, recomputed modules.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,41 @@ class Site:
     def replace(self, linear: nn.Module) -> None:
         """Put another layer in its place."""
         setattr(self.parent, self.attribute, linear)
+
+
+def unwrapped(base: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, without wrappers around it or inside it, which would change its names, and not
+    compiled.
+
+    Raises:
+        InputError: it is sharded, has adapters of PEFT in it, or is no transformers model.
+    """
+    base = _content(base)
+    for parent in list(base.modules()):
+        if parent._compiled_call_impl is not None:
+            parent._compiled_call_impl = None
+        for name, child in list(parent.named_children()):
+            if _content(child) is not child:
+                setattr(parent, name, _content(child))
+    for name, module in base.named_modules():
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            raise InputError(
+                f"base has an adapter of PEFT in it ({name or type(module).__name__}); merge it into the weights "
+                "first: peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
+            )
+        own = module.parameters(recurse=False)
+        if isinstance(module, FullyShardedDataParallel) or any(isinstance(tensor, DTensor) for tensor in own):
+            raise InputError("base is sharded (FSDP); attach generators first, then use gakernels.training.Shards")
+    if not isinstance(base, PreTrainedModel):
+        raise InputError(f"base must be a transformers model (PreTrainedModel), but it is a {type(base).__name__}")
+    return base
+
+
+def _content(module: nn.Module) -> nn.Module:
+    """What a wrapper wraps; any other module itself."""
+    while type(module).__name__ in _WRAPPERS:
+        module = getattr(module, _WRAPPERS[type(module).__name__])
+    return module
 
 
 def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -80,7 +126,7 @@ def put_in_lean_modules(base: PreTrainedModel) -> None:
     """Exchange the feed-forward parts and norms that `GatedMLP` and `FrozenRMSNorm` can stand for."""
     for parent, name, module in _parts(base):
         lean = next((kind for kind in LEAN_MODULES if kind.can_stand_for(module)), None)
-        if lean is not None:
+        if lean is not None and not has_hooks(module):
             setattr(parent, name, lean(module).train(module.training))
 
 

@@ -1,11 +1,14 @@
 """torch.compile of the frozen decoder layers, which fuses what lies between their matrix products."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from gakernels.attachment import decoder_layers
+from gakernels.nn import AdaptedLinear
+from gakernels.nn.factors_in_force import HandedOver, refuse_copy
 
 
 def compile_layers(base: PreTrainedModel, **options: Any) -> None:
@@ -21,10 +24,37 @@ def compile_layers(base: PreTrainedModel, **options: Any) -> None:
     """
     for layer in decoder_layers(base)[1]:
         plain: Any = type(layer).forward.__get__(layer)
-        layer.forward = torch.compile(plain, **{"dynamic": False, **options})
+        linears = [module for module in layer.modules() if isinstance(module, AdaptedLinear)]
+        layer.forward = _Compiled(torch.compile(plain, **{"dynamic": False, **options}), linears)
+
+
+class _Compiled:
+    """A compiled forward, told which factors are in force here: torch.compile can't look up what belongs to a thread or
+    task, but it knows `threading.local`."""
+
+    def __init__(self, compiled: Callable[..., Any], linears: list[AdaptedLinear]) -> None:
+        self._compiled = compiled
+        self._places = [(linear, HandedOver()) for linear in linears]
+        for linear, place in self._places:
+            linear.handed_over = place
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for linear, place in self._places:
+            place.factors = linear.factors_now()
+        try:
+            return self._compiled(*args, **kwargs)
+        finally:
+            for _, place in self._places:
+                place.factors = None  # not kept alive until the next call
+
+    def __reduce__(self) -> Any:
+        refuse_copy()
 
 
 def uncompile_layers(base: PreTrainedModel) -> None:
     """The opposite of `compile_layers`; nothing happens where nothing is compiled."""
     for layer in decoder_layers(base)[1]:
         layer.__dict__.pop("forward", None)
+        for module in layer.modules():
+            if isinstance(module, AdaptedLinear):
+                module.handed_over = None

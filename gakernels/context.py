@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from gakernels.compact import CompactAdapter
 from gakernels.composition import Part, scale_states, state_fingerprint, subtract_states, sum_states
 from gakernels.errors import FormatError, InputError
 from gakernels.files import count_entry, entry, read_tensors, write_tensors
+from gakernels.locks import OwnLock
 
 if TYPE_CHECKING:
     from gakernels.model import GenerativeAdapter
@@ -34,6 +36,7 @@ class ContextStream:
         self._states: dict[str, Tensor] = {}
         self.tokens_seen = 0
         self.parts: tuple[Part, ...] = ()
+        self._lock = OwnLock()  # changes follow one another, and nobody reads half of one
 
     def append(self, context: str | Sequence[int], chunks_per_pass: int = 8) -> ContextStream:
         """Read more of the context, each chunk with the adapter of everything before it.
@@ -49,9 +52,10 @@ class ContextStream:
         Raises:
             InputError: the context is empty, or there is no tokenizer for a text.
         """
-        tokens = encode(self._model.tokenizer, context, first=self.tokens_seen == 0)
-        self._states = self._model.states([tokens], self._states or None, chunks_per_pass)
-        self.tokens_seen += len(tokens)
+        with self._lock:
+            tokens = self._model._encode_context(context, first=self.tokens_seen == 0)
+            self._states = self._model.states([tokens], self._states or None, chunks_per_pass)
+            self.tokens_seen += len(tokens)
         return self
 
     def add(self, other: ContextStream, weight: float = 1.0) -> ContextStream:
@@ -70,11 +74,12 @@ class ContextStream:
         if weight == 0:
             raise InputError("weight must not be 0; a context of weight 0 need not be added")
         self._check_same_model(other)
-        states = other.states()
-        before, weights = ([self._states], [1.0]) if self._states else ([], [])
-        self._states = sum_states([*before, states], [*weights, weight])
-        self.tokens_seen += other.tokens_seen
-        self.parts += (Part(state_fingerprint(states), other.tokens_seen, weight),)
+        states, tokens, _ = other._content()
+        with self._lock:
+            before, weights = ([self._states], [1.0]) if self._states else ([], [])
+            self._states = sum_states([*before, states], [*weights, weight])
+            self.tokens_seen += tokens
+            self.parts += (Part(state_fingerprint(states), tokens, weight),)
         return self
 
     def remove(self, other: ContextStream) -> ContextStream:
@@ -91,16 +96,17 @@ class ContextStream:
         """
         states = other.states()
         fingerprint = state_fingerprint(states)
-        positions = [number for number, part in enumerate(self.parts) if part.fingerprint == fingerprint]
-        if not positions:
-            raise InputError("the context to remove must have been added, in just this state, but it has not been")
-        part = self.parts[positions[-1]]
-        left = self.parts[: positions[-1]] + self.parts[positions[-1] + 1 :]
-        if part.tokens == self.tokens_seen:  # what subtraction would leave is rounding, which norm() would raise to 1
-            self._states, self.tokens_seen, self.parts = {}, 0, ()
-        else:
-            self._states = subtract_states(self._states, states, part.weight)
-            self.tokens_seen, self.parts = self.tokens_seen - part.tokens, left
+        with self._lock:
+            positions = [number for number, part in enumerate(self.parts) if part.fingerprint == fingerprint]
+            if not positions:
+                raise InputError("the context to remove must have been added, in just this state, but it has not been")
+            part = self.parts[positions[-1]]
+            left = self.parts[: positions[-1]] + self.parts[positions[-1] + 1 :]
+            if part.tokens == self.tokens_seen:  # subtraction would leave rounding, which norm() would raise to 1
+                self._states, self.tokens_seen, self.parts = {}, 0, ()
+            else:
+                self._states = subtract_states(self._states, states, part.weight)
+                self.tokens_seen, self.parts = self.tokens_seen - part.tokens, left
         return self
 
     def decay(self, factor: float) -> ContextStream:
@@ -116,8 +122,9 @@ class ContextStream:
         """
         if not 0 < factor <= 1:
             raise InputError(f"factor must be above 0 and at most 1, but it is {factor}")
-        self._states = scale_states(self.states(), factor)
-        self.parts = tuple(part.faded(factor) for part in self.parts)
+        with self._lock:
+            self._states = scale_states(self._filled(), factor)
+            self.parts = tuple(part.faded(factor) for part in self.parts)
         return self
 
     def _check_same_model(self, other: ContextStream) -> None:
@@ -135,13 +142,22 @@ class ContextStream:
         Raises:
             InputError: nothing has been appended yet.
         """
+        return self._content()[0]
+
+    def _content(self) -> tuple[dict[str, Tensor], int, tuple[Part, ...]]:
+        """States, tokens seen and parts at one moment."""
+        with self._lock:
+            return self._filled(), self.tokens_seen, self.parts
+
+    def _filled(self) -> dict[str, Tensor]:
         if not self._states:
             raise InputError("the stream is empty; append a context first")
         return dict(self._states)
 
     def adapter(self) -> Adapter:
         """The adapter of everything appended so far. Raises: InputError: nothing has been appended yet."""
-        return self._model.adapters(self.states(), [self.tokens_seen])[0]
+        states, tokens, _ = self._content()
+        return self._model.adapters(states, [tokens])[0]
 
     def compact(self, dtype: torch.dtype | None = None) -> CompactAdapter:
         """The compact form of that adapter, in the given dtype or that of the state; see `CompactAdapter`.
@@ -149,7 +165,8 @@ class ContextStream:
         Raises:
             InputError: nothing has been appended yet, or the generator's norm is `frobenius`.
         """
-        return self._model.compact_adapters(self.states(), [self.tokens_seen], dtype)[0]
+        states, tokens, _ = self._content()
+        return self._model.compact_adapters(states, [tokens], dtype)[0]
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file; `load` goes on exactly where it stopped.
@@ -158,12 +175,13 @@ class ContextStream:
             InputError: nothing has been appended yet, or there is a folder of that name.
             OSError: it could not be written; an older file of that name is unharmed.
         """
-        tensors = {name: state[0] for name, state in self.states().items()}
+        states, tokens, parts = self._content()
+        tensors = {name: state[0] for name, state in states.items()}
         description = {
-            "tokens_seen": self.tokens_seen,
+            "tokens_seen": tokens,
             "base_fingerprint": self._model.base_fingerprint(),
             "generator_fingerprint": self._model.generator_fingerprint(),
-            "parts": [asdict(part) for part in self.parts],
+            "parts": [asdict(part) for part in parts],
         }
         write_tensors(Path(path), "state", tensors, description)
 
@@ -177,10 +195,10 @@ class ContextStream:
         """
         path = Path(path)
         tensors, description = read_tensors(path, "state")
-        for what, own in (("base", model.base_fingerprint()), ("generator", model.generator_fingerprint())):
+        for what, own in (("base", model.base_fingerprints()), ("generator", (model.generator_fingerprint(),))):
             saved = entry(path, description, f"{what}_fingerprint", str)
-            if saved != own:
-                raise FormatError(f"{path} was made with a {what} of fingerprint {saved}, but this one has {own}")
+            if saved not in own:
+                raise FormatError(f"{path} was made with a {what} of fingerprint {saved}, but this one has {own[0]}")
         size = (model.config.state_size, model.config.state_size)
         if set(tensors) != set(model.adapted_names):
             raise FormatError(f"{path} is damaged: it lacks the states of some layers or has others")
@@ -210,6 +228,11 @@ def _read_parts(path: Path, description: dict[str, Any]) -> tuple[Part, ...]:
         )
         for part in parts
     )
+
+
+def is_token(value: object) -> bool:
+    """Whether a value is one token id, and not a text or a sequence of token ids."""
+    return isinstance(value, Integral) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[int], first: bool) -> list[int]:

@@ -1,43 +1,77 @@
 """GenerativeAdapter: a frozen causal language model with generators that turn a context into its adapter."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gakernels.adapter import Adapter, stack
 from gakernels.attachment import (
+    Site,
     decoder_layers,
     describe,
     find_sites,
     put_in_lean_modules,
     take_out_lean_modules,
     target_modules,
+    unwrapped,
 )
 from gakernels.compact import CompactAdapter
 from gakernels.compilation import uncompile_layers
 from gakernels.configuration import GeneratorConfig
-from gakernels.context import ContextStream, encode
+from gakernels.context import ContextStream, encode, is_token
 from gakernels.contextualization import ContextPass
 from gakernels.errors import FormatError, InputError
 from gakernels.files import entry, read_tensors, replacing, write_tensors, write_text
-from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
+from gakernels.fingerprint import FingerprintCache, model_fingerprint, tensor_fingerprint
 from gakernels.hub import local_folder
+from gakernels.locks import OwnLock
 from gakernels.nn import AdaptedLinear, AdapterGenerator, CompactFactors, LowRankFactors
 from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, adapted
 from gakernels.nn.cpu_attention import CpuAttention
+from gakernels.nn.factors_in_force import Block, innermost
+from gakernels.offloading import execution_device
+from gakernels.positions import check_chunk_size, check_prompt, position_limit
+from gakernels.quantization import QuantizedCompactAdapter
 from gakernels.side_stream import Streams, streams_of
 from gakernels.token_loss import token_loss
 from gakernels.windows import only_first_is_plain, pad_left, pad_windows, split_evenly
 
 GENERATOR_FILE = "generator.safetensors"
+NEW_TOKENS = 32  # that `generate` writes, unless it is told otherwise
+AnyAdapter = Adapter | CompactAdapter | QuantizedCompactAdapter
+
+
+class _Users(OwnLock):
+    """Who uses the weights of a base model, behind a lock for whoever wants to begin to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there: set[object] = set()
+
+
+class _BeforeLayer:
+    """The hook in front of a decoder layer; no closure, so that it is copied and pickled with its model."""
+
+    def __init__(self, model: "GenerativeAdapter", sites: list[Site]) -> None:
+        self._model, self._sites = model, sites
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model._form_adapters(self._sites, layer, args[0] if args else kwargs["hidden_states"])
 
 
 class GenerativeAdapter(nn.Module):
@@ -48,14 +82,19 @@ class GenerativeAdapter(nn.Module):
     `FrozenRMSNorm`, which compute the same with less memory (`detach` puts the old ones back). The generators are the
     only trainable parameters.
 
+    Which adapter is in use belongs to a thread or asyncio task, not to the model: several may use one model at the same
+    time, each with its own adapter or context pass. Merging alone has the model for itself (docs/bases.md).
+
     Args:
-        base: any decoder-only transformers model whose decoder layers hold the named linear layers.
+        base: any decoder-only transformers model whose decoder layers hold the named linear layers; wrappers around it
+            (`torch.compile`, data parallel) are taken off.
         config: what is adapted and how.
         tokenizer: needed only where text goes in or comes out.
         dtype: of the generators' parameters; float32 if not given, whatever the base model has.
 
     Raises:
-        InputError: config names layers that the model does not have, or the model already carries generators.
+        InputError: config names layers that the model does not have or chunks that are longer than it reads, or the
+            model already carries generators, is sharded or has an adapter of PEFT in it.
     """
 
     def __init__(
@@ -67,6 +106,8 @@ class GenerativeAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        base = unwrapped(base)
+        check_chunk_size(base.config, config.chunk_size)
         find_sites(base, config.linears, config.layers)  # refuses before anything is changed
         put_in_lean_modules(base)
         self._sites = find_sites(base, config.linears, config.layers)
@@ -75,10 +116,13 @@ class GenerativeAdapter(nn.Module):
         self.base = base.requires_grad_(False).eval()
         self.generators = nn.ModuleDict()
         self._hooks: list[Any] = []
-        self._pass: ContextPass | None = None
         self._streams: Streams | None = None
         self._originals: dict[str, Tensor] = {}
+        self._users, self._tokenizing = _Users(), OwnLock()
         self._base_fingerprint: str | None = None
+        self._layers_fingerprint: str | None = None
+        self._other_bases: tuple[str, ...] = ()  # fingerprints that stand for this base too
+        self._generator_fingerprint = FingerprintCache()
         self._attach(dtype)
 
     # Attaching
@@ -101,11 +145,11 @@ class GenerativeAdapter(nn.Module):
                     sketch_side=self.config.sketch_side,
                     static_rank=self.config.static_rank,
                 )
-                self.generators[_key(site.name)] = generator.to(site.linear.weight.device, dtype)
+                self.generators[_key(site.name)] = generator.to(execution_device(site.linear), dtype)
         layers = decoder_layers(self.base)[1]
         for number in sorted({site.layer for site in self._sites}):
-            hook = layers[number].register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
-            self._hooks.append(hook)
+            before = _BeforeLayer(self, [site for site in self._sites if site.layer == number])
+            self._hooks.append(layers[number].register_forward_pre_hook(before, with_kwargs=True))
         for site in self._sites:
             site.replace(adapted(site.linear))
 
@@ -122,23 +166,25 @@ class GenerativeAdapter(nn.Module):
         take_out_lean_modules(self.base)
         return self.base
 
-    def _before_layer(self, number: int) -> Any:
-        """The hook that forms the adapters of one decoder layer from its input, during a context pass."""
-        sites = [site for site in self._sites if site.layer == number]
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._pass is None:
-                return
-            hidden = args[0] if args else kwargs["hidden_states"]
-            for site in sites:
-                arguments = (site.name, self.generator(site.name), hidden, self.config.adapter_scale)
-                self._linear(site.name).factors = (
-                    self._pass.factors(*arguments)
-                    if self._streams is None
-                    else self._pass.factors_later(*arguments, self._streams)
-                )
-
-        return hook
+    def _form_adapters(self, sites: Sequence[Site], layer: nn.Module, hidden: Tensor) -> None:
+        """Form the adapters of one decoder layer from its input, during a context pass."""
+        block = innermost()
+        if block is None or sites[0].linear not in block.factors:
+            return
+        if torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise InputError(
+                "gradient checkpointing computes a layer again when its adapter is no longer in use; leave the base "
+                "model in eval mode (gakernels.training.memory.set_recomputation saves memory)"
+            )
+        if not isinstance(block.work, ContextPass):
+            return
+        for site in sites:
+            arguments = (site.name, self.generator(site.name), hidden, self.config.adapter_scale)
+            block.factors[site.linear] = (
+                block.work.factors(*arguments)
+                if self._streams is None
+                else block.work.factors_later(*arguments, self._streams)
+            )
 
     def overlap_generators(self, wanted: bool = True) -> None:
         """Form the adapters of a decoder layer on a second stream of the GPU, in the forward and in the backward.
@@ -168,8 +214,8 @@ class GenerativeAdapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the base model is."""
-        return self.base.device
+        """Where the base model takes its input; of one on several devices, the first."""
+        return execution_device(self.base)
 
     def train(self, mode: bool = True) -> "GenerativeAdapter":
         """Training mode for the generators only: the base model is frozen, so its dropout stays off."""
@@ -201,7 +247,8 @@ class GenerativeAdapter(nn.Module):
             The last hidden states (B, W, M, d_h), for `logits`, and the states after the context by adapted layer.
 
         Raises:
-            InputError: a shape does not fit, or an adapter is merged into the base.
+            InputError: a shape does not fit, a window is longer than the base model reads, or an adapter is merged into
+                it.
         """
         self._check_pass(input_ids, mask, chunks, seen, initial_states)
         first_is_plain = initial_states is None and chunks > 1 and only_first_is_plain(seen, chunks)
@@ -225,7 +272,7 @@ class GenerativeAdapter(nn.Module):
 
     def _encode(self, context: ContextPass, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The last hidden states (B, W, M, d_h) and the states after the context by adapted layer, of one pass."""
-        with self._running(context), CpuAttention():
+        with self._block({}, context), CpuAttention():
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
             for name in self.adapted_names:  # all are formed, so that all states are there
@@ -240,12 +287,15 @@ class GenerativeAdapter(nn.Module):
         seen: Sequence[int],
         initial_states: Mapping[str, Tensor] | None,
     ) -> None:
-        if self._originals:
-            raise InputError("an adapter is merged into the base model; call unmerge() first")
         if input_ids.dim() != 3 or mask.shape != input_ids.shape or mask.dtype != torch.bool:
             raise InputError(
                 "input_ids must have shape (B, W, M) and mask must be bool of the same shape, but they are "
                 f"{tuple(input_ids.shape)} and {mask.dtype} {tuple(mask.shape)}"
+            )
+        limit = position_limit(self.base.config)
+        if limit is not None and input_ids.shape[2] > limit:
+            raise InputError(
+                f"windows must be at most the {limit} positions of the base model long, but are {input_ids.shape[2]}"
             )
         if not 1 <= chunks <= input_ids.shape[1] or len(seen) != input_ids.shape[1]:
             raise InputError(
@@ -255,15 +305,6 @@ class GenerativeAdapter(nn.Module):
         missing = [name for name in self.adapted_names if initial_states is not None and name not in initial_states]
         if missing:
             raise InputError(f"initial_states must have the states of all adapted layers, but {missing[0]} is missing")
-
-    @contextmanager
-    def _running(self, context: ContextPass) -> Iterator[None]:
-        self._pass = context
-        try:
-            with self.using({}):
-                yield
-        finally:
-            self._pass = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (..., vocabulary) of last hidden states (..., d_h), as the base model's own head gives."""
@@ -413,12 +454,12 @@ class GenerativeAdapter(nn.Module):
 
     def _check_compact(self, compact: CompactAdapter) -> None:
         for what, found, own in (
-            ("base model", compact.base_fingerprint, self.base_fingerprint()),
-            ("generator", compact.generator_fingerprint, self.generator_fingerprint()),
+            ("base model", compact.base_fingerprint, self.base_fingerprints()),
+            ("generator", compact.generator_fingerprint, (self.generator_fingerprint(),)),
         ):
-            if found != own:
+            if found not in own:
                 raise FormatError(
-                    f"the compact adapter belongs to a {what} of fingerprint {found}, but this one has {own}"
+                    f"the compact adapter belongs to a {what} of fingerprint {found}, but this one has {own[0]}"
                 )
         size = (self.config.state_size, compact.rank)
         if any(set(side) != set(self.adapted_names) for side in (compact.left, compact.right)) or any(
@@ -426,135 +467,246 @@ class GenerativeAdapter(nn.Module):
         ):
             raise FormatError("the compact adapter is of other linear layers or another size than this generator")
 
-    def adapt(self, contexts: Sequence[str | Sequence[int]]) -> list[Adapter]:
-        """The adapters of several contexts, texts or token ids, encoded together as one batch.
+    @overload
+    def adapt(self, contexts: str) -> Adapter: ...  # type: ignore[overload-overlap] # a text is a sequence of texts too
+
+    @overload
+    def adapt(self, contexts: Sequence[int] | Tensor) -> Adapter: ...
+
+    @overload
+    def adapt(self, contexts: Sequence[str | Sequence[int]]) -> list[Adapter]: ...
+
+    def adapt(self, contexts: str | Sequence[int] | Tensor | Sequence[str | Sequence[int]]) -> Adapter | list[Adapter]:
+        """The adapter of a context, or the list of adapters of a list of contexts, encoded together as one batch.
+
+        Args:
+            contexts: a context is a text or a sequence of token ids.
 
         Raises:
             InputError: there is no context, one is empty, or there is no tokenizer for a text.
         """
-        if isinstance(contexts, str):
-            raise InputError("contexts must be a list of contexts, but it is one text; put it in a list")
-        tokens = [encode(self.tokenizer, context, first=True) for context in contexts]
-        return self.adapters(self.states(tokens), [len(row) for row in tokens])
+        one = isinstance(contexts, str) or not isinstance(contexts, Iterable)
+        several: list[Any] = [contexts] if one else list(contexts)
+        if not one and several and is_token(several[0]):
+            one, several = True, [several]
+        tokens = [self._encode_context(context, first=True) for context in several]
+        adapters = self.adapters(self.states(tokens), [len(row) for row in tokens])
+        return adapters[0] if one else adapters
+
+    def _encode_context(self, context: str | Sequence[int], first: bool) -> list[int]:
+        with self._tokenizing:
+            return encode(self.tokenizer, context, first)
 
     # Using adapters
 
     @contextmanager
-    def adapted(self, adapters: Adapter | Sequence[Adapter]) -> Iterator[None]:
+    def adapted(self, adapters: AnyAdapter | Sequence[AnyAdapter]) -> Iterator[None]:
         """The base model with an adapter, or with one adapter per row of the batch, while the block runs.
 
         With n adapters the rows of a batch must be a multiple of n: each adapter serves that many consecutive rows.
+        The adapters are in use in the current thread or asyncio task alone, and in tasks that it starts in the block; a
+        thread that is started in the block has none (`contextvars.copy_context().run` hands them on).
+
+        Args:
+            adapters: compact ones, which must be of this generator, are expanded.
 
         Raises:
-            InputError: an adapter is merged into the base model, or the adapters differ in scale or rank.
+            InputError: an adapter is merged into the base model, the adapters differ in scale or rank, or the block
+                ends out of its place (see `Block.in_force`).
             FormatError: an adapter was made for another base model or for other layers.
         """
-        if self._originals:
-            raise InputError("an adapter is merged into the base model; call unmerge() first")
-        several = [adapters] if isinstance(adapters, Adapter) else list(adapters)
+        several = [self._expanded(adapter) for adapter in _as_list(adapters)]
         self._check_adapters(several)
         factors = {}
-        for name in self.adapted_names:
-            device = self._linear(name).weight.device
-            lora_a, lora_b = (factor.to(device, self.base.dtype) for factor in stack(several, name))
-            factors[name] = LowRankFactors(lora_a, lora_b, several[0].scale)
+        for site in self._sites:
+            device = execution_device(site.linear)
+            lora_a, lora_b = (factor.to(device, self.base.dtype) for factor in stack(several, site.name))
+            factors[site.name] = LowRankFactors(lora_a, lora_b, several[0].scale)
         with self.using(factors):
             yield
 
     @contextmanager
     def using(self, factors: Mapping[str, LowRankFactors | CompactFactors]) -> Iterator[None]:
-        """The base model with the given factors, by adapted layer, while the block runs; then those from before."""
-        before = {name: self._linear(name).factors for name in self.adapted_names}
+        """The base model with the given factors, by adapted layer, while the block runs; as `adapted` otherwise."""
+        with self._block(factors):
+            yield
+
+    @contextmanager
+    def _block(
+        self, factors: Mapping[str, LowRankFactors | CompactFactors], work: ContextPass | None = None
+    ) -> Iterator[None]:
+        block = Block({site.linear: factors.get(site.name) for site in self._sites}, work)
+        with self._in_use(merged=not factors and work is None), block.in_force():
+            yield
+
+    @contextmanager
+    def _in_use(self, merged: bool = False) -> Iterator[None]:
+        """Hold off `merge` and `unmerge` while the block runs; wait for one that has begun.
+
+        Raises:
+            InputError: an adapter is merged into the base model, which the block is not meant for.
+        """
+        user = object()
+        with self._users:
+            if self._originals and not merged:
+                raise InputError("an adapter is merged into the base model; call unmerge() first")
+            self._users.there.add(user)
         try:
-            for name in self.adapted_names:
-                self._linear(name).factors = factors.get(name)
             yield
         finally:
-            for name, previous in before.items():
-                self._linear(name).factors = previous
+            self._users.there.discard(user)  # without the lock: this may run inside any other code, as a finalizer
 
-    def merge(self, adapter: Adapter) -> None:
+    def merge(self, adapter: AnyAdapter) -> None:
         """Add an adapter into the weights of the base model; `unmerge` restores them bit by bit from a copy.
 
         Raises:
-            InputError: an adapter is merged already, this is inside a block of `adapted`, or the weights are quantised.
+            InputError: an adapter is merged already, the model is in use (in a block of `adapted`, a context pass or
+                `generate`, of any thread or task), or the weights are quantised or offloaded.
             FormatError: the adapter was made for another base model or for other layers.
         """
-        if self._originals:
-            raise InputError("an adapter is merged into the base model already; call unmerge() first")
-        if any(isinstance(self._linear(name), AdaptedQuantizedLinear) for name in self.adapted_names):
-            raise InputError("an adapter can't be merged into quantised weights; merge it into the full base model")
-        if any(self._linear(name).factors is not None for name in self.adapted_names):
-            raise InputError("an adapter is in use; leave the block of adapted() before merge()")
-        self._check_adapters([adapter])
-        with torch.no_grad():
-            for name in self.adapted_names:
-                weight = self._linear(name).weight
-                self._originals[name] = weight.detach().clone()
-                delta = adapter.delta(name)
-                weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
+        adapter = self._expanded(adapter)
+        with self._alone(), torch.no_grad():
+            self._check_mergeable(adapter)
+            for site in self._sites:
+                self._originals[site.name] = site.linear.weight.detach().clone()
+                site.linear.weight.copy_(_merged_weight(site.linear, adapter.delta(site.name)))
 
     def unmerge(self) -> None:
-        """Restore the weights from before `merge`; nothing happens if nothing is merged."""
-        with torch.no_grad():
-            for name, original in self._originals.items():
-                self._linear(name).weight.copy_(original)
-        self._originals.clear()
-
-    def save_merged(self, adapter: Adapter, folder: str | Path) -> None:
-        """Write a plain model folder, with the tokenizer: the base model with an adapter merged into its weights.
-
-        The base model here stays as it is. Other files in the folder stay.
+        """Restore the weights from before `merge`; nothing happens if nothing is merged.
 
         Raises:
-            InputError: an adapter is merged already or in use, the weights are quantised, or there is a file of that
+            InputError: the model is in use.
+        """
+        if not self._originals:
+            return
+        with self._alone(), torch.no_grad():
+            for name, original in self._originals.items():
+                self._linear(name).weight.copy_(original)
+            self._originals.clear()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While the block runs, nobody begins to use the model. Raises: InputError: it is in use."""
+        with self._users:
+            if self._users.there:
+                raise InputError(
+                    "the base model is in use, here or in another thread or task; leave the block of adapted() before "
+                    "merge() and unmerge()"
+                )
+            yield
+
+    def _check_mergeable(self, adapter: Adapter) -> None:
+        if self._originals:
+            raise InputError("an adapter is merged into the base model already; call unmerge() first")
+        if any(isinstance(site.linear, AdaptedQuantizedLinear) for site in self._sites):
+            raise InputError(
+                "an adapter can't be merged into weights that are quantised or offloaded; merge it into the full base "
+                "model (nor into layers that compute in a way of their own)"
+            )
+        self._check_adapters([adapter])
+
+    def save_merged(self, adapter: AnyAdapter, folder: str | Path) -> None:
+        """Write a plain model folder, with the tokenizer: the base model with an adapter merged into its weights.
+
+        The base model here stays as it is, also while this runs. Other files in the folder stay.
+
+        Raises:
+            InputError: an adapter is merged already, the weights are quantised or offloaded, or there is a file of that
                 name.
             FormatError: the adapter was made for another base model or for other layers.
             OSError: it could not be written; what was there is unharmed.
         """
-        self.merge(adapter)
-        try:
-            with replacing(Path(folder)) as temporary:
-                self.base.save_pretrained(temporary)
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(temporary)
-        finally:
-            self.unmerge()
+        adapter = self._expanded(adapter)
+        self._check_mergeable(adapter)
+        with self._in_use(), torch.no_grad(), replacing(Path(folder)) as temporary:
+            weights = self.base.state_dict()
+            for site in self._sites:
+                weights[f"{site.name}.weight"] = _merged_weight(site.linear, adapter.delta(site.name))
+            self.base.save_pretrained(temporary, state_dict=weights)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+
+    def _expanded(self, adapter: AnyAdapter) -> Adapter:
+        """An adapter in whatever form as the plain one."""
+        if isinstance(adapter, QuantizedCompactAdapter):
+            adapter = adapter.dequantize()
+        if isinstance(adapter, CompactAdapter):
+            return self.expand(adapter)
+        if not isinstance(adapter, Adapter):
+            raise InputError(
+                f"adapters must be Adapter objects, as adapt() and Adapter.load(path) give, but one is {adapter!r:.60}"
+            )
+        return adapter
 
     @torch.no_grad()
     def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
         """Continue texts with the base model as it is now (see `adapted`), by transformers' `generate`.
 
+        Decoding is greedy, whatever generation settings the base model comes with: of these only the tokens that end a
+        text are kept. Anything else is up to the options.
+
         Args:
             prompts: one text or several; several are padded on the left.
-            options: for `generate`; greedy decoding of at most 32 new tokens unless they say otherwise.
+            options: for `generate`, such as `num_beams` or `generation_config`. If they don't say how long, at most 32
+                tokens are written, and no more than the base model has positions for.
 
         Returns:
             The new text of each prompt, without the prompt and special tokens.
 
         Raises:
-            InputError: there is no tokenizer, no prompt or an empty one, or the prompts are not a multiple of the
-                adapters in use.
+            InputError: there is no tokenizer, no prompt or an empty one, the prompts are not a multiple of the adapters
+                in use, or a prompt and its continuation go beyond the positions of the base model.
         """
         if self.tokenizer is None:
             raise InputError("tokenizer is needed to turn text into tokens; pass one to GenerativeAdapter")
+        if options.get("return_dict_in_generate"):
+            raise InputError("return_dict_in_generate: texts are returned; for more, call model.base.generate instead")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = [list(row) for row in self.tokenizer(texts)["input_ids"]] if texts else []
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"prompts must be one text or several, but they are {prompts!r:.60}")
+        with self._tokenizing:
+            rows = [list(row) for row in self.tokenizer(texts)["input_ids"]] if texts else []
         if not all(rows) or not rows:
             raise InputError("prompts must be at least one prompt, each of at least one token")
         padding = next(
             (token for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if token is not None), 0
         )
         ids, mask = (tensor.to(self.device) for tensor in pad_left(rows, padding))
-        settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": padding} | options
-        output = self.base.generate(input_ids=ids, attention_mask=mask, **settings)
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        ]
+        settings = {"do_sample": False, **self._length(ids.shape[1], options)} | options
+        defaults = GenerationConfig(eos_token_id=list(self.end_tokens()) or None, pad_token_id=padding)
+        with self._in_use(merged=True):
+            output = _with_defaults(self.base, defaults).generate(input_ids=ids, attention_mask=mask, **settings)
+        with self._tokenizing:
+            texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids that end a text: those of the base model's generation settings, and the tokenizer's."""
+        configured = getattr(self.base.generation_config, "eos_token_id", None)
+        several = configured if isinstance(configured, list) else [configured]
+        if self.tokenizer is not None:
+            several = [*several, self.tokenizer.eos_token_id]
+        return tuple(sorted({int(token) for token in several if token is not None}))
+
+    def _length(self, prompt: int, options: Mapping[str, Any]) -> dict[str, int]:
+        """How many tokens may be written, where the options don't say it. Raises: InputError: beyond the positions."""
+        limit, given = position_limit(self.base.config), dict(options)
+        config = given.get("generation_config")
+        for name in ("max_new_tokens", "max_length"):
+            given.setdefault(name, getattr(config, name, None))
+        new_tokens, length = given["max_new_tokens"], given["max_length"]
+        if new_tokens is None and length is None:
+            room = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit - prompt)
+            check_prompt(limit, prompt, max(room, 1))
+            return {"max_new_tokens": room}
+        if new_tokens is None and length <= prompt:
+            raise InputError(f"max_length must be above the {prompt} tokens of the prompt, but it is {length}")
+        check_prompt(limit, prompt, length - prompt if new_tokens is None else new_tokens)
+        return {}
 
     def _check_adapters(self, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:
-            if adapter.base_fingerprint != self.base_fingerprint():
+            if adapter.base_fingerprint not in self.base_fingerprints():
                 raise FormatError(
                     f"adapter belongs to a base model with fingerprint {adapter.base_fingerprint} "
                     f"({adapter.base_name or 'no name'}), but this base model has {self.base_fingerprint()}"
@@ -580,9 +732,20 @@ class GenerativeAdapter(nn.Module):
             self._base_fingerprint = model_fingerprint(self.base)
         return self._base_fingerprint
 
+    def base_layers_fingerprint(self) -> str:
+        """Fingerprint of its decoder layers alone, which is what a generator depends on; computed once."""
+        if self._layers_fingerprint is None:
+            self._layers_fingerprint = layers_fingerprint(self.base)
+        return self._layers_fingerprint
+
+    def base_fingerprints(self) -> tuple[str, ...]:
+        """Fingerprints that files for this base model may name: its own first, then those that it was let stand for."""
+        return self.base_fingerprint(), *self._other_bases
+
     def generator_fingerprint(self) -> str:
         """Fingerprint of the generators' present parameters and sketches, and of what turns states into adapters."""
-        return self._fingerprint_of(self.generator_tensors())
+        tensors = [*self.generators.parameters(), *self.generators.buffers()]
+        return self._generator_fingerprint.get(tensors, lambda: self._fingerprint_of(self.generator_tensors()))
 
     def _fingerprint_of(self, tensors: Mapping[str, Tensor]) -> str:
         settings = {name: getattr(self.config, name) for name in ("norm", "damping", "power_iterations")}
@@ -618,6 +781,7 @@ class GenerativeAdapter(nn.Module):
             "config": self.config.to_dict(),
             "base_name": self.base.config.name_or_path if base_name is None else base_name,
             "base_fingerprint": self.base_fingerprint(),
+            "base_layers_fingerprint": self.base_layers_fingerprint(),
             "generator_fingerprint": self._fingerprint_of(tensors),
         }
         write_tensors(Path(folder) / GENERATOR_FILE, "generator", tensors, description)
@@ -627,9 +791,10 @@ class GenerativeAdapter(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,
-        base: PreTrainedModel | str | Path | None = None,
+        base: nn.Module | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype = torch.float32,
+        allow_other_base: bool = False,
         **base_options: Any,
     ) -> "GenerativeAdapter":
         """Load generators and, unless given, their base model and its tokenizer.
@@ -640,10 +805,12 @@ class GenerativeAdapter(nn.Module):
             base: the base model, or its name or path; if not given, the one that the generator names.
             tokenizer: if not given, the base model's, where there is one.
             dtype: of the generators' parameters.
+            allow_other_base: take a base model whose decoder layers are not those that the generator was trained for,
+                with a warning. One that differs outside of them alone (tokens were added) is taken with one anyway.
             base_options: for `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            InputError: a file or model is missing.
+            InputError: a file or model is missing, or `GenerativeAdapter` refuses the base model.
             FormatError: a file is damaged, or the base model is not the one the generator was trained for.
         """
         from gakernels.released import is_released, load_released  # which needs this class
@@ -656,17 +823,19 @@ class GenerativeAdapter(nn.Module):
         config = _read_config(path, description)
         _check_sketches(path, config, tensors)
         base_name, wanted = (entry(path, description, name, str) for name in ("base_name", "base_fingerprint"))
-        if not isinstance(base, PreTrainedModel):
+        if not isinstance(base, nn.Module):
             name = locate(folder, base_name if base is None else str(base))
             base, tokenizer = load_base(name, tokenizer, **base_options)
-        fingerprint = model_fingerprint(base)
-        if fingerprint != wanted:
-            raise FormatError(
-                f"base must be the model that {path} was trained for (fingerprint {wanted}, "
-                f"{base_name or 'no name'}), but its fingerprint is {fingerprint}"
-            )
+        base = unwrapped(base)
+        own = model_fingerprint(base)
+        if own != wanted:
+            layers = entry(path, {"base_layers_fingerprint": "", **description}, "base_layers_fingerprint", str)
+            same_layers = layers == layers_fingerprint(base)
+            _check_other_base(path, base_name, wanted, own, same_layers, allow_other_base)
         model = cls(base, config, tokenizer, dtype)
-        model._base_fingerprint = fingerprint
+        # With the same layers it makes the adapters that the base of the generator would.
+        model._base_fingerprint = wanted if own == wanted or same_layers else own
+        model._other_bases = () if own == wanted else (own if same_layers else wanted,)
         try:
             model.load_generator_tensors(tensors, str(path))
         except FormatError:
@@ -703,12 +872,17 @@ def load_base(
         options: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        InputError: there is no model of that name, or a file of it is damaged.
+        InputError: there is no model of that name, a file of it is damaged, or it is a PEFT adapter.
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"base model {name!r} is a PEFT adapter (adapter_config.json) on top of a base model; merge it first and "
+            "name the merged folder: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
+        )
     if tokenizer is not None:
         return base, tokenizer
     name = tokenizer_name or name
@@ -718,6 +892,47 @@ def load_base(
         if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
             raise InputError(f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
         return base, None
+
+
+def layers_fingerprint(base: PreTrainedModel) -> str:
+    """Fingerprint of the decoder layers alone."""
+    return model_fingerprint(base, decoder_layers(base)[0])
+
+
+def _check_other_base(path: Path, name: str, wanted: str, own: str, same_layers: bool, allowed: bool) -> None:
+    """A base model is not the one that a generator was trained for: a warning, or a FormatError."""
+    difference = (
+        f"base must be the model that {path} was trained for (fingerprint {wanted}, {name or 'no name'}), but its "
+        f"fingerprint is {own}"
+    )
+    if same_layers:
+        warnings.warn(
+            f"{difference}; its decoder layers are the same, so adapters fit if only tokens were added", stacklevel=3
+        )
+    elif allowed:
+        warnings.warn(f"{difference}; taken all the same, as allow_other_base says", stacklevel=3)
+    else:
+        raise FormatError(f"{difference}; allow_other_base (--allow-other-base) takes it all the same")
+
+
+def _as_list(adapters: AnyAdapter | Sequence[AnyAdapter]) -> list[AnyAdapter]:
+    if isinstance(adapters, (str, Path)):
+        raise InputError(f"adapters must be Adapter objects, but there is a name; load it: Adapter.load({adapters!r})")
+    return [adapters] if isinstance(adapters, AnyAdapter) else list(adapters)
+
+
+def _merged_weight(linear: AdaptedLinear, delta: Tensor) -> Tensor:
+    """The weight of a layer with an adapter in it, rounded once."""
+    weight = linear.weight.detach()
+    return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+
+
+def _with_defaults(base: PreTrainedModel, defaults: GenerationConfig) -> Any:
+    """A view of a model that has other generation settings: transformers fills up whatever a caller leaves open from
+    those of the model, and setting them on the model itself would change them for everybody."""
+    view = object.__new__(type(base))
+    view.__dict__.update({**vars(base), "generation_config": defaults})
+    return view
 
 
 def _read_config(path: Path, description: Mapping[str, Any]) -> GeneratorConfig:

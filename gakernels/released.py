@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from gakernels.attachment import unwrapped
 from gakernels.configuration import GeneratorConfig
 from gakernels.errors import FormatError, InputError
 from gakernels.files import entry, read_plain_tensors, replacing, write_plain_tensors
@@ -59,7 +60,7 @@ def is_released(folder: Path) -> bool:
 
 def load_released(
     folder: str | Path,
-    base: PreTrainedModel | str | Path | None = None,
+    base: nn.Module | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
     damping: float = RELEASED_DAMPING,
@@ -92,10 +93,11 @@ def load_released(
     tensors = _own_tensors(source, read_plain_tensors(source))
     _check_sizes(source, config, tensors)
     numbers, linears = _sites(source, tensors)
-    if not isinstance(base, PreTrainedModel):
+    if not isinstance(base, nn.Module):
         tokenizer_there = str(folder) if (folder / "tokenizer_config.json").is_file() else None
         name = locate(folder, base_name if base is None else str(base))
         base, tokenizer = load_base(name, tokenizer, tokenizer_name=tokenizer_there, **base_options)
+    base = unwrapped(base)
     every = numbers == tuple(range(base.config.get_text_config().num_hidden_layers))
     config = replace(config, linears=linears, layers=None if every else numbers)
     try:

@@ -55,6 +55,9 @@ class SideStream:
             if tensor.is_cuda:
                 tensor.record_stream(stream)
 
+    def __reduce__(self) -> Any:
+        return SideStream, (self.device,)  # a copy has a stream of its own
+
 
 class OneStream:
     """No second stream: a device that runs one thing after the other."""

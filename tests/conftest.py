@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
         pass  # without Triton the tests of its kernels are skipped
     else:
         interpreter.correct_bfloat16()
+        interpreter.correct_loop_bounds()
 
 torch.set_num_threads(1)  # the test processes share the cores; threads of tiny matrices only wait for each other
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter on a CPU, with bfloat16 put right.
+"""Triton's interpreter on a CPU, with bfloat16 and loop bounds put right.
 
 The interpreter keeps bfloat16 numbers as 16-bit integers, multiplies those in `tl.dot`, and cuts float32 off to
 bfloat16. The kernels of the library use bfloat16 only where it is loaded, stored, cast, selected and multiplied by
@@ -33,6 +33,17 @@ def correct_bfloat16() -> None:
         return plain_cast(self, source, target)
 
     builder.create_dot, builder.cast_impl = create_dot, cast
+
+
+def correct_loop_bounds() -> None:
+    """Numbers known at run time alone become integers: Triton 3.6 leaves that to a conversion that NumPy 2.5 lacks."""
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _round(values: np.ndarray) -> np.ndarray:

@@ -29,10 +29,20 @@ def add_command(commands: Any, name: str, run: Any, summary: str, example: str) 
 
 
 def add_model_options(parser: argparse.ArgumentParser, generator_required: bool = True) -> None:
-    """--generator, --model, --device and --dtype."""
+    """--generator, --model, --allow-other-base, --device and --dtype."""
     parser.add_argument("--generator", type=Path, required=generator_required, help="folder or hub name of a generator")
     parser.add_argument("--model", help="base model, a folder or hub name (default: the one the generator names)")
+    add_other_base_option(parser)
     add_device_options(parser)
+
+
+def add_other_base_option(parser: argparse.ArgumentParser) -> None:
+    """--allow-other-base."""
+    parser.add_argument(
+        "--allow-other-base",
+        action="store_true",
+        help="take a base model that the generator was not trained for, with a warning",
+    )
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +81,9 @@ def load_generator(options: argparse.Namespace) -> GenerativeAdapter:
     if not ((folder / GENERATOR_FILE).is_file() or is_released(folder) or is_repository_name(folder)):
         raise InputError(f"--generator must be a folder with a {GENERATOR_FILE}, but {options.generator} has none")
     check_device(options.device)
-    model = GenerativeAdapter.from_pretrained(options.generator, base=options.model, dtype=torch.float32)
+    model = GenerativeAdapter.from_pretrained(
+        options.generator, options.model, dtype=torch.float32, allow_other_base=options.allow_other_base
+    )
     model.base.to(options.device, DTYPES[options.dtype])
     model.generators.to(options.device)
     return model

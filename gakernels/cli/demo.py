@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gakernels.cli.common import add_command, add_device_options, load_generator, read_text
+from gakernels.cli.common import add_command, add_device_options, add_other_base_option, load_generator, read_text
 from gakernels.demo.experiment import (
     WAYS,
     DemoResult,
@@ -56,6 +56,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", help="base model, a folder or hub name (default: the one the generator names)")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="with --document (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
+    add_other_base_option(parser)
     add_device_options(parser)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gakernels.adapter import Adapter
-from gakernels.cli.common import add_command, add_device_options, load_generator
+from gakernels.cli.common import add_command, add_device_options, add_other_base_option, load_generator
 from gakernels.errors import InputError
 
 FORMATS = ("peft", "vllm", "gguf", "merged")
@@ -27,6 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write (for --format gguf: file)")
     parser.add_argument("--generator", type=Path, help="folder of the generator (for --format merged)")
     parser.add_argument("--model", help="base model (for --format merged; default: the one the generator names)")
+    add_other_base_option(parser)
     add_device_options(parser)
 
 

@@ -14,6 +14,7 @@ from gakernels.errors import InputError
 from gakernels.evaluation.prompts import cut_answer
 from gakernels.model import GenerativeAdapter
 from gakernels.nn import LowRankFactors
+from gakernels.positions import position_limit
 from gakernels.serving import key_values
 from gakernels.serving.decoding_batch import check_attention
 from gakernels.serving.scheduler import end_tokens
@@ -84,7 +85,7 @@ class Decoder:
         self._ends = torch.tensor(end_tokens(model), dtype=torch.int64, device=model.device)
         settings = model.base.config.get_text_config()
         self._slides = getattr(settings, "sliding_window", None) is not None
-        self.limit: int | None = getattr(settings, "max_position_embeddings", None)
+        self.limit: int | None = position_limit(settings)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, special tokens of a beginning included."""
@@ -207,7 +208,7 @@ class Decoder:
         index = torch.tensor([numbers.get(id(row.adapter), -1) for row in rows], device=self.model.device)
         factors = {}
         for name in self.model.adapted_names:
-            weight = self.model.base.get_submodule(name).weight
-            lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in stack(adapters, name))
+            linear = self.model.base.get_submodule(name)
+            lora_a, lora_b = (factor.to(linear.device, linear.weight.dtype) for factor in stack(adapters, name))
             factors[name] = LowRankFactors(lora_a, lora_b, adapters[0].scale, index)
         return factors

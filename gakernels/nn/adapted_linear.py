@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gakernels.errors import InputError
+from gakernels.nn.factors_in_force import HandedOver, factors_in_force
+from gakernels.offloading import execution_device
 from gakernels.ops import lowrank_linear
 from gakernels.side_stream import Later
 
@@ -72,9 +74,14 @@ class AdaptedLinear(nn.Linear):
 
     It is an `nn.Linear` with the same parameter names, so that state dicts and tools that look for linear layers see
     no difference. Without factors it computes exactly what the linear layer does.
+
+    Attributes:
+        factors: of the layer itself. Those in force in the current thread or task (`factors_in_force`) go before them.
+        handed_over: set by `compile_layers`: the same factors in a place that torch.compile can read.
     """
 
     factors: Factors | Later[LowRankFactors | None] = None
+    handed_over: HandedOver | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "AdaptedLinear":
@@ -82,6 +89,7 @@ class AdaptedLinear(nn.Linear):
         bias = linear.bias is not None
         adapted = cls(linear.in_features, linear.out_features, bias=bias, device="meta")
         adapted.weight, adapted.bias = linear.weight, linear.bias
+        _share_hooks(linear, adapted)
         adapted.train(linear.training)
         return adapted.requires_grad_(False)
 
@@ -89,6 +97,7 @@ class AdaptedLinear(nn.Linear):
         """The plain layer again, with the same parameters."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
+        _share_hooks(self, linear)
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -101,7 +110,20 @@ class AdaptedLinear(nn.Linear):
 
     def current_factors(self) -> Factors:
         """The factors in use, waited for where they are still to come."""
-        return self.factors.result() if isinstance(self.factors, Later) else self.factors
+        if self.handed_over is not None and torch.compiler.is_compiling():  # which can't trace a context variable
+            factors = self.handed_over.factors
+        else:
+            factors = self.factors_now()
+        return factors.result() if isinstance(factors, Later) else factors
+
+    def factors_now(self) -> Factors | Later[LowRankFactors | None]:
+        """The factors in use, which may be still to come."""
+        return factors_in_force(self, self.factors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes, also where its weight is brought there for each forward pass only."""
+        return execution_device(self)
 
     def product(self, x: Tensor, factors: Factors) -> Tensor:
         """As `forward`, with given factors."""
@@ -121,6 +143,20 @@ class AdaptedLinear(nn.Linear):
         lora_a, lora_b = factors.lora_a.to(x.dtype), factors.lora_b.to(x.dtype)
         y = lowrank_linear(windows, self.weight, lora_a, lora_b, factors.scale, index, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is hooked into the calls of a module, or its forward is one of its own."""
+    return "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+
+
+def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The same dictionaries: what is hooked into one is hooked into the other, and can be taken off there."""
+    for name in _HOOKS:
+        target.__dict__[name] = source.__dict__[name]
 
 
 def as_windows(x: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor | None]:

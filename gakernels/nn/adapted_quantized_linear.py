@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gakernels.nn.adapted_linear import AdaptedLinear, LowRankFactors, as_windows
 from gakernels.nn.low_rank_term import add_low_rank_term
+from gakernels.offloading import only_aligns
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -20,12 +21,17 @@ def is_linear(module: nn.Module) -> bool:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a layer computes x W^T + b from a plain floating-point weight, so that the weight can be used directly.
 
-    Not so for layers of other kinds, and for `nn.Linear` whose weight is a tensor subclass that holds packed numbers.
+    Not so for layers of other kinds, for `nn.Linear` whose weight is a tensor subclass that holds packed numbers, or is
+    computed or brought from elsewhere for each forward pass.
     """
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
-    weight = module.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+    if "forward" in vars(module) and not only_aligns(module):
+        return False
+    weight = module._parameters.get("weight")  # a parametrised layer has none, but computes it
+    if weight is None or type(weight) not in (nn.Parameter, Tensor):
+        return False
+    return weight.is_floating_point() and weight.element_size() > 1
 
 
 def adapted(linear: Any) -> AdaptedLinear:

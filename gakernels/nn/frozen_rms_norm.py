@@ -74,17 +74,17 @@ class _NormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         wide = x.float()
-        mean = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1])
-        reciprocal = mean.add_(eps).rsqrt_()
+        mean = torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1]
+        reciprocal = (mean + eps).rsqrt()
         ctx.save_for_backward(x, weight, reciprocal)
-        y = (wide * reciprocal).to(x.dtype)
-        return y if weight is None else y.mul_(weight)
+        y = autocast.to_dtype(wide * reciprocal, x.dtype)
+        return y if weight is None else y * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, reciprocal = ctx.saved_tensors
         wide = x.float()
-        inner = grad.to(torch.float32, copy=True) if weight is None else (grad * weight).float()
-        along = (inner * wide).sum(-1, keepdim=True).mul_(reciprocal.square()).div_(-x.shape[-1])
-        return inner.addcmul_(wide, along).mul_(reciprocal).to(x.dtype), None, None
+        inner = (grad if weight is None else grad * weight).float() * reciprocal
+        along = torch.linalg.vecdot(inner, wide)[..., None] * reciprocal.square() / -x.shape[-1]
+        return torch.addcmul(inner, wide, along).to(x.dtype), None, None

@@ -89,16 +89,15 @@ def gated_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _GatedProduct(torch.autograd.Function):
-    """silu(gate) * up, rounded as the two operations one after the other."""
+    """silu(gate) * up, rounded as the two operations one after the other; out of place (see `autocast.to_dtype`)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grad_silu = grad * up
-        return torch.ops.aten.silu_backward(grad_silu, gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad

@@ -17,7 +17,12 @@ R = TypeVar("R")
 
 def is_enabled(device: torch.device) -> bool:
     """Whether autocast is on for tensors of this device; false for devices that it does not know, as `meta`."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _is_known(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch 2.11 can't trace the question
+def _is_known(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def cast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -26,6 +31,15 @@ def cast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype: the last operation of an autograd Function's forward, in place of `x.to`.
+
+    Where an operation hands back the tensor it was given, as one in place or a cast that changes nothing, and the
+    forward returns that, torch.compile of PyTorch 2.11 silently drops the Function's gradient.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def without(function: Callable[P, R]) -> Callable[P, R]:

@@ -54,7 +54,7 @@ def quantize_base(base: PreTrainedModel, kind: str) -> PreTrainedModel:
     check, make = _KINDS[kind]
     for *_, linear in places:
         check(linear)
-    remember_fingerprint(base)
+    remember_fingerprint(base, decoder_layers(base)[0])
     for parent, name, linear in places:
         setattr(parent, name, make(linear))
     return base

@@ -42,7 +42,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3, factor: Tensor | None = 
     wide = x if x.dtype == torch.bfloat16 else x.float()
     wide = wide if factor is None else wide * factor.to(wide.dtype)
     largest = torch.linalg.vector_norm(wide, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    scale = _up_to_power_of_two(largest / torch.finfo(dtype).max).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale = _up_to_power_of_two(largest / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
     return Float8Rows((wide * scale.reciprocal().to(wide.dtype)).to(dtype), scale)
 
 
@@ -58,10 +58,11 @@ def product(left: Float8Rows, right: Float8Rows, dtype: torch.dtype) -> Tensor:
     return _product(left.values, right.values.t(), left.scale, right.scale.t(), dtype)
 
 
-@autocast.without  # on a CPU the product is made of others, which autocast would round
+@autocast.without  # which would round what a CPU multiplies
 def _product(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    fast = FAST_ACCUMULATION and left.is_cuda
-    return torch._scaled_mm(left, right, left_scale, right_scale, out_dtype=dtype, use_fast_accum=fast)
+    if not left.is_cuda:  # PyTorch 2.11 knows no scales of rows there, and later versions do just this
+        return autocast.to_dtype((left.float() @ right.float()) * left_scale * right_scale, dtype)
+    return torch._scaled_mm(left, right, left_scale, right_scale, out_dtype=dtype, use_fast_accum=FAST_ACCUMULATION)
 
 
 class LastRows:

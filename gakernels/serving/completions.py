@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from gakernels.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.positions import position_limit
 from gakernels.serving.api_errors import ApiError, bad_request
 from gakernels.serving.context_store import Context
 from gakernels.serving.contexts import Contexts
@@ -64,7 +65,7 @@ class LocalCompletions:
         self._model, self._ends = model, end_tokens(model)
         self._template = chat_template or getattr(model.tokenizer, "chat_template", None)
         settings = model.base.config.get_text_config()
-        self._longest = int(getattr(settings, "max_position_embeddings", 2**31))
+        self._longest = position_limit(settings) or 2**31
 
     async def complete(self, request: CompletionRequest, context: Context | None) -> Completion | AsyncIterator[str]:
         """The answer, or the events of a stream. Raises: ApiError."""

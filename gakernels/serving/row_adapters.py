@@ -27,7 +27,7 @@ class SharedMaps:
         self.base_fingerprint, self.generator_fingerprint = model.base_fingerprint(), model.generator_fingerprint()
         self.maps: dict[str, tuple[Tensor, Tensor]] = {}
         for name in model.adapted_names:
-            device, generator = model.base.get_submodule(name).weight.device, model.generator(name)
+            device, generator = model.base.get_submodule(name).device, model.generator(name)
             output_map, input_map = (shared.detach().to(device, model.base.dtype) for shared in generator.shared_maps())
             self.maps[name] = output_map, input_map
 

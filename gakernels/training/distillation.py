@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.positions import position_limit
 from gakernels.token_loss import by_autograd, loss_in_blocks, wide
 from gakernels.training.objectives import Loss, WindowBatch, to_device, token_losses
 
@@ -165,7 +166,7 @@ def _tokens(batch: WindowBatch, sequence: _Sequence) -> Tensor:
 
 
 def _check_length(model: GenerativeAdapter, longest: int) -> None:
-    limit = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model.base.config)
     if limit is not None and longest > limit:
         raise InputError(
             f"distillation: the teacher reads contexts and windows of up to {longest} tokens in its prompt, but the "

@@ -16,6 +16,7 @@ from gakernels.evaluation.shapes import ModelShape
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.nn import LowRankFactors
+from gakernels.positions import check_chunk_size
 from gakernels.training.base_model import load_base_model
 from gakernels.training.checkpoint import find_checkpoints
 from gakernels.training.distillation import NAME as DISTILLATION
@@ -87,18 +88,11 @@ def pretrain(
 def _read(model: GenerativeAdapter, recipe: PretrainingRecipe, ranks: Ranks, progress: bool) -> PretrainingData:
     assert model.tokenizer is not None
     recipe.windows.at_once(ranks.world)  # refuses before anything is read
-    _check_chunk_size(model)
+    check_chunk_size(model.base.config, model.config.chunk_size)
     vocabulary = model.base.get_input_embeddings().num_embeddings
     shown = progress and ranks.rank == 0
     held_out = HeldOutSize(recipe.evaluation.contexts, recipe.context_chunks * recipe.generator.chunk_size)
     return load_data(recipe.data, model.tokenizer, vocabulary, recipe.segment_tokens, held_out, shown)
-
-
-def _check_chunk_size(model: GenerativeAdapter) -> None:
-    size = model.config.chunk_size
-    limit = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and size > limit:
-        raise InputError(f"chunk_size must be at most the {limit} positions of the base model, but it is {size}")
 
 
 @dataclass(frozen=True)

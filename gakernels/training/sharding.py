@@ -34,7 +34,7 @@ class Shards(Parallel):
     def __init__(self, ranks: Ranks, model: GenerativeAdapter, device: torch.device | str | None = None) -> None:
         super().__init__(ranks)
         device = torch.device(model.device if device is None else device)
-        model.base_fingerprint()  # needs the whole base; it is remembered
+        model.base_fingerprint(), model.base_layers_fingerprint()  # need the whole base; they are remembered
         model.overlap_generators(False)
         mesh = init_device_mesh(device.type, (ranks.world,))
         layers = decoder_layers(model.base)[1]

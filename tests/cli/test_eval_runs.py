@@ -306,3 +306,15 @@ def test_mistakes_are_told_in_a_line(
     assert outcome.err.startswith("gakernels eval: ")
     assert message in outcome.err
     assert {file.name for file in tmp_path.iterdir()} == {"d.json", "bad.json", "empty.json"}
+
+
+def test_docqa_reads_flat_rows_each_context_by_itself(run: Callable[..., Any], files: Any, tmp_path: Path) -> None:
+    data, path = tmp_path / "rows.jsonl", tmp_path / "report.json"
+    rows = [{"context": f"one two w{number}", "question": f"w{number}?", "answer": number} for number in range(3)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--lengths", "own", "--methods", "closed_book,adapter", "--json", path]
+    outcome = run("eval", "docqa", *files.model, "--data", data, *options)
+    assert outcome.code == 0, outcome
+    found = json.loads(path.read_text())["results"]
+    assert {row["cell"]["length"] for row in found} == {"own"}
+    assert {"f1", "exact_match"} <= {row["metric"] for row in found}

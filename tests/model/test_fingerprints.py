@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES, make_base, make_config, make_model, plain_copy
 
-from gakernels import GenerativeAdapter
+from gakernels import GenerativeAdapter, fingerprint
 from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
 
 
@@ -92,6 +92,49 @@ def test_a_training_step_changes_the_fingerprint_of_the_generator() -> None:
     with torch.no_grad():
         model.generator(name).key_projection[0, 0] += 1e-6
     assert model.generator_fingerprint() != before
+
+
+def test_the_fingerprint_of_a_generator_is_computed_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other, computed = make_model(), make_model(), []
+    plain = fingerprint._bit_sums
+    monkeypatch.setattr(fingerprint, "_bit_sums", lambda tensor: (computed.append(1), plain(tensor))[1])
+
+    def unchanged() -> bool:
+        """Whether the fingerprint was taken from before; it must be right anyway."""
+        computed.clear()
+        found = model.generator_fingerprint()
+        fresh = not computed
+        assert found == model._fingerprint_of(model.generator_tensors())
+        return fresh
+
+    assert not unchanged()
+    model.adapt([[5, 6], [7]])
+    model.stream().append([5, 6]).compact()
+    assert unchanged()
+    parameters = list(model.generators.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    generator = model.generator(model.adapted_names[1])
+    changes = {
+        "a step": optimizer.step,
+        "a step of another optimizer": torch.optim.SGD(parameters, lr=1e-3).step,
+        "data behind PyTorch's back": lambda: parameters[2].data.mul_(1.01),
+        "one number": lambda: parameters[0].detach()[:1].add_(1),
+        "the sketch": lambda: generator.sketch.mul_(2),
+        "loading": lambda: model.load_generator_tensors(other.generator_tensors(), "the other"),
+        "a state dict": lambda: model.load_state_dict(make_model().state_dict()),
+        "another dtype": lambda: model.generators.double(),
+        "another parameter": lambda: setattr(
+            generator, "output_map", torch.nn.Parameter(generator.output_map.detach())
+        ),
+    }
+    for what, change in changes.items():
+        assert unchanged(), what
+        with torch.no_grad():
+            change()
+        assert not unchanged(), what
+    assert unchanged()
 
 
 def test_the_generator_in_the_package_has_the_fingerprint_that_it_was_saved_with() -> None:

@@ -29,36 +29,41 @@ FLAGS = (
     "-Werror",
     "-fPIC",
     "-fvisibility=hidden",
+    "-U_FORTIFY_SOURCE",
+    "-D_FORTIFY_SOURCE=2",  # the default of some distributions
 )
 
 
 @functools.cache
 def kernels() -> Any:
     """The extension module of the emulation. Skips where it can't be built, fails where it does not compile."""
-    built = _build()
-    return _load(built) if isinstance(built, Path) else pytest.fail(built)
+    return module("_host", CSRC / "launch_host.cpp", CSRC / "bindings.cpp")
 
 
-@functools.cache
-def _build() -> Path | str:
+def module(name: str, *sources: Path) -> Any:
+    """An extension module of sources that may include those of csrc/. Skips and fails as `kernels`."""
+    built = _build(name, sources)
+    return _load(name, built) if isinstance(built, Path) else pytest.fail(built)
+
+
+def _build(name: str, sources: tuple[Path, ...]) -> Path | str:
     """The library, compiled once for all test processes, or what the compiler said."""
     pybind11 = pytest.importorskip("pybind11", reason="the Python package pybind11 is not installed")
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    command = [compiler, *FLAGS, "-DGAKERNELS_MODULE=_host", *includes, "-shared"]
-    sources = [CSRC / "launch_host.cpp", CSRC / "bindings.cpp"]
+    command = [compiler, *FLAGS, f"-DGAKERNELS_MODULE={name}", f"-I{CSRC}", *includes, "-shared"]
     digest = hashlib.sha256(" ".join(command).encode())
-    for file in sorted(CSRC.glob("*.*")):
+    for file in sorted({*CSRC.glob("*.*"), *sources}):
         digest.update(file.read_bytes())
     folder = ROOT / "build" / "host" / digest.hexdigest()[:16]
-    library = folder / "_host.so"
+    library = folder / f"{name}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
-            made = folder / "_host.tmp"
+            made = folder / f"{name}.tmp"
             done = subprocess.run([*command, *map(str, sources), "-o", str(made)], capture_output=True, text=True)
             if done.returncode:
                 return done.stderr
@@ -66,13 +71,13 @@ def _build() -> Path | str:
     return library
 
 
-def _load(library: Path) -> Any:
-    loader = importlib.machinery.ExtensionFileLoader("_host", str(library))
-    spec = importlib.util.spec_from_loader("_host", loader)
+def _load(name: str, library: Path) -> Any:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
 
 
 def forward(

@@ -13,6 +13,8 @@ from gakernels import low_rank_polar
 from gakernels.errors import BackendError
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 
+pytestmark = pytest.mark.kernels
+
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 

@@ -3,6 +3,9 @@
 The tests run the very source of the kernels, thread by thread. What only a GPU can show is in test_cuda_backend.py.
 """
 
+from pathlib import Path
+from types import ModuleType
+
 import cuda_host
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch import Generator, Tensor
 from gakernels import low_rank_polar
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING, reference
 from gakernels.ops.low_rank_polar.precision import EXACT_BELOW
+
+pytestmark = pytest.mark.kernels
 
 STATE_SIZE, RANK = 128, 32
 EXACT_DAMPING = 1e-6  # one of those with which all is computed in float64
@@ -328,3 +333,28 @@ def test_equal_singular_values(generator: Generator) -> None:
     value_error, gradient_error = errors(states, sketch, draw(generator, *states.shape).float(), DEFAULT_DAMPING)
     assert value_error <= VALUE_TOLERANCE
     assert gradient_error <= GRADIENT_TOLERANCE
+
+
+# --- the emulation itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faults() -> ModuleType:
+    return cuda_host.module("_faults", Path(__file__).parent / "emulation_faults.cpp")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "kind"),
+    [
+        ("exception", "thrown in a thread", ValueError),
+        ("memory", "bad_alloc", MemoryError),
+        ("barrier", "a barrier was not reached by all threads", RuntimeError),
+    ],
+)
+def test_a_fault_in_a_thread_is_an_error(faults: ModuleType, fault: str, message: str, kind: type[Exception]) -> None:
+    """An exception that left the stack of its thread would end the process."""
+    for _ in range(3):  # and the next launch runs
+        with pytest.raises(kind, match=message):
+            faults.run(fault)
+        assert message in faults.launch(fault)
+        assert faults.launch("none") == ""

@@ -1,4 +1,7 @@
-"""low_rank_polar against its plain definition, the SVD form and the released algorithm, at every kind of state."""
+"""low_rank_polar against its plain definition, the SVD form and the released algorithm, at every kind of state.
+
+Plain PyTorch has two forms, one for a CPU and one for a GPU. Every test runs both, on a CPU.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +22,14 @@ from oracles import (
 from torch import Generator, Tensor
 
 from gakernels import InputError, context_state, low_rank_polar
-from gakernels.ops.low_rank_polar import DEFAULT_DAMPING, reference
+from gakernels.ops.low_rank_polar import DEFAULT_DAMPING, eager, reference
 
 STATE_SIZE, RANK = 32, 12
+
+
+@pytest.fixture(autouse=True, params=["LAPACK", "without LAPACK"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "uses_lapack", lambda device: request.param == "LAPACK")
 
 
 def norm(states: Tensor, sketch: Tensor, damping: float = DEFAULT_DAMPING, power_iterations: int = 1) -> Tensor:

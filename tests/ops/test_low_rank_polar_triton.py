@@ -19,7 +19,7 @@ from gakernels.errors import BackendError
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING, reference
 
 polar_triton = pytest.importorskip("gakernels.ops.low_rank_polar.triton", exc_type=ImportError)
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("triton_backend")]
 
 FEW_POLES = 0.5  # a damping whose inverse root has few poles, for cases about something else
 ROUNDING = 1e-6  # a few roundings of float32: what products and Gram matrices of well-conditioned states leave
@@ -223,7 +223,7 @@ def test_a_loss_that_sees_the_basis(generator: Generator, device: torch.device) 
 @pytest.mark.parametrize("damping", [0.0, 1e-5, 1e-3, 3e-2, 1.0, 100.0])
 @pytest.mark.parametrize("error", [3e-8, 2.5e-9])
 def test_the_poles_give_the_inverse_square_root(damping: float, error: float) -> None:
-    poles, weights = polar_triton.inverse_root_poles(damping, error)
+    poles, weights = polar_triton.inverse_root_poles(damping, error, polar_triton.LARGEST_CONDITION)
     lower = max(damping**2, 2 / polar_triton.LARGEST_CONDITION)
     x = torch.logspace(math.log10(lower), math.log10(1 + damping**2), 2000, dtype=torch.float64)
     value, slope = (sum(w / (x + s) ** p for s, w in zip(poles, weights, strict=True)) for p in (1, 2))

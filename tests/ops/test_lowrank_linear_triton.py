@@ -1,11 +1,12 @@
 """The Triton kernels of lowrank_linear against float64 definitions, on a GPU or in Triton's interpreter."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from oracles import assert_as_good_as, draw, gradients, plain_linear
+from oracles import SumsInOrder, assert_as_good_as, draw, gradients, plain_linear
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,7 @@ from gakernels.ops import launching
 from gakernels.ops.dispatch import module
 from gakernels.ops.lowrank_linear import reference
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("triton_backend")]
 
 SCALE = 0.37
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -69,7 +70,9 @@ def test_output_and_gradients_are_as_good_as_plain_pytorch(
     upstream = draw(generator, *shape[:2], shape[3], dtype=dtype).to(device)
     rest = index_on(device, index), bias if with_bias else None
     ours = all_results(lowrank_linear, upstream, *values, *rest)
-    plain = all_results(reference.lowrank_linear, upstream, *values, *rest)
+    in_order = dtype == torch.float32  # elsewhere the rounding of the results hides that of the sums
+    with SumsInOrder() if in_order else nullcontext():
+        plain = all_results(reference.lowrank_linear, upstream, *values, *rest)
     wide = [None if value is None else value.double() for value in (upstream, *values, rest[1])]
     indices = list(range(shape[0])) if index is None else index
 
@@ -80,7 +83,7 @@ def test_output_and_gradients_are_as_good_as_plain_pytorch(
     for mine, theirs, true in zip(ours, plain, exact, strict=True):
         assert mine.dtype == dtype
         assert mine.is_contiguous()
-        assert_as_good_as(mine, theirs, true)
+        assert_as_good_as(mine, theirs, true, 1.25 if in_order else 2)
 
 
 @pytest.mark.parametrize("case", ["tails", "one token", "sums in shares"])

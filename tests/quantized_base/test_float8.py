@@ -38,6 +38,20 @@ def test_ties_go_to_even(dtype: torch.dtype) -> None:
     assert (ours.values[0, :-1].view(torch.uint8) & 1 == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_on_a_cpu_sum_in_float32(generator: Generator, dtype: torch.dtype) -> None:
+    left, right = (quantize_rows(torch.randn(rows, 48, generator=generator)) for rows in (5, 32))
+    exact = (left.values.double() * left.scale) @ (right.values.double() * right.scale).mT
+    ours = product(left, right, dtype)
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).norm() <= (torch.finfo(dtype).eps + 1e-6) * exact.norm()
+    try:
+        theirs = torch._scaled_mm(left.values, right.values.t(), left.scale, right.scale.t(), out_dtype=dtype)
+    except RuntimeError:
+        pytest.skip("this PyTorch has no scales of rows on a CPU to compare with")
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_gives_nan_in_its_row_alone(generator: Generator, bad: float, wide: torch.dtype) -> None:

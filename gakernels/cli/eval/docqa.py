@@ -8,11 +8,13 @@ from gakernels.cli.common import add_command
 from gakernels.cli.eval.running import add_question_options, add_run_options, ask_settings, evaluate, numbers
 from gakernels.evaluation.cases import Scenario
 from gakernels.evaluation.decoding import Decoder
+from gakernels.evaluation.flat_qa import is_squad, is_streaming_qa, read_flat_qa
 from gakernels.evaluation.records import Dataset, Question
 from gakernels.evaluation.scenarios.docqa import docqa
 from gakernels.evaluation.squad import PARTS, read_squad
 from gakernels.evaluation.streaming_qa import read_streaming_qa
 from gakernels.model import GenerativeAdapter
+from gakernels.training.data.sources import HUB
 
 
 def add_task(tasks: Any) -> None:
@@ -25,9 +27,15 @@ def add_task(tasks: Any) -> None:
         "  gakernels eval docqa --generator my-generator --data dev-v1.1.json --lengths 512,2048 \\\n"
         "      --methods closed_book,prompt,adapter --limit 500 --json results.json",
     )
-    parser.add_argument("--data", type=Path, required=True, help="SQuAD file (.json) or StreamingQA file (.csv)")
     parser.add_argument(
-        "--lengths", default="512,1024,2048,4096", help="tokens of a context, with commas (default: %(default)s)"
+        "--data",
+        required=True,
+        help="SQuAD or StreamingQA file, or rows {context, question, answer}: .json, .jsonl, .parquet, .csv, hub:NAME",
+    )
+    parser.add_argument(
+        "--lengths",
+        default="512,1024,2048,4096",
+        help="tokens of a context, with commas, or `own`: each document by itself (default: %(default)s)",
     )
     parser.add_argument("--part", choices=PARTS, help="of the groups of documents (default: the protocol's)")
     add_run_options(parser)
@@ -36,7 +44,9 @@ def add_task(tasks: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate."""
-    lengths = numbers(options.lengths, "--lengths")
+    lengths = None if options.lengths == "own" else numbers(options.lengths, "--lengths")
+    training = None if options.train is None else str(options.train)
+    files = [Path(name) for name in (options.data, training) if name and not name.startswith(HUB)]
 
     def make(model: GenerativeAdapter) -> Scenario:
         decoder = Decoder(model)
@@ -46,20 +56,26 @@ def run(options: argparse.Namespace) -> int:
             lengths,
             options.protocol,
             options.part,
-            squad_questions(options.train),
+            all_questions(training),
             ask_settings(options),
         )
 
-    return evaluate(options, [options.data, *([options.train] if options.train else [])], make)
+    return evaluate(options, files, make)
 
 
-def squad_questions(path: Path | None) -> list[Question]:
+def all_questions(name: str | None) -> list[Question]:
     """All questions of a file of documents; none without a file."""
-    if path is None:
+    if name is None:
         return []
-    return [question for context in read_documents(path).contexts for question in context.questions]
+    return [question for context in read_documents(name).contexts for question in context.questions]
 
 
-def read_documents(path: Path) -> Dataset:
-    """Documents with questions, in the form that the ending of the file's name says."""
-    return read_streaming_qa(path) if path.suffix == ".csv" else read_squad(path)
+def read_documents(name: str) -> Dataset:
+    """Documents with questions, in the form that the file has."""
+    if not name.startswith(HUB):
+        path = Path(name)
+        if is_squad(path):
+            return read_squad(path)
+        if is_streaming_qa(path):
+            return read_streaming_qa(path)
+    return read_flat_qa(name)

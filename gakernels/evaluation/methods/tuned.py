@@ -23,6 +23,7 @@ from gakernels.evaluation.fine_tuning import (
 from gakernels.evaluation.methods.base import MethodSettings, Prepared, SimpleMethod
 from gakernels.evaluation.records import Question
 from gakernels.model import GenerativeAdapter
+from gakernels.positions import position_limit
 from gakernels.training.static_lora import static_adapter
 
 # Of the paper for all weights of Mistral-7B (appendix C); a LoRA's rate is ours: the paper has none.
@@ -107,8 +108,7 @@ class TunedMethod(SimpleMethod):
         return tuple(tokens[cut:]), max(start - cut, 1)
 
     def _limit(self) -> int:
-        settings = self.model.base.config.get_text_config()
-        return int(getattr(settings, "max_position_embeddings", 0) or self.model.config.chunk_size)
+        return position_limit(self.model.base.config) or self.model.config.chunk_size
 
 
 class SupervisedTuning(TunedMethod):

@@ -51,7 +51,7 @@ class AskSettings:
 def docqa(
     data: Dataset,
     measure: Callable[[str], int],
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = LENGTHS,
     protocol: str = "official",
     part: str | None = None,
     training: Sequence[Question] = (),
@@ -62,7 +62,7 @@ def docqa(
     Args:
         data: documents with questions (`squad.read_squad`).
         measure: counts the tokens of a text.
-        lengths: average tokens of a context, one cell each.
+        lengths: average tokens of a context, one cell each; None: each document is a context, in a single cell.
         protocol: `official`: all gold answers, all groups; `released`: one gold answer, the first tenth of the groups.
         part: of the groups, where it is not the protocol's.
         training: questions about other documents, for supervised fine-tuning.
@@ -75,9 +75,11 @@ def docqa(
     style, adapted_style = settings.styles(protocol)
     part = part or PARTS[protocol]
     cases: list[Case] = []
-    for length in dict.fromkeys(lengths):
-        groups = limited(group_contexts(data.contexts, length, measure, part), settings.limit)
-        cases += with_others([Case(group, (("length", length),)) for group in groups], len(cases))
+    cell_lengths: list[int | str] = list(dict.fromkeys(lengths)) if lengths is not None else ["own"]
+    for length in cell_lengths:
+        contexts = data.contexts if isinstance(length, str) else group_contexts(data.contexts, length, measure, part)
+        cells = [Case(context, (("length", length),)) for context in limited(contexts, settings.limit)]
+        cases += with_others(cells, len(cases))
 
     def ask(number: int, case: Case) -> list[Request]:
         return question_requests(number, case, style, adapted_style)
@@ -92,7 +94,12 @@ def docqa(
         QA_STOPS,
         tuple(training),
         lambda question: qa_prompt(question, None, adapted_style),
-        {"part": part, "style": style, "adapted_style": adapted_style, "lengths": list(dict.fromkeys(lengths))},
+        {
+            "part": part,
+            "style": style,
+            "adapted_style": adapted_style,
+            "lengths": cell_lengths,
+        },
         vars(data.skipped),
     )
 

@@ -30,7 +30,8 @@ def low_rank_polar(
         sketch: (d_r, r), the fixed matrix Omega; it gets no gradient.
         power_iterations: passes of S S^T over the sketch, as `niter` of `torch.svd_lowrank`.
         damping: tau. 0 gives the exact polar factor (the SVD form), which is undefined, and here not finite or noise,
-            for states of rank below r. Under 1e-3 float32 states are computed in float64 throughout, at its cost.
+            for states of rank below r. Under 1e-3 float32 states are computed in float64 throughout, at its cost. On a
+            GPU plain PyTorch and the CUDA kernels take it as 2^-25 at least, so that the result is finite.
 
     Returns:
         u, v: (..., d_r, r) each. Only the product u v^T is defined, not the basis.
@@ -56,7 +57,7 @@ def _check(states: Tensor, sketch: Tensor, power_iterations: int, damping: float
         raise InputError(f"sketch must have a rank r between 1 and d_r, but its shape is {tuple(sketch.shape)}")
     if power_iterations < 0:
         raise InputError(f"power_iterations must be at least 0, but it is {power_iterations}")
-    if not (math.isfinite(damping) and damping >= 0):
+    if not 0 <= damping < math.inf:  # nor NaN
         raise InputError(f"damping must be finite and at least 0, but it is {damping}")
 
 
@@ -78,7 +79,7 @@ def _(
     exact = backend != "triton" and is_exact(states.dtype, damping)  # the Triton kernels have no float64 products
     inputs = states.new_empty((*batch, count, state_size, rank), dtype=torch.float64 if exact else states.dtype)
     transforms = states.new_empty((*batch, count, rank, rank), dtype=torch.float64)
-    spectrum = rank if backend == "eager" else 0  # the kernels make no eigendecomposition
+    spectrum = rank if backend == "eager" and eager.uses_lapack(states.device) else 0
     roots = states.new_empty((*batch, spectrum), dtype=torch.float64)
     vectors = states.new_empty((*batch, spectrum, spectrum), dtype=torch.float64)
     return u, v, inputs, transforms, roots, vectors

@@ -1,7 +1,9 @@
 """`low_rank_polar` in plain PyTorch: tall GEMMs with S, and r x r matrices in float64; at a small damping all of it.
 
 Only the product u v^T is defined, so every step but the last may use any W with W W^T = (X^T X + c^2 I)^(-1): a
-Cholesky factor, which costs a fraction of an eigendecomposition. The derivations are in docs/numerics.md.
+Cholesky factor, which costs a fraction of an eigendecomposition. The last step needs the symmetric root: from
+eigenvectors on a CPU (spectrum.py), and from shifted inverses, all at once, elsewhere (shifted_inverses.py). The
+derivations are in docs/numerics.md.
 """
 
 from typing import NamedTuple
@@ -10,13 +12,16 @@ import torch
 from torch import Tensor
 
 from gakernels.ops import autocast
+from gakernels.ops.low_rank_polar import shifted_inverses, spectrum
 from gakernels.ops.low_rank_polar.precision import is_exact
+
+LEAST_DAMPING = 2.0**-25  # without LAPACK; c^2 is then eight roundings of tr(X^T X), and every pivot is positive
 
 
 class Steps(NamedTuple):
     """What the damped polar steps X -> X W leave for the backward; K steps stacked after the batch dimensions.
 
-    Backends that make no eigendecomposition leave `roots` and `vectors` empty.
+    Without an eigendecomposition, as everywhere but in plain PyTorch on a CPU, `roots` and `vectors` are empty.
     """
 
     inputs: Tensor  # (..., K, d_r, r): X, in the dtype of the states, or float64 (precision.py)
@@ -31,10 +36,20 @@ def sizes(states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: fl
     return {"batch": batch, "state": states.shape[-1], "rank": sketch.shape[1], "power_iterations": power_iterations}
 
 
+def uses_lapack(device: torch.device) -> bool:
+    """Whether LAPACK does the r x r work, eigenvectors included: the faster form on a CPU. Elsewhere it would wait.
+
+    Meta tensors count as being on a CPU.
+    """
+    return device.type in ("cpu", "meta")
+
+
 @autocast.without
 def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor, Steps]:
     """Returns u, v (..., d_r, r) and the steps: S Omega, then S^T and S in turn, K = 2 + 2 power_iterations in all."""
     dtype = states.dtype
+    if not uses_lapack(states.device):
+        damping = max(damping, LEAST_DAMPING)
     if is_exact(dtype, damping):
         states, sketch = states.double(), sketch.double()
     shrink = power_of_two(states)
@@ -47,12 +62,11 @@ def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: floa
         if step < last:
             w = inverse_factor(wide, damping)
         else:
-            h, vectors = shifted_spectrum(wide, damping)
-            w = inverse_root(h, vectors)
+            w, h, vectors = inverse_root(wide, damping, dtype)
         inputs.append(x)
         transforms.append(w)
         previous, basis = basis, (wide @ w).to(x.dtype)
-    steps = Steps(torch.stack(inputs, -3), torch.stack(transforms, -3), h, vectors.contiguous())
+    steps = Steps(torch.stack(inputs, -3), torch.stack(transforms, -3), h, vectors)
     return previous.to(dtype), basis.to(dtype), steps
 
 
@@ -60,13 +74,14 @@ def forward(states: Tensor, sketch: Tensor, power_iterations: int, damping: floa
 def backward(grad_u: Tensor, grad_v: Tensor, states: Tensor, sketch: Tensor, steps: Steps, damping: float) -> Tensor:
     """Gradient of the states. The steps are undone from the last; all outer products form one GEMM at the end."""
     dtype = states.dtype
+    if _is_without_eigenvectors(steps):
+        damping = max(damping, LEAST_DAMPING)
     if is_exact(dtype, damping):
         states, sketch = states.double(), sketch.double()
     shrink = power_of_two(states)
     left, right = [], []  # dS = sum of left right^T
     last = steps.inputs.shape[-3] - 1
-    x, w = _step(steps, last)
-    grad_x = symmetric_step_backward(grad_v.double(), x, steps.roots, steps.vectors, w, damping).to(states.dtype)
+    grad_x = symmetric_step_backward(grad_v.double(), steps, damping, dtype).to(states.dtype)
     for k in range(last, -1, -1):
         if k > 0:
             x, w = _step(steps, k - 1)
@@ -124,7 +139,10 @@ def inverse_factor(x: Tensor, damping: float) -> Tensor:
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     shifted = product + torch.where(is_zero, 1.0, shift[..., None]) * identity
     factor, info = torch.linalg.cholesky_ex(shifted)
-    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).mT
+    if uses_lapack(x.device):
+        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).mT
+    else:
+        inverse = shifted_inverses.triangular_inverse(factor).mT
     failed = broken | (info != 0)[..., None, None]
     return torch.where(failed, torch.nan, torch.where(is_zero, 0.0, inverse))
 
@@ -142,41 +160,34 @@ def triangular_step_backward(grad: Tensor, x: Tensor, y: Tensor, w: Tensor, damp
     return (grad.sub_(y @ twice_s) @ w.mT).addcmul_(x, 2 * damping**2 * trace)
 
 
-def shifted_spectrum(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """h (..., r) and V (..., r, r), float64, with X^T X + c^2 I = V diag(h^2) V^T and c = damping ||X||_F.
+def inverse_root(x: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """M = (X^T X + c^2 I)^(-1/2), and h and V of `Steps`, or empty ones. `dtype` is that of the states.
 
-    A matrix with a NaN or infinity gives NaN, not an error, as elsewhere in PyTorch.
+    Zero for X = 0; NaN for an X that is not finite: not an error, as elsewhere in PyTorch.
     """
-    product, shift, _ = gram(x, damping)
-    eigenvalues, vectors = torch.linalg.eigh(product)
-    return (eigenvalues.clamp(min=0) + shift).sqrt(), vectors
+    product, shift, broken = gram(x, damping)
+    if uses_lapack(x.device):
+        h, vectors = spectrum.shifted_spectrum(product, shift)
+        return spectrum.inverse_root(h, vectors), h, vectors
+    root = shifted_inverses.inverse_root(product, damping, dtype)
+    batch = root.shape[:-2]
+    return torch.where(broken, torch.nan, root), root.new_empty(*batch, 0), root.new_empty(*batch, 0, 0)
 
 
-def inverse_root(h: Tensor, vectors: Tensor) -> Tensor:
-    """M = (X^T X + c^2 I)^(-1/2) = V diag(1/h) V^T; zero for X = 0."""
-    return (vectors * _reciprocal(h)[..., None, :]) @ vectors.mT
+def symmetric_step_backward(grad: Tensor, steps: Steps, damping: float, dtype: torch.dtype) -> Tensor:
+    """dX = G M + 2 X (G_A + damping^2 tr(G_A) I) of the last step, in float64. `dtype` is that of the states."""
+    x, root = _step(steps, steps.inputs.shape[-3] - 1)
+    e = x.mT @ grad
+    if _is_without_eigenvectors(steps):
+        product, _, broken = gram(x, damping)
+        gradient = shifted_inverses.root_gradient(e, product, damping, dtype)
+        gradient = torch.where(broken, torch.nan, gradient)
+    else:
+        gradient = spectrum.root_gradient(e, steps.roots, steps.vectors)  # -2 G_A
+    trace = gradient.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    return grad @ root - x @ (gradient + damping**2 * trace * identity)
 
 
-def symmetric_step_backward(
-    grad: Tensor, x: Tensor, h: Tensor, vectors: Tensor, root: Tensor, damping: float
-) -> Tensor:
-    """dX = G M + 2 X (G_A + damping^2 tr(G_A) I), G_A = -V [sym(V^T X^T G V)_ij / (h_i h_j (h_i + h_j))] V^T.
-
-    All in float64; `root` is M.
-    """
-    inverse = _reciprocal(h)
-    e = vectors.mT @ (x.mT @ grad) @ vectors
-    pair_sum = h[..., :, None] + h[..., None, :]
-    weights = inverse[..., :, None] * inverse[..., None, :] / torch.where(pair_sum == 0, 1.0, pair_sum)
-    inner = (e + e.mT) * weights  # -2 G_A in the basis V
-    trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    # The part through c joins the r x r matrix: c^2 I commutes with V.
-    grad_gram = vectors @ (inner + damping**2 * trace * identity) @ vectors.mT
-    return grad @ root - x @ grad_gram
-
-
-def _reciprocal(h: Tensor) -> Tensor:
-    """1/h (..., r), and 0 where the whole matrix is zero (every h is): value and gradient are zero there."""
-    is_zero = (h == 0).all(-1, keepdim=True)
-    return torch.where(is_zero, 0.0, 1.0 / torch.where(is_zero, 1.0, h))
+def _is_without_eigenvectors(steps: Steps) -> bool:
+    return steps.roots.shape[-1] == 0

@@ -6,7 +6,6 @@ multiplies the tiles of the state. The counts behind both are in docs/low_rank_p
 """
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor
 from gakernels.ops import launching, tuned
 from gakernels.ops.low_rank_polar import kernels
 from gakernels.ops.low_rank_polar.eager import Steps
+from gakernels.ops.low_rank_polar.poles import inverse_root_poles
 
 LARGEST_RANK = 128
 LARGEST_DAMPING = 1e6  # the kernels take it as float32, and use its square
 PROGRAMS = 132  # that a Hopper GPU runs at once: one on each multiprocessor
 ROOT_ERROR = 3e-8  # of the inverse square root, relative: below the rounding of float32
-MARGIN = 1.1  # of the interval of the poles at both ends, where the derivative errs most
 LARGEST_CONDITION = 1e13  # that a Gram matrix in float64 may have, where the damping sets no lower bound
 OF_RANK = ("BLOCK", "COLUMNS", "CHUNK")  # settings that cut up the padded rank
 
@@ -257,38 +256,5 @@ class _Call:
 @functools.cache
 def _poles(damping: float, device: torch.device) -> Tensor:
     """`inverse_root_poles` as (2, N) float64, copied to a device once."""
-    return torch.tensor(inverse_root_poles(damping, ROOT_ERROR), dtype=torch.float64, device=device)
-
-
-def inverse_root_poles(damping: float, error: float) -> tuple[list[float], list[float]]:
-    """Poles s and weights w with x^(-1/2) = sum of w / (x + s) to a relative error, for x in damping^2 + [0, 1].
-
-    The best rational function of this form is Zolotarev's; this is method 3 of Hale, Higham and Trefethen (2008), in
-    Jacobi's elliptic functions of modulus^2 = 1 - ratio, with ratio = lower / upper end. The error of N poles is about
-    4 exp(-2 pi^2 N / ln(16 / ratio)). Where 1 / ratio is over LARGEST_CONDITION, the formula holds on the upper part.
-    """
-    upper = MARGIN * (1 + damping**2)
-    ratio = max(damping**2 / MARGIN / upper, 1 / LARGEST_CONDITION)
-    count = math.ceil(math.log(4 / error) * math.log(16 / ratio) / (2 * math.pi**2))
-    means = _arithmetic_geometric_means(math.sqrt(ratio))
-    quarter = math.pi / (2 * means[-1][0])  # the complete elliptic integral K
-    poles, weights = [], []
-    for j in range(count):
-        amplitude = 2 ** (len(means) - 1) * math.pi / 2 * (j + 0.5) / count
-        for mean, difference in reversed(means[1:]):
-            amplitude = (amplitude + math.asin(difference / mean * math.sin(amplitude))) / 2
-        sn, cn = math.sin(amplitude), math.cos(amplitude)
-        dn = math.sqrt(cn**2 + ratio * sn**2)
-        poles.append(upper * ratio * (sn / cn) ** 2)
-        weights.append(math.sqrt(upper * ratio) * 2 * quarter * dn / (math.pi * count * cn**2))
-    return poles, weights
-
-
-def _arithmetic_geometric_means(modulus: float) -> list[tuple[float, float]]:
-    """Pairs a_i, c_i of the descending Landen transformation: a_0 = 1, b_0 = modulus, c_i = (a_(i-1) - b_(i-1)) / 2."""
-    a, b = 1.0, modulus
-    means = [(a, math.sqrt((1 - b) * (1 + b)))]
-    while means[-1][1] > 1e-9 * a:  # the next would be their square
-        a, b, difference = (a + b) / 2, math.sqrt(a * b), (a - b) / 2
-        means.append((a, difference))
-    return means
+    values = inverse_root_poles(damping, ROOT_ERROR, LARGEST_CONDITION)
+    return torch.tensor(values, dtype=torch.float64, device=device)
