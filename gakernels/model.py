@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, overload
 
 import torch
@@ -876,7 +877,7 @@ def load_base(
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:  # a pickle with more in it than tensors
         raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -161,7 +162,11 @@ def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[in
     """
     tensors = state.by_name()
     reader = HuggingFaceStorageReader(str(path))
-    saved = {name: getattr(entry, "size", None) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    try:
+        entries = reader.read_metadata().state_dict_metadata
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _DamagedError(f"{path} is damaged: its tensors can't be read ({error})") from error
+    saved = {name: getattr(entry, "size", None) for name, entry in entries.items()}
     if saved != {name: tensor.shape for name, tensor in tensors.items()}:
         raise FormatError(f"{path} holds other parameters than this run trains")
     with _quiet():

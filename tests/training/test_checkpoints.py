@@ -145,7 +145,7 @@ def test_parameters_that_are_not_finite_are_not_saved_though_all_losses_were(tmp
     assert steps_of(tmp_path) == []
 
 
-@pytest.mark.parametrize(("size", "name"), [(100, "log.jsonl"), (2500, "step-00000015")])
+@pytest.mark.parametrize(("size", "name"), [(100, "log.jsonl"), (1500, "step-00000015")])
 def test_a_failed_write_is_named_and_leaves_the_last_good_checkpoint(tmp_path: Path, size: int, name: str) -> None:
     seed = drawn_seed()
     problem, whole, resumed = Problem(seed), Problem(seed), Problem(seed)

@@ -91,7 +91,8 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(
 ) -> None:
     shutil.copytree(folder / name, tmp_path / name)
     _, last = find_checkpoints(tmp_path / name / "checkpoints")
-    assert {path.name for path in last.glob("__*")} == {"__0_0.distcp", "__1_0.distcp"}  # each wrote its part
+    parts = {f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)}
+    assert {path.name for path in last.glob("*.safetensors")} == parts  # each wrote its own
     shutil.rmtree(last)
     assert_close(losses_of(make_trainer(run_seed, tmp_path / name).run()), one["float"][3:])
 
