@@ -28,6 +28,7 @@ from gakernels.training.parallel import Parallel, Ranks, Replicas
 from gakernels.training.plan import largest_step, step_setting
 from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
+from gakernels.training.run_folder import only_run
 from gakernels.training.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
 from gakernels.training.step_flops import pretraining_flops
 from gakernels.training.throughput import StepCost
@@ -67,7 +68,8 @@ def pretrain(
         Perplexities of the held-out contexts.
 
     Raises:
-        InputError: the data can't be used, or something in the recipe does not go together.
+        InputError: the data can't be used, something in the recipe does not go together, or another run is in the
+            folder.
         FormatError: the folder holds a run with other settings.
         FloatingPointError: the run diverged.
     """
@@ -77,11 +79,12 @@ def pretrain(
             f"tokenizer is needed to pretrain on text, but {recipe.model.name} has none; "
             "put its files into the folder of the model, or pass one to GenerativeAdapter"
         )
-    run = _Run(model, recipe, _read(model, recipe, ranks, progress), folder, progress, ranks)
-    run.train_generators()
-    report = run.evaluate(run.data.held_out, {"static_lora": run.train_control()} if run.has_control else {})
-    if ranks.rank == 0:
-        write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+    with only_run(folder, ranks):
+        run = _Run(model, recipe, _read(model, recipe, ranks, progress), folder, progress, ranks)
+        run.train_generators()
+        report = run.evaluate(run.data.held_out, {"static_lora": run.train_control()} if run.has_control else {})
+        if ranks.rank == 0:
+            write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
     return report
 
 

@@ -25,6 +25,7 @@ from gakernels.training.instruction.report import AnswerReport, score_answers
 from gakernels.training.instruction.steps import InstructionSteps
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
 from gakernels.training.parallel import Ranks
+from gakernels.training.run_folder import only_run
 from gakernels.training.throughput import StepCost
 from gakernels.training.trainer import Trainer
 
@@ -77,7 +78,8 @@ def finetune(
         Scores of held-out answers.
 
     Raises:
-        InputError: the data can't be used, or something in the recipe does not go together.
+        InputError: the data can't be used, something in the recipe does not go together, or another run is in the
+            folder.
         FormatError: the folder holds a run with other settings.
         FloatingPointError: the run diverged.
         TrainingStopped: a signal came; the same call goes on.
@@ -97,11 +99,12 @@ def finetune(
     run = _Run(model, recipe, data, folder, progress and ranks.rank == 0, ranks)
     if run.progress and data.skipped.total:
         tqdm.write(f"left out: {data.skipped}", file=sys.stderr)
-    run.train()
-    report = run.evaluate(data.held_out, run.progress)
-    if ranks.rank == 0:
-        values = {"answers": report.to_dict(), "data": data.to_dict()}
-        write_text(folder / REPORT_FILE, json.dumps(values, indent=2) + "\n")
+    with only_run(folder, ranks):
+        run.train()
+        report = run.evaluate(data.held_out, run.progress)
+        if ranks.rank == 0:
+            values = {"answers": report.to_dict(), "data": data.to_dict()}
+            write_text(folder / REPORT_FILE, json.dumps(values, indent=2) + "\n")
     return report
 
 
