@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gakernels.errors import FormatError, InputError
-from gakernels.ops.measured import slug
+from gakernels.ops import gpus
 
 ENVIRONMENT_VARIABLE = "GAKERNELS_TUNED"
 FOLDER = Path(__file__).parent
