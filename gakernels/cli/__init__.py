@@ -1,4 +1,4 @@
-"""The command line: `gakernels demo | adapt | ask | pretrain | finetune | plot | export | serve | eval | info`."""
+"""The command line: `gakernels demo | adapt | ask | pretrain | finetune | plot | export | serve | eval | ...`."""
 
 import argparse
 import os
@@ -41,12 +41,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from gakernels.cli import adapt, ask, demo, eval, export, finetune, info, plot, pretrain, serve
+    from gakernels.cli import adapt, ask, calibrate, demo, eval, export, finetune, info, plot, pretrain, serve
 
     parser = _Parser(prog="gakernels", description="Turn contexts into adapters of a language model.")
     parser.add_argument("--version", action="version", version=f"gakernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, adapt, ask, pretrain, finetune, plot, export, serve, eval, info):
+    for module in (demo, adapt, ask, pretrain, finetune, plot, export, serve, eval, calibrate, info):
         module.add_parser(commands)
     return parser
 

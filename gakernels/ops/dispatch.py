@@ -2,8 +2,9 @@
 
 `GAKERNELS_BACKEND` forces a backend, and is an error where that one can't run. Otherwise every call on an NVIDIA GPU
 goes to a hand-written kernel that supports it, on GPUs where the kernels were checked: those of a capability out of
-VERIFIED, and those where `gakernels calibrate` found them right. Measurements (`measured/`) decide which of the kernels,
-and for `eager` only where that was clearly faster. Everywhere else `eager` runs. docs/architecture.md says why.
+VERIFIED, and those where `gakernels calibrate` found them right. Measurements (`measured/`) decide which of the
+kernels, and for `eager` only where that was clearly faster. Everywhere else `eager` runs. docs/architecture.md says
+why.
 """
 
 import functools
@@ -11,7 +12,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -59,15 +61,46 @@ def choose(operation: str, *arguments: Any) -> Choice:
     Raises:
         BackendError: the environment variable names no backend, or one that can't run these arguments here.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if not forced:
+    choice = _choose(operation, arguments)
+    if _listener is not None:
+        _listener(operation, arguments, choice)
+    return choice
+
+
+Listener = Callable[[str, tuple[Any, ...], Choice], None]
+_listener: Listener | None = None
+
+
+def exchange_listener(listener: Listener | None) -> Listener | None:
+    """Have a function told of every call and what runs it, None for nobody; returns the one before."""
+    global _listener
+    _listener, before = listener, _listener
+    return before
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """A backend for the calls within the block, as `GAKERNELS_BACKEND` does it."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT_VARIABLE)
+        if before is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+def _choose(operation: str, arguments: tuple[Any, ...]) -> Choice:
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not wanted:
         return _default(operation, arguments)
-    if forced not in BACKENDS:
-        raise BackendError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, but it is {forced!r}")
-    obstacle = why_not(operation, forced, *arguments)
+    if wanted not in BACKENDS:
+        raise BackendError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, but it is {wanted!r}")
+    obstacle = why_not(operation, wanted, *arguments)
     if obstacle is not None:
-        raise BackendError(f"{ENVIRONMENT_VARIABLE}={forced}, but that can't run {operation} here: {obstacle}")
-    return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
+        raise BackendError(f"{ENVIRONMENT_VARIABLE}={wanted}, but that can't run {operation} here: {obstacle}")
+    return Choice(wanted, f"forced by {ENVIRONMENT_VARIABLE}")
 
 
 def _default(operation: str, arguments: tuple[Any, ...]) -> Choice:
@@ -79,12 +112,17 @@ def _default(operation: str, arguments: tuple[Any, ...]) -> Choice:
     if not able:
         return Choice("eager", "" if compiling else _obstacles(operation, arguments))
     sizes = module(operation, "eager").sizes(*arguments)
-    training = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
+    training = needs_backward(arguments)
     if compiling:  # sizes may be symbols there, and the comparisons become guards
         rows = _rows(device.type, device.index)
         return Choice(_fastest(rows, operation, arguments[0].dtype, sizes, able, training), "")
     gpu = gpus.gpu_of(device.type, device.index)
     return _explained(gpu, operation, arguments[0].dtype, tuple(sizes.items()), able, training)
+
+
+def needs_backward(arguments: tuple[Any, ...]) -> bool:
+    """Whether a backward may follow a call."""
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
 
 
 def _obstacle(operation: str, kernel: str, arguments: tuple[Any, ...]) -> str | None:

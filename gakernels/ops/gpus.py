@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ def gpu_of(kind: str, index: int | None) -> Gpu | None:
 
 @functools.cache
 def _asked(index: int) -> Gpu:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)  # its type names too few attributes
     capability = properties.major, properties.minor
     return Gpu(properties.name, capability, properties.shared_memory_per_block_optin)
 

@@ -27,7 +27,7 @@ class Measurement:
     Attributes:
         gpu: its name.
         operation, dtype, sizes: the call.
-        backends: what it was measured with. (Tuples: torch.compile can't guard dictionaries that it takes for constant.)
+        backends: what it was measured with. (In tuples: torch.compile can't guard a dictionary that is a constant.)
         forward_ms, backward_ms: the median time of each of them.
         gemm_flops: rate of a large GEMM of that dtype on that GPU, operations a second; 0 if it was not measured.
         copy_bytes: bandwidth of a copy there, bytes a second, counting what is read and what is written.
@@ -67,7 +67,7 @@ def nearest(
 
 
 def distance(sizes: Mapping[str, int], others: Mapping[str, int]) -> float:
-    """How different two calls are: the product of the ratios of their sizes, 1 for the same; an empty one counts as 1."""
+    """How different two calls are: the product of the ratios of their sizes, 1 for the same."""
     product = 1.0
     for name, size in sizes.items():
         size, other = max(size, 1), others[name]
