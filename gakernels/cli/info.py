@@ -94,13 +94,13 @@ def _calibration(gpu: gpus.Gpu) -> str:
 
 
 def _print_calls(recipe: PretrainingRecipe, gpu: gpus.Gpu | None) -> None:
-    generator = recipe.generator
+    generator, stages = recipe.generator, planned_calls(recipe)
     _print_wrapped(
         "",
         f"{recipe.model.name} on {'the CPU' if gpu is None else gpu.name}: {', '.join(generator.linears)}, d_r "
         f"{generator.state_size}, r {generator.rank}, chunks of {generator.chunk_size} tokens",
     )
-    for stage, calls in planned_calls(recipe).items():
+    for stage, calls in stages.items():
         print(f"\n{stage}")
         for call in calls:
             sizes = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in call.sizes)
