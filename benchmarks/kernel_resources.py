@@ -314,7 +314,7 @@ def page(documents: list[dict[str, Any]]) -> str:
         "# What the Triton kernels need on a Hopper GPU",
         "",
         "Made by `python -m benchmarks.kernel_resources --store`, which compiles every kernel for sm_90 with its",
-        "shipped settings (`gakernels/ops/tuned/`); nothing here was run on a GPU. A test compiles and compares. No",
+        "shipped settings (`gakernels/ops/tuned/`), without a GPU. A test compiles and compares. No",
         f"kernel spills or uses the stack, and none wants more than the {SHARED_LIMIT:,} bytes of shared memory that a",
         "program can have. `programs/SM` is how many fit a multiprocessor by registers, shared memory and warps.",
         "`wgmma` and `mma` are matrix instructions in the code, of Hopper's kind and of the older one (float64, and",
