@@ -5,8 +5,9 @@
 The operations run forward and backward on tensors without data, at the sizes of CASES; each kernel that they would
 launch is compiled for sm_90 with the very arguments of the launch. Rows that differ in no setting and no specialisation
 are one. The command fails where a kernel spills registers, uses the stack, or wants more shared memory than there is.
-With --store the rows go to `benchmarks/results/kernels/`, one file for each version of Triton, and from all files there
-docs/kernel_resources.md is made.
+--target takes another architecture, with the launch settings that its GPUs get, to see that all fits there. With
+--store the rows for sm_90 go to `benchmarks/results/kernels/`, one file for each version of Triton, and from all files
+there docs/kernel_resources.md is made.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from torch import Tensor
 
 from benchmarks.rows import RESULTS, ROOT
 from gakernels.files import write_text
-from gakernels.ops import launching
+from gakernels.ops import gpus, launching
 from gakernels.ops.dispatch import missing, module
 
 STORE = RESULTS / "kernels"
 PAGE = ROOT / "docs" / "kernel_resources.md"
-SHARED_LIMIT = 232_448  # bytes a block may use on sm_90
+HOPPER = 90
+TARGETS = {80: "NVIDIA A100", 89: "NVIDIA GeForce RTX 4090", HOPPER: "NVIDIA H200", 120: "NVIDIA GeForce RTX 5090"}
+SHARED_LIMIT = gpus.known(TARGETS[HOPPER]).shared_memory
 SHARED_OF_SM, REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 228 * 1024, 65_536, 64, 32
 OPERATIONS = ("context_state", "low_rank_polar", "lowrank_linear")
 
@@ -68,7 +71,7 @@ class Resources:
 
     @property
     def faults(self) -> list[str]:
-        """What forbids to ship it."""
+        """What forbids to ship it for a Hopper GPU."""
         found = []
         if self.stack or self.spills:
             found.append(f"{self.stack} bytes of stack and {self.spills} spill instructions")
@@ -88,13 +91,14 @@ class Case:
     run: Callable[[Any], None]  # with the module of the kernels
 
 
-def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "") -> list[Resources]:
+def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "", target: int = HOPPER) -> list[Resources]:
     """Compile what the cases of the operations launch, each kernel and specialisation once.
 
     Args:
         only: a part of the names of the cases that are wanted.
+        target: the architecture, one of TARGETS.
     """
-    with _target_sm_90():
+    with _compiling_for(target), gpus.pretend(gpus.known(TARGETS[target])):
         found: dict[str, Resources] = {}
         for case in CASES:
             if case.operation in operations and only in case.name:
@@ -104,7 +108,7 @@ def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "") -> lis
 
 
 @contextlib.contextmanager
-def _target_sm_90() -> Iterator[None]:
+def _compiling_for(target: int) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
@@ -112,7 +116,7 @@ def _target_sm_90() -> Iterator[None]:
         """A driver without a device, as far as `warmup` asks for one."""
 
         def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 90, 32)
+            return GPUTarget("cuda", target, 32)
 
         def get_current_device(self) -> int:
             return 0
@@ -297,11 +301,11 @@ def _linear_cases() -> Iterator[Case]:
 CASES = tuple(_cases())
 
 
-def to_document(rows: list[Resources]) -> dict[str, Any]:
+def to_document(rows: list[Resources], target: int = HOPPER) -> dict[str, Any]:
     """What a stored file holds."""
     import triton
 
-    return {"triton": triton.__version__, "target": "sm_90", "rows": [asdict(row) for row in rows]}
+    return {"triton": triton.__version__, "target": f"sm_{target}", "rows": [asdict(row) for row in rows]}
 
 
 def page(documents: list[dict[str, Any]]) -> str:
@@ -310,7 +314,7 @@ def page(documents: list[dict[str, Any]]) -> str:
         "# What the Triton kernels need on a Hopper GPU",
         "",
         "Made by `python -m benchmarks.kernel_resources --store`, which compiles every kernel for sm_90 with its",
-        "shipped settings (`gakernels/ops/tuned/`); nothing here was run on a GPU. A test compiles and compares. No",
+        "shipped settings (`gakernels/ops/tuned/`), without a GPU. A test compiles and compares. No",
         f"kernel spills or uses the stack, and none wants more than the {SHARED_LIMIT:,} bytes of shared memory that a",
         "program can have. `programs/SM` is how many fit a multiprocessor by registers, shared memory and warps.",
         "`wgmma` and `mma` are matrix instructions in the code, of Hopper's kind and of the older one (float64, and",
@@ -358,6 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--store", action="store_true", help="write them where they are kept, and make the page anew")
+    parser.add_argument("--target", type=int, default=HOPPER, choices=TARGETS, help="architecture (default: 90)")
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--only", default="", help="only the cases with this text in their names")
     options = parser.parse_args(arguments)
@@ -371,20 +376,29 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
     if options.store and (options.only or tuple(options.operations) != OPERATIONS):
         parser.error("--store keeps the rows of all cases: leave out --operations and --only")
-    rows = compile_all(tuple(options.operations), options.only)
+    if options.store and options.target != HOPPER:
+        parser.error(f"--store keeps the rows for sm_{HOPPER} alone: leave out --target")
+    rows = compile_all(tuple(options.operations), options.only, options.target)
     for row in rows:
         print(_line(row))
-    document = to_document(rows)
+    document = to_document(rows, options.target)
     if options.json:
         write_text(options.json, json.dumps(document, indent=1) + "\n")
     if options.store:
         write_text(STORE / f"sm_90-triton-{document['triton']}.json", json.dumps(document, indent=1) + "\n")
         stored = sorted(STORE.glob("*.json"))
         write_text(PAGE, page([json.loads(path.read_text(encoding="utf-8")) for path in stored]))
-    faulty = [row for row in rows if row.faults]
-    for row in faulty:
-        print(f"{row.operation}.{row.kernel} {row.settings}: {'; '.join(row.faults)}", file=sys.stderr)
-    return 1 if faulty else 0
+    faults = [(row, row.faults if options.target == HOPPER else excess(row, options.target)) for row in rows]
+    for row, found in faults:
+        if found:
+            print(f"{row.operation}.{row.kernel} {row.settings}: {'; '.join(found)}", file=sys.stderr)
+    return 1 if any(found for _, found in faults) else 0
+
+
+def excess(row: Resources, target: int) -> list[str]:
+    """What keeps a kernel from running on another architecture at all; spills only make it slow there."""
+    limit = gpus.known(TARGETS[target]).shared_memory
+    return [f"{row.shared} bytes of shared memory, but there are {limit}"] if row.shared > limit else []
 
 
 def _line(row: Resources) -> str:

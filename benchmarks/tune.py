@@ -26,7 +26,7 @@ from benchmarks.measure import dtype_name, time_call
 from benchmarks.operations import PRESETS, Operation, operations, oracle_error, seeded, with_leaves
 from gakernels.files import write_text
 from gakernels.ops import tuned
-from gakernels.ops.measured import slug
+from gakernels.ops.gpus import slug
 
 Settings = dict[str, int]
 GAIN = 0.98  # of the time before: less is scatter

@@ -3,53 +3,118 @@
 import argparse
 import importlib.metadata
 import platform
+import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gakernels.cli.call_options import add_call_options, planned_calls, recipe_of_calls
 from gakernels.cli.common import add_command
-from gakernels.ops.dispatch import BACKENDS, choose, why_not
+from gakernels.ops import gpus
+from gakernels.ops.dispatch import BACKENDS, Choice, choose, why_not
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 from gakernels.ops.low_rank_polar.precision import EXACT_BELOW
+from gakernels.ops.measured import calibration
+from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.version import __version__
 
+WIDTH = 80
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "peft", "flash-attn")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    add_command(
+    parser = add_command(
         commands,
         "info",
         run,
         "Show versions, devices, and which implementation of each operation would run, and why.",
-        "  GAKERNELS_BACKEND=reference gakernels info",
+        "  gakernels info --model mistral-7b --gpu 'NVIDIA H200'",
     )
+    add_call_options(parser)
+    parser.add_argument("--gpu", metavar="NAME", help="a GPU to ask about that need not be here, as 'NVIDIA H200'")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print everything a bug report needs."""
+    """Print everything a bug report needs; or, for a model or recipe, what each of its calls would run on."""
+    gpu = gpus.known(options.gpu) if options.gpu else gpus.gpu_of("cuda", None) if torch.cuda.is_available() else None
+    with gpus.pretend(gpu) if gpu is not None else nullcontext():
+        if options.model or options.config or options.set:
+            _print_calls(recipe_of_calls(options), gpu)
+        else:
+            _print_installation(gpu)
+    return 0
+
+
+def _print_installation(gpu: gpus.Gpu | None) -> None:
     print(f"gakernels     {__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         print(f"{package:13} {_version(package)}")
     for line in _devices():
         print(line)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"\noperation       backend    why (on {device.type}, at the paper's sizes in bfloat16)")
+    if gpu is not None:
+        print(_calibration(gpu))
+    where = "the CPU" if gpu is None else gpu.name
+    print(f"\noperation       backend    why (on {where}, at the paper's sizes in bfloat16)")
     for operation, example in EXAMPLES.items():
-        arguments = example(device)
+        arguments = example(torch.device("meta" if gpu is not None else "cpu"))
         choice = choose(operation, *arguments)
-        print(f"{operation:15} {choice.backend:10} {choice.reason}")
+        _print_wrapped(f"{operation:15} {choice.backend:10} ", choice.reason)
         for backend in BACKENDS[2:]:
-            print(f"{'':15} {backend:10} {why_not(operation, backend, *arguments) or 'can run'}")
-    print(
-        f"\nprecision       of low_rank_polar: float32 products for a damping from {EXACT_BELOW:g} on (the default: "
-        f"{DEFAULT_DAMPING:g}), under it float64 throughout (triton: float32 products always)"
+            _print_wrapped(f"{'':15} {backend:10} ", why_not(operation, backend, *arguments) or "can run")
+    print()
+    _print_wrapped(
+        "precision       ",
+        f"of low_rank_polar: float32 products for a damping from {EXACT_BELOW:g} on (the default: "
+        f"{DEFAULT_DAMPING:g}), under it float64 throughout (triton: float32 products always)",
     )
-    return 0
+
+
+def _print_wrapped(head: str, text: str) -> None:
+    """A line and what does not fit it, below the text."""
+    print(textwrap.fill(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False))
+
+
+def _calibration(gpu: gpus.Gpu) -> str:
+    """What `gakernels calibrate` left for a GPU."""
+    record = calibration.stored(gpu)
+    if record is None:
+        return f"calibration   none for {gpu.name} (`{calibration.COMMAND}` makes one)"
+    others = [f"{name} {version}" for name, version in record["versions"].items()]
+    if record["versions"] != calibration.versions():
+        return f"calibration   not used: it was made with {', '.join(others)}; run `{calibration.COMMAND}`"
+    wrong = [name for name, fault in record["checks"].items() if fault]
+    return f"calibration   of {record['date'][:10]}: {len(record['rows'])} calls" + (
+        f"; WRONG and off: {', '.join(wrong)}" if wrong else ""
+    )
+
+
+def _print_calls(recipe: PretrainingRecipe, gpu: gpus.Gpu | None) -> None:
+    generator, stages = recipe.generator, planned_calls(recipe)
+    _print_wrapped(
+        "",
+        f"{recipe.model.name} on {'the CPU' if gpu is None else gpu.name}: {', '.join(generator.linears)}, d_r "
+        f"{generator.state_size}, r {generator.rank}, chunks of {generator.chunk_size} tokens",
+    )
+    for stage, calls in stages.items():
+        print(f"\n{stage}")
+        for call in calls:
+            sizes = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in call.sizes)
+            passes = ", with backward" if call.training else ""
+            dtype = str(call.dtype).removeprefix("torch.")
+            _print_wrapped("  ", f"{call.operation} {dtype}: {sizes}{passes}")
+            _print_wrapped(f"    {call.choice.backend:9} ", f"{call.choice.reason}{_share(call.choice)}")
+
+
+def _share(choice: Choice) -> str:
+    """The rate that is expected of the forward."""
+    if choice.gemm_share is None:
+        return "; share of the GEMM rate: not measured"
+    return f"; about {choice.gemm_share:.0%} of the GEMM rate forward"
 
 
 def _context_state_arguments(device: torch.device) -> tuple[Tensor, ...]:

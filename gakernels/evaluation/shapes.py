@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,9 +100,24 @@ def llama_shape(
     return ModelShape(name, hidden, vocabulary, heads, kv_heads, head_dim, stages, (None,) * layers, parameters)
 
 
+def _tied(shape: ModelShape) -> ModelShape:
+    """A shape whose head is its embedding."""
+    return replace(shape, parameters=shape.parameters - shape.vocabulary * shape.hidden)
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
+        _tied(
+            llama_shape(
+                "smollm2-135m", hidden=576, ffn=1536, layers=30, heads=9, kv_heads=3, vocabulary=49152, head_dim=64
+            )
+        ),
+        _tied(
+            llama_shape(
+                "llama3.2-1b", hidden=2048, ffn=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256, head_dim=64
+            )
+        ),
         llama_shape("mistral-7b", hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8, vocabulary=32000),
         llama_shape("llama2-7b", hidden=4096, ffn=11008, layers=32, heads=32, kv_heads=32, vocabulary=32000),
         llama_shape("llama3-8b", hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256),

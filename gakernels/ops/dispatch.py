@@ -1,8 +1,10 @@
 """One rule that picks the implementation of an operation.
 
-`GAKERNELS_BACKEND` forces a backend, and is an error where that one can't run. Otherwise a hand-written kernel is the
-default only where a committed measurement on that kind of GPU shows it correct and faster (`measured/`); everywhere
-else the default is `eager`.
+`GAKERNELS_BACKEND` forces a backend, and is an error where that one can't run. Otherwise every call on an NVIDIA GPU
+goes to a hand-written kernel that supports it, on GPUs where the kernels were checked: those of a capability out of
+VERIFIED, and those where `gakernels calibrate` found them right. Measurements (`measured/`) decide which of the
+kernels, and for `eager` only where that was clearly faster. Everywhere else `eager` runs. docs/architecture.md says
+why.
 """
 
 import functools
@@ -10,25 +12,43 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gakernels.errors import BackendError
-from gakernels.ops import launching, measured
+from gakernels.ops import gpus, measured
+from gakernels.ops.gpus import Gpu
+from gakernels.ops.measured import Measurement, calibration, costs
 
+OPERATIONS = ("context_state", "low_rank_polar", "lowrank_linear")
 BACKENDS = ("reference", "eager", "triton", "cuda")
+KERNELS = ("cuda", "triton")  # hand-written; the first that can run where neither was measured
+VERIFIED = ((9, 0),)  # compute capabilities of the GPUs on which the kernels passed their tests (docs/verification.md)
+NEAR = 2.0  # a measurement at this distance or less (`measured.distance`) is about the call itself
+CLEARLY, CLEARLY_FAR = 0.95, 0.8  # of a kernel's time that the eager form may take to run instead of it
 ENVIRONMENT_VARIABLE = "GAKERNELS_BACKEND"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs an operation, and why."""
+    """The backend that runs an operation, and why.
+
+    Attributes:
+        backend: one of BACKENDS.
+        reason: in words; empty while torch.compile traces.
+        gemm_share: the rate of the forward that the measurements let expect, over that of a large GEMM; None where
+            nothing was measured.
+    """
 
     backend: str
     reason: str
+    gemm_share: float | None = None
 
 
 def choose(operation: str, *arguments: Any) -> Choice:
@@ -41,34 +61,175 @@ def choose(operation: str, *arguments: Any) -> Choice:
     Raises:
         BackendError: the environment variable names no backend, or one that can't run these arguments here.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if not forced:
+    choice = _choose(operation, arguments)
+    if _listener is not None:
+        _listener(operation, arguments, choice)
+    return choice
+
+
+Listener = Callable[[str, tuple[Any, ...], Choice], None]
+_listener: Listener | None = None
+
+
+def exchange_listener(listener: Listener | None) -> Listener | None:
+    """Have a function told of every call and what runs it, None for nobody; returns the one before."""
+    global _listener
+    _listener, before = listener, _listener
+    return before
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """A backend for the calls within the block, as `GAKERNELS_BACKEND` does it."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT_VARIABLE)
+        if before is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+def _choose(operation: str, arguments: tuple[Any, ...]) -> Choice:
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not wanted:
         return _default(operation, arguments)
-    if forced not in BACKENDS:
-        raise BackendError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, but it is {forced!r}")
-    obstacle = why_not(operation, forced, *arguments)
+    if wanted not in BACKENDS:
+        raise BackendError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, but it is {wanted!r}")
+    obstacle = why_not(operation, wanted, *arguments)
     if obstacle is not None:
-        raise BackendError(f"{ENVIRONMENT_VARIABLE}={forced}, but that can't run {operation} here: {obstacle}")
-    return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
+        raise BackendError(f"{ENVIRONMENT_VARIABLE}={wanted}, but that can't run {operation} here: {obstacle}")
+    return Choice(wanted, f"forced by {ENVIRONMENT_VARIABLE}")
 
 
 def _default(operation: str, arguments: tuple[Any, ...]) -> Choice:
     device = arguments[0].device
-    if device.type != "cuda":
+    if not _on_gpu(device.type):
         return Choice("eager", f"default on {device.type}: the kernels are written for NVIDIA GPUs")
-    return _default_on_gpu(operation, arguments, device.index)
-
-
-def _default_on_gpu(operation: str, arguments: tuple[Any, ...], index: int | None) -> Choice:
-    gpu = launching.gpu_name(index)
+    able = tuple(kernel for kernel in KERNELS if _obstacle(operation, kernel, arguments) is None)
+    compiling = torch.compiler.is_compiling()
+    if not able:
+        return Choice("eager", "" if compiling else _obstacles(operation, arguments))
     sizes = module(operation, "eager").sizes(*arguments)
-    backend = measured.fastest(gpu, operation, arguments[0].dtype, sizes)
-    if backend is None:
-        return Choice("eager", f"default: no committed measurement shows a kernel faster for these sizes on {gpu}")
-    obstacle = why_not(operation, backend, *arguments)
-    if obstacle is not None:
-        return Choice("eager", f"{backend} measured faster on {gpu}, but can't run here: {obstacle}")
-    return Choice(backend, f"measured faster on {gpu}")
+    training = needs_backward(arguments)
+    if compiling:  # sizes may be symbols there, and the comparisons become guards
+        rows = _rows(device.type, device.index)
+        return Choice(_fastest(rows, operation, arguments[0].dtype, sizes, able, training), "")
+    gpu = gpus.gpu_of(device.type, device.index)
+    return _explained(gpu, operation, arguments[0].dtype, tuple(sizes.items()), able, training)
+
+
+def needs_backward(arguments: tuple[Any, ...]) -> bool:
+    """Whether a backward may follow a call."""
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
+
+
+def _obstacle(operation: str, kernel: str, arguments: tuple[Any, ...]) -> str | None:
+    """Why a kernel does not run a call by default, or None if it may."""
+    device = arguments[0].device
+    return why_not(operation, kernel, *arguments) or _untrusted(device.type, device.index, operation, kernel)
+
+
+def _obstacles(operation: str, arguments: tuple[Any, ...]) -> str:
+    """Why none of the kernels that an operation has runs a call."""
+    there = [kernel for kernel in KERNELS if importlib.util.find_spec(_name(operation, kernel)) is not None]
+    return "; ".join(f"{kernel}: {_obstacle(operation, kernel, arguments)}" for kernel in there)
+
+
+# torch.compile takes for constant what the driver and files say.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _on_gpu(kind: str) -> bool:
+    return kind == "cuda" or gpus.gpu_of(kind, None) is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _untrusted(kind: str, index: int | None, operation: str, kernel: str) -> str | None:
+    """Why a kernel is not to run by default on a kind of GPU, or None if it is."""
+    return _distrust(gpus.gpu_of(kind, index), operation, kernel)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rows(kind: str, index: int | None) -> tuple[Measurement, ...]:
+    return measured.rows_of(gpus.gpu_of(kind, index))
+
+
+@functools.cache
+def _distrust(gpu: Gpu, operation: str, kernel: str) -> str | None:
+    return calibration.obstacle(gpu, operation, kernel, verified=gpu.capability in VERIFIED)
+
+
+def _fastest(
+    rows: Sequence[Measurement],
+    operation: str,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int],
+    able: tuple[str, ...],
+    training: bool,
+) -> str:
+    """The backend that the nearest measurement lets expect to be the fastest; a kernel, unless eager is clearly faster.
+
+    torch.compile traces this.
+    """
+    found = measured.nearest(rows, operation, dtype, sizes, able)
+    if found is None:
+        return able[0]
+    row, distance = found
+    best, best_ms = "", 0.0
+    for kernel in able:
+        if kernel in row.backends:
+            time = costs.expected_ms(row, kernel, sizes, dtype.itemsize, training)
+            if not best or time < best_ms:
+                best, best_ms = kernel, time
+    if "eager" not in row.backends:
+        return best
+    eager_ms = costs.expected_ms(row, "eager", sizes, dtype.itemsize, training)
+    return "eager" if eager_ms < (CLEARLY if distance <= NEAR else CLEARLY_FAR) * best_ms else best
+
+
+@functools.lru_cache(maxsize=4096)
+def _explained(
+    gpu: Gpu,
+    operation: str,
+    dtype: torch.dtype,
+    sizes: tuple[tuple[str, int], ...],
+    able: tuple[str, ...],
+    training: bool,
+) -> Choice:
+    """`_fastest`, with the reason."""
+    named, rows = dict(sizes), measured.rows_of(gpu)
+    backend = _fastest(rows, operation, dtype, named, able, training)
+    found = measured.nearest(rows, operation, dtype, named, able)
+    if found is None:
+        return Choice(backend, f"default on compute capability {gpu.architecture} (not measured in {_short(dtype)})")
+    row, distance = found
+    where = "this machine" if row.calibrated else row.gpu
+    source = f"measured on {where}" if distance <= NEAR else f"nearest measurement: {where}"
+    if backend == "eager":
+        passes = "forward and backward" if training else "forward"
+        reason = f"faster than {' and '.join(able)}, {passes} ({source}){_empty_tiles(operation, named)}"
+    else:
+        reason = f"default on compute capability {gpu.architecture} ({source})"
+    forward = costs.expected_ms(row, backend, named, dtype.itemsize, training=False) / 1e3
+    share = costs.operations(operation, named) / forward / row.gemm_flops if row.gemm_flops and forward else None
+    return Choice(backend, reason, share)
+
+
+def _empty_tiles(operation: str, sizes: dict[str, int]) -> str:
+    if operation != "lowrank_linear" or costs.filled_tiles(sizes["tokens"]) > CLEARLY_FAR:
+        return ""
+    return f": tiles of the kernel hold {costs.filled_tiles(sizes['tokens']):.0%} tokens at M={sizes['tokens']}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def forget() -> None:
+    """Ask files and records anew from now on, as after a calibration."""
+    measured.forget()
+    _distrust.cache_clear()
+    _explained.cache_clear()
 
 
 def why_not(operation: str, backend: str, *arguments: Any) -> str | None:
@@ -83,6 +244,8 @@ def why_not(operation: str, backend: str, *arguments: Any) -> str | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing(operation: str, backend: str) -> str | None:
     """Why a backend of an operation can't be used in this installation at all, or None if it can."""
+    if backend in KERNELS:
+        _load_kernels()
     loaded = _load(operation, backend)
     return loaded if isinstance(loaded, str) else None
 
@@ -97,6 +260,14 @@ def module(operation: str, backend: str) -> Any:
     if obstacle is not None:
         raise BackendError(f"the {backend} implementation of {operation} can't be used here: {obstacle}")
     return sys.modules[_name(operation, backend)]
+
+
+@functools.cache
+def _load_kernels() -> None:
+    """Import all at once: torch.compile looks at `sys.modules` once, and does not see what is imported after that."""
+    for operation in OPERATIONS:
+        for kernel in KERNELS:
+            _load(operation, kernel)
 
 
 @functools.cache

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gakernels.ops import gpus
+
 MINIMUM_CAPABILITY = (8, 0)
+LEAST_SHARED_MEMORY = 101_376  # bytes a program: what the launch settings for the smallest GPUs keep to
 
 
 def interpreting() -> bool:
@@ -19,24 +22,17 @@ def obstacle(device: torch.device) -> str | None:
     """Why Triton kernels can't run on a device, or None if they can."""
     if interpreting():
         return None
-    if device.type != "cuda":
+    gpu = gpus.gpu_of(device.type, device.index)
+    if gpu is None:
         return f"Triton kernels need an NVIDIA GPU, but the tensors are on {device.type} (or set TRITON_INTERPRET=1)"
-    capability = _capability(device.index)
-    if capability < MINIMUM_CAPABILITY:
-        return f"Triton kernels need compute capability 8.0, but this GPU has {capability[0]}.{capability[1]}"
+    if gpu.capability < MINIMUM_CAPABILITY:
+        return f"Triton kernels need compute capability 8.0, but this GPU has {gpu.architecture}"
+    if gpu.shared_memory < LEAST_SHARED_MEMORY:
+        return (
+            f"Triton kernels need {LEAST_SHARED_MEMORY:,} bytes of shared memory a program, but this GPU has "
+            f"{gpu.shared_memory:,}"
+        )
     return None
-
-
-# torch.compile takes what the driver says for constant.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def gpu_name(index: int | None) -> str:
-    """The name of a GPU, as `NVIDIA H200`."""
-    return torch.cuda.get_device_name(index)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

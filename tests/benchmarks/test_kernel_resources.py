@@ -15,6 +15,7 @@ import pytest
 from benchmarks import kernel_resources
 from benchmarks.kernel_resources import PAGE, STORE, Resources
 from benchmarks.rows import ROOT
+from gakernels.ops import gpus
 
 OLDEST = "GAKERNELS_OLDEST_TRITON"  # a folder with the oldest version that is supported
 # Kernels that only move, compare or add numbers, so that there is nothing for the matrix units.
@@ -26,12 +27,12 @@ NO_PRODUCTS = {
 ODD = "4095 -> 4093"  # rows that start at odd places can't be copied asynchronously; the operation's page says so
 
 
-def compiled(tmp_path: Path, folder: str | None) -> dict[str, Any]:
+def compiled(tmp_path: Path, folder: str | None, *options: str) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), environment.get("PYTHONPATH"))))
     file = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(file), *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -57,6 +58,21 @@ def test_every_kernel_fits_a_hopper_gpu_and_the_table_is_true(tmp_path: Path, ve
     stored = STORE / f"sm_90-triton-{document['triton']}.json"
     if version == "oldest" or stored.exists():
         assert json.loads(stored.read_text(encoding="utf-8")) == document, "run benchmarks.kernel_resources --store"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [target for target in kernel_resources.TARGETS if target != kernel_resources.HOPPER])
+def test_the_largest_kernels_fit_other_gpus(tmp_path: Path, target: int) -> None:
+    """`python -m benchmarks.kernel_resources --target 89` compiles all cases, in a quarter of an hour."""
+    pytest.importorskip("triton")
+    cases = ("--operations", "lowrank_linear", "--only", "4096 -> 4096, rank 128, bf16")
+    document = compiled(tmp_path, None, "--target", str(target), *cases)
+    assert document["target"] == f"sm_{target}"
+    rows = [Resources(**row) for row in document["rows"]]
+    assert {row.kernel for row in rows} == {"shrink", "linear", "factor_gradient"}
+    assert all(kernel_resources.excess(row, target) == [] for row in rows)
+    limit = gpus.known(kernel_resources.TARGETS[target]).shared_memory
+    assert max(row.shared for row in rows) > 0.5 * limit  # the settings make use of it
 
 
 def check_matrix_kernel(row: Resources) -> None:

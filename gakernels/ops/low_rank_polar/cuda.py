@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import BackendError
+from gakernels.ops import gpus
 from gakernels.ops.low_rank_polar import extension
 from gakernels.ops.low_rank_polar.eager import Steps
 
@@ -20,12 +21,12 @@ except ImportError as error:
 
 def unsupported(states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: float = 1e-3) -> str | None:
     """Why the kernels can't run these arguments, or None if they can. Any number of iterations and damping will do."""
-    if states.device.type != "cuda":
+    gpu = gpus.gpu_of(states.device.type, states.device.index)
+    if gpu is None:
         return f"the states are on {states.device}, and the kernels need an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(states.device)
-    if not any(_runs_on(name, capability) for name in kernels.architectures.split(",")):
+    if not _built_for(gpu.capability):
         return (
-            f"the GPU has compute capability {capability[0]}.{capability[1]}, and the extension was built for "
+            f"the GPU has compute capability {gpu.architecture}, and the extension was built for "
             f"{kernels.architectures} (GAKERNELS_CUDA_ARCHS)"
         )
     return extension.unsupported(states, sketch)
@@ -63,6 +64,12 @@ def _target(states: Tensor, sketch: Tensor) -> Iterator[extension.Target]:
             yield extension.Target(kernels, torch.cuda.current_stream().cuda_stream, multiprocessors)
         except kernels.LaunchError as error:
             raise BackendError(f"low_rank_polar: {error}") from error
+
+
+# torch.compile does not trace the extension.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _built_for(capability: tuple[int, int]) -> bool:
+    return any(_runs_on(name, capability) for name in kernels.architectures.split(","))
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

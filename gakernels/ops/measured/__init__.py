@@ -1,49 +1,131 @@
-"""Which kernel measured faster than the eager form, by GPU, operation, dtype and sizes: `<gpu>.json`.
+"""What the operations took on GPUs: committed measurements, and those that `gakernels calibrate` made on this machine.
 
-Each file is written by `python -m benchmarks.defaults` from committed result rows; no one edits it by hand. A GPU
-without a file has no measurement.
+`<gpu>.json` is written by `python -m benchmarks.defaults` from committed result rows; no one edits it by hand. A GPU
+without a file goes by those of its compute capability.
 """
 
 import functools
 import json
-import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gakernels.errors import FormatError
+from gakernels.ops.gpus import Gpu
+from gakernels.ops.measured import calibration
+
 FOLDER = Path(__file__).parent
-COUNTS = ("batch", "tokens")  # sizes that may be larger than those measured; the others must be equal
 
 
-def fastest(gpu: str, operation: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """The backend whose committed measurement was faster for these sizes, or None."""
-    wanted = operation, str(dtype).removeprefix("torch.")
-    for rule in _rules(gpu):
-        fits = all(_fits(name, size, rule["sizes"].get(name)) for name, size in sizes.items())
-        if fits and (rule["operation"], rule["dtype"]) == wanted:
-            return str(rule["backend"])
-    return None
+@dataclass(frozen=True)
+class Measurement:
+    """One call of an operation, measured with several backends.
+
+    Attributes:
+        gpu: its name.
+        operation, dtype, sizes: the call.
+        backends: what it was measured with. (In tuples: torch.compile can't guard a dictionary that is a constant.)
+        forward_ms, backward_ms: the median time of each of them.
+        gemm_flops: rate of a large GEMM of that dtype on that GPU, operations a second; 0 if it was not measured.
+        copy_bytes: bandwidth of a copy there, bytes a second, counting what is read and what is written.
+        calibrated: whether this machine measured it.
+    """
+
+    gpu: str
+    operation: str
+    dtype: str
+    sizes: Mapping[str, int]
+    backends: tuple[str, ...]
+    forward_ms: tuple[float, ...]
+    backward_ms: tuple[float, ...]
+    gemm_flops: float
+    copy_bytes: float
+    calibrated: bool
 
 
-def _fits(name: str, size: int, measured: int | None) -> bool:
-    if measured is None:
-        return False
-    return size >= measured if name in COUNTS else size == measured
+def nearest(
+    rows: Sequence[Measurement], operation: str, dtype: torch.dtype, sizes: Mapping[str, int], backends: Sequence[str]
+) -> tuple[Measurement, float] | None:
+    """The measurement that says most about a call, and how far away it is (see `distance`); None if there is none.
+
+    One that has all the backends comes first, then one of this very machine, then the nearest sizes, then the first.
+    """
+    best, best_rank = None, None
+    for row in rows:
+        if row.operation != operation or row.dtype not in _like(dtype):
+            continue
+        missing = sum(1 for backend in backends if backend not in row.backends)
+        if missing == len(backends):
+            continue
+        rank = missing, not row.calibrated, distance(sizes, row.sizes)
+        if best_rank is None or rank < best_rank:
+            best, best_rank = row, rank
+    return None if best is None or best_rank is None else (best, best_rank[-1])
 
 
-# torch.compile does not trace reading a file; comparing sizes with the rules it does.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _rules(gpu: str) -> list[dict[str, Any]]:
-    return _read(gpu)
+def distance(sizes: Mapping[str, int], others: Mapping[str, int]) -> float:
+    """How different two calls are: the product of the ratios of their sizes, 1 for the same."""
+    product = 1.0
+    for name, size in sizes.items():
+        size, other = max(size, 1), others[name]
+        product *= size / max(other, 1) if size > other else max(other, 1) / size
+    return product
+
+
+def _like(dtype: torch.dtype) -> tuple[str, ...]:
+    """Dtypes with the same speed: tensor cores multiply both 16-bit types at one rate."""
+    name = str(dtype).removeprefix("torch.")
+    return ("bfloat16", "float16") if name in ("bfloat16", "float16") else (name,)
 
 
 @functools.cache
-def _read(gpu: str) -> list[dict[str, Any]]:
-    path = FOLDER / f"{slug(gpu)}.json"
-    return list(json.loads(path.read_text())["rules"]) if path.exists() else []
+def rows_of(gpu: Gpu) -> tuple[Measurement, ...]:
+    """What goes for a GPU: measurements of this machine, of that GPU, and of others of its capability, in this order.
+
+    Raises:
+        FormatError: the record of this machine is damaged.
+    """
+    record = calibration.read(gpu)
+    own = () if record is None else measurements(record, calibrated=True)
+    alike = [row for capability, rows in _committed(FOLDER) for row in rows if capability == gpu.capability]
+    return own + tuple(sorted(alike, key=lambda row: row.gpu != gpu.name))
 
 
-def slug(gpu: str) -> str:
-    """A GPU's name as a file name: `NVIDIA H200` is `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+@functools.cache
+def _committed(folder: Path) -> tuple[tuple[tuple[int, int], tuple[Measurement, ...]], ...]:
+    documents = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    try:
+        return tuple(
+            ((int(document["capability"][0]), int(document["capability"][1])), measurements(document))
+            for _, document in documents
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise FormatError(f"{folder} must hold measurements of benchmarks.defaults only, but: {error!r}") from error
+
+
+def measurements(document: Mapping[str, Any], calibrated: bool = False) -> tuple[Measurement, ...]:
+    """The measurements of a file. Raises: KeyError, TypeError: it is none."""
+    return tuple(
+        Measurement(
+            gpu=document["gpu"],
+            operation=row["operation"],
+            dtype=row["dtype"],
+            sizes={str(name): int(size) for name, size in row["sizes"].items()},
+            backends=tuple(row["milliseconds"]),
+            forward_ms=tuple(float(times[0]) for times in row["milliseconds"].values()),
+            backward_ms=tuple(float(times[1]) for times in row["milliseconds"].values()),
+            gemm_flops=float(document["gemm_flops"].get(row["dtype"], 0.0)),
+            copy_bytes=float(document["copy_bytes"]),
+            calibrated=calibrated,
+        )
+        for row in document["rows"]
+    )
+
+
+def forget() -> None:
+    """Read all files again when they are next asked for."""
+    rows_of.cache_clear()
+    _committed.cache_clear()

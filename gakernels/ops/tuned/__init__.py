@@ -1,8 +1,9 @@
 """Tile sizes and other launch settings of the kernels, from tables that are part of the library.
 
-`default.json` holds settings for every kernel that are right anywhere and counted out for a Hopper GPU; `<gpu>.json`,
-if there is one, holds what measured best on that GPU (written by `python -m benchmarks.tune`). Nothing is tuned at run
-time. `GAKERNELS_TUNED` names one more table, which is looked at first.
+`default.json` holds settings for every kernel that are right anywhere and counted out for a Hopper GPU; `small.json`
+those for GPUs with less shared memory than they need; `<gpu>.json`, if there is one, what measured best on that GPU
+(written by `python -m benchmarks.tune`). Nothing is tuned at run time. `GAKERNELS_TUNED` names one more table, which is
+looked at first.
 """
 
 import functools
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from gakernels.errors import FormatError, InputError
-from gakernels.ops.measured import slug
+from gakernels.ops import gpus
 
 ENVIRONMENT_VARIABLE = "GAKERNELS_TUNED"
 FOLDER = Path(__file__).parent
-DEFAULT = FOLDER / "default.json"
+DEFAULT, SMALL = FOLDER / "default.json", FOLDER / "small.json"
+DEFAULT_SHARED_MEMORY = 163_840  # bytes that the largest settings of DEFAULT take (benchmarks.kernel_resources)
 
 
 def settings(kernel: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> dict[str, int]:
@@ -45,8 +47,11 @@ def settings(kernel: str, device: torch.device, dtype: torch.dtype, **sizes: int
 
 def _tables(device: torch.device) -> list[Path]:
     tables = [DEFAULT]
-    if device.type == "cuda":
-        tables.insert(0, FOLDER / f"{slug(torch.cuda.get_device_name(device))}.json")
+    gpu = gpus.gpu_of(device.type, device.index)
+    if gpu is not None:
+        if gpu.shared_memory < DEFAULT_SHARED_MEMORY:
+            tables.insert(0, SMALL)
+        tables.insert(0, FOLDER / f"{gpus.slug(gpu.name)}.json")
     own = os.environ.get(ENVIRONMENT_VARIABLE)
     if own:
         if not Path(own).is_file():

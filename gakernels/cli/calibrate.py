@@ -1,0 +1,87 @@
+"""`gakernels calibrate`: check and time the kernels on this machine's GPU, and keep what was found."""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from gakernels import calibrating
+from gakernels.cli.call_options import add_call_options, planned_calls, recipe_of_calls
+from gakernels.cli.common import add_command
+from gakernels.errors import InputError
+from gakernels.files import write_text
+from gakernels.ops import dispatch, gpus
+from gakernels.ops.measured import calibration
+from gakernels.planned_calls import Call
+
+TINY = {"batch": 2, "tokens": 20, "hidden": 32, "state": 32, "rank": 16, "in": 32, "out": 48}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "calibrate",
+        run,
+        "Check and time the kernels on this machine's GPU; what is right and fast becomes the default here.",
+        "  gakernels calibrate --model mistral-7b",
+    )
+    add_call_options(parser)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long it may take (default: %(default)g)")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: only rehearse at tiny sizes, with TRITON_INTERPRET=1 through Triton's interpreter; keeps nothing",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Calibrate and say what came out. Returns 0; a kernel that is wrong is turned off, which is no error."""
+    if not options.seconds > 0:
+        raise InputError(f"--seconds must be above 0, but it is {options.seconds:g}")
+    rehearsal = options.device == "cpu"
+    if not rehearsal and not torch.cuda.is_available():
+        raise InputError("an NVIDIA GPU is needed, but this torch can use none (--device cpu only rehearses)")
+    stages = planned_calls(recipe_of_calls(options))
+    calls = [call for stage in stages.values() for call in stage]
+    target: calibrating.Device = calibrating.CpuDevice() if rehearsal else calibrating.GpuDevice()
+    findings = calibrating.calibrate(_tiny(calls) if rehearsal else calls, target, options.seconds, print)
+    _tell(findings)
+    if rehearsal:
+        print("rehearsed on the CPU: nothing is kept")
+        return 0
+    gpu = gpus.gpu_of("cuda", None)
+    assert gpu is not None
+    path = calibration.path_of(gpu)
+    write_text(path, json.dumps(findings.record(gpu), indent=1) + "\n")
+    dispatch.forget()
+    print(f"kept in {path}")
+    return 0
+
+
+def _tiny(calls: list[Call]) -> list[Call]:
+    """The same calls at sizes that an interpreter can do, in float32: it has no bfloat16 of its own."""
+    return [
+        Call(
+            call.operation,
+            torch.float32,
+            tuple((name, min(size, TINY.get(name, size))) for name, size in call.sizes),
+            call.training,
+            call.choice,
+        )
+        for call in calls
+    ]
+
+
+def _tell(findings: calibrating.Findings) -> None:
+    print()
+    for name, fault in findings.checks.items():
+        print(f"{name:28} {'right' if not fault else f'WRONG, and off on this GPU: {fault}'}")
+    for name in findings.unchecked:
+        print(f"{name:28} not checked: the time was up; run again with more --seconds")
+    if not findings.checks and not findings.unchecked:
+        print("no kernel can run here (`gakernels info` says why)")
+    missed = f"; the time did not suffice for {findings.unmeasured} more" if findings.unmeasured else ""
+    print(f"{len(findings.rows)} calls measured{missed}")
