@@ -21,7 +21,7 @@ ARCHITECTURES = os.environ.get("GAKERNELS_CUDA_ARCHS", "90a")
 RULES = """
 ninja_required_version = 1.5
 rule compile
-  command = $nvcc $flags -MD -MF $out.d -c $in -o $out
+  command = $nvcc $flags $includes -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -53,11 +53,13 @@ def _ninja_file(output: Path) -> str:
         *codes,
         f"-DGAKERNELS_ARCHITECTURES='\"{ARCHITECTURES}\"'",
         "-DGAKERNELS_MODULE=_cuda",
-        *(f"-isystem {_escape(include)}" for include in includes),
     ]
     objects = {source: Path(source).stem + ".o" for source in SOURCES}
     lines = [f"nvcc = {_escape(str(_nvcc()))}", f"flags = {' '.join(flags)}", RULES]
-    lines += [f"build {built}: compile {_escape(str(ROOT / source))}" for source, built in objects.items()]
+    for source, built in objects.items():
+        lines.append(f"build {built}: compile {_escape(str(ROOT / source))}")
+        if source.endswith(".cpp"):  # the kernels know nothing of Python: another version has them compiled already
+            lines.append("  includes = " + " ".join(f"-isystem {_escape(include)}" for include in includes))
     lines += [f"build {_escape(str(output))}: link {' '.join(objects.values())}", ""]
     return "\n".join(lines)
 

@@ -146,12 +146,18 @@ def plain_modules(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _adapter_hook(generator: AdapterGenerator, norms: Tensor, scale: float) -> Callable[..., Tensor]:
-    """Adds scale B (N^T (A x)) of width d_r to the output of a linear layer, a matrix N (d_r, d_r) for each window."""
+    """Adds scale B (N^T (A x)) of width d_r to the output of a linear layer, a matrix N (d_r, d_r) for each window.
+
+    The static term, which the released code does not know, is a plain LoRA beside it.
+    """
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         with part("adapted_linear"):
             inner = F.linear(inputs[0], generator.input_map) @ norms
-            return output + scale * F.linear(inner, generator.output_map)
+            change = F.linear(inner, generator.output_map)
+            if generator.static_lora_a is not None and generator.static_lora_b is not None:
+                change = change + F.linear(F.linear(inputs[0], generator.static_lora_a), generator.static_lora_b)
+            return output + scale * change
 
     return add
 

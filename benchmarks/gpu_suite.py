@@ -1,156 +1,98 @@
-"""One command for a GPU machine: `python -m benchmarks.gpu_suite --out DIR`.
+"""One command for a GPU machine: `python -m benchmarks.gpu_suite --plan check --out DIR`.
 
-Builds the CUDA sources, runs the GPU tests, and measures operations, modules, a training step and inference, in stages
-of which each runs in a process of its own. Rows are written as they are measured, to DIR/rows.jsonl and DIR/rows.csv;
-the same command again goes on where it was cut off. Ends with a short table, and with status 1 unless every chosen
-stage was done or had nothing to do.
+A plan is a list of stages, the most important first, each with a limit and in a process of its own. Results are written
+as they come, to DIR/rows.jsonl, DIR/rows.csv, DIR/log.txt and, for what has no rows, DIR/*.json: a run that is cut off
+keeps what was finished, and the same command goes on behind it. Ends with a short table, and with status 1 unless every
+stage was done or had nothing to do. `--rehearse` runs a plan to its end on a CPU, at tiny sizes.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from benchmarks import operations, stages, worker
-from benchmarks.measure import HARDWARE, dtype_name
+from benchmarks.measure import HARDWARE
+from benchmarks.plans import PLANS
 from benchmarks.rows import BAD_STATUSES, TIMED, UNAVAILABLE, Row, commit, newest, read_rows
-from benchmarks.stages import DONE, NO_TIME, SKIPPED, STAGES, Result, Stage
-from benchmarks.worker import Settings
+from benchmarks.stages import DONE, SKIPPED, Result, Run, Stage, run_stages
+
+PATIENCE = 10  # times the limits for a rehearsal: a CPU may be slow
+RATES = ("segment_tokens_per_s", "tokens_per_s", "users_per_s")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
+    plan = PLANS[options.plan]
     try:
-        chosen = choose(options.only, options.skip)
-        settings = _settings(options)
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        stages, minutes = choose(plan.stages, options.only), plan.minutes
+        if options.rehearse:
+            stages, minutes = [replace(s, seconds=PATIENCE * s.seconds) for s in stages], PATIENCE * minutes
+        run = Run(options.out.resolve(), options.rehearse)
+        run.folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 2
-    print(f"{settings.device.type}, preset {settings.preset}, {dtype_name(settings.dtype)}, commit {commit()}")
-    print(f"stages: {', '.join(stage.name for stage in chosen)}; {options.budget_minutes:g} minutes", flush=True)
-    results = run_stages(chosen, settings, options.budget_minutes * 60, options.again)
-    print("\n" + summary(settings, results))
+    where = "rehearsed on the CPU" if run.rehearsal else f"{minutes:g} minutes"
+    print(f"plan {options.plan} ({plan.what}), {where}, commit {commit()}")
+    print(f"stages: {', '.join(stage.name for stage in stages)}", flush=True)
+    results = run_stages(stages, run, minutes * 60)
+    print("\n" + summary(run, results))
     return int(any(result.status not in (DONE, SKIPPED) for result in results.values()))
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = [f"  {s.name:16} {s.what}{'' if s.by_default else ' (only when named)'}" for s in STAGES]
+    lines = [f"  {name:11} {plan.minutes:g} minutes: {plan.what}" for name, plan in PLANS.items()]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_suite",
         description=(__doc__ or "").split("\n\n", maxsplit=1)[0],
-        epilog="stages:\n" + "\n".join(lines),
+        epilog="plans:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--plan", required=True, choices=PLANS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--only", default="", help="comma-separated stages, or `all`")
-    parser.add_argument("--skip", default="", help="comma-separated stages")
-    parser.add_argument("--budget-minutes", type=float, default=9.0, help="end after this long (default: %(default)g)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--preset", choices=tuple(operations.PRESETS), help="default: mistral-7b, on a CPU cpu")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32"
-    )
-    parser.add_argument("--providers", help="comma-separated (default: all that the stage has)")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of samples per case (default: %(default)g)")
-    parser.add_argument("--again", action="store_true", help="run stages that an earlier run has done")
+    parser.add_argument("--only", default="", help="comma-separated stages of the plan (default: all)")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
     return parser
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    if not options.budget_minutes > 0 or not options.seconds > 0:
-        raise ValueError("--budget-minutes and --seconds must be above 0")
-    on_gpu = options.device == "cuda"
-    return Settings(
-        stage="",
-        folder=options.out.resolve(),
-        device=torch.device(options.device),
-        dtype=getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32")),
-        preset=options.preset or ("mistral-7b" if on_gpu else "cpu"),
-        seconds=options.seconds,
-        providers=tuple(options.providers.split(",")) if options.providers else None,
-        since=0,
-    )
-
-
-def choose(only: str, skip: str) -> list[Stage]:
-    """The stages to run, in their order. Raises: ValueError: there is no stage of a name, or none is left."""
-    wanted, left_out = ({name for name in text.split(",") if name} for text in (only, skip))
-    unknown = sorted((wanted | left_out) - {*stages.NAMES, "all"})
+def choose(stages: Sequence[Stage], only: str) -> list[Stage]:
+    """The stages to run, in their order. Raises: ValueError: the plan has no stage of a name."""
+    wanted = [name for name in only.split(",") if name]
+    unknown = [name for name in wanted if name not in {stage.name for stage in stages}]
     if unknown:
-        raise ValueError(f"no stage is called {', '.join(unknown)}; there are {', '.join(stages.NAMES)}")
-    chosen = [
-        stage
-        for stage in STAGES
-        if (stage.name in wanted or "all" in wanted or (not wanted and stage.by_default)) and stage.name not in left_out
-    ]
-    if not chosen:
-        raise ValueError("no stage is left to run")
-    return chosen
+        names = ", ".join(stage.name for stage in stages)
+        raise ValueError(f"--only must name stages of the plan ({names}), but has {', '.join(unknown)}")
+    return [stage for stage in stages if not wanted or stage.name in wanted]
 
 
-def run_stages(chosen: Sequence[Stage], settings: Settings, seconds: float, again: bool) -> dict[str, Result]:
-    """Run the stages one after the other; whatever happens to one, the others go on while there is time."""
-    run = {
-        "commit": commit(),
-        "device": settings.device.type,
-        "preset": settings.preset,
-        "dtype": dtype_name(settings.dtype),
-    }
-    deadline = time.monotonic() + seconds
-    results: dict[str, Result] = {}
-    for stage in chosen:
-        print(f"\n== {stage.name}: {stage.what}", flush=True)
-        before = stages.read_results(settings.folder).get(stage.name, {})
-        if not again and before.get("status") == DONE and run.items() <= before.items():
-            results[stage.name] = Result(DONE, "in an earlier run")
-        elif time.monotonic() >= deadline:
-            results[stage.name] = Result(NO_TIME, "the time was over before it began")
-        else:
-            counted = Settings(**{**vars(settings), "since": _count(settings.folder)})
-            results[stage.name] = stages.run_stage(stage, counted, deadline - time.monotonic())
-            stages.write_result(settings.folder, stage.name, results[stage.name], run)
-        print(f"{stage.name}: {results[stage.name].status} {results[stage.name].detail}".rstrip(), flush=True)
-    return results
-
-
-def _count(folder: Path) -> int:
-    file = worker.rows_file(folder)
-    return len(read_rows(file)) if file.is_file() else 0
-
-
-def summary(settings: Settings, results: dict[str, Result]) -> str:
+def summary(run: Run, results: dict[str, Result]) -> str:
     """The short table at the end: stages, then the newest row of each case and provider."""
-    lines = [f"{'stage':16} {'status':8} {'s':>6}"]
-    lines += [
-        f"{name:16} {result.status:8} {result.seconds:6.1f} {result.detail}".rstrip()
-        for name, result in results.items()
-    ]
-    file = worker.rows_file(settings.folder)
-    if not file.is_file():
+    lines = [f"{'stage':26} {'status':8} {'s':>6}"]
+    lines += [f"{name:26} {r.status:8} {r.seconds:6.1f} {r.detail}".rstrip() for name, r in results.items()]
+    if not run.rows.is_file():
         return "\n".join([*lines, "", "nothing was measured"])
-    rows = [row for row in newest(read_rows(file)) if row.kernel != "ceiling"]
-    return "\n".join([*lines, "", *table(rows), "", f"rows: {file}"])
+    rows = [row for row in newest(read_rows(run.rows)) if row.kernel != "ceiling"]
+    return "\n".join([*lines, "", *table(rows), *shares(rows), "", f"rows: {run.rows}"])
 
 
 def table(rows: Iterable[Row]) -> list[str]:
-    """One line for each case that has a time or went wrong, and the floors of an H200 and an H100 beside it."""
-    floors = [hardware.name for hardware in HARDWARE]
-    lines = [
-        f"{'case':58} {'provider':12} {'p50 ms':>9} {'gemm':>5} {'copy':>5} " + " ".join(f"{n:>8}" for n in floors)
-    ]
+    """One line for each case that has a time or went wrong, with the floors of an H200 and an H100 beside it.
+
+    A training step that could not run says why, too.
+    """
+    floors = " ".join(f"{hardware.name:>8}" for hardware in HARDWARE)
+    lines = [f"{'case':58} {'provider':12} {'p50 ms':>9} {'gemm':>5} {'copy':>5} {floors} {'a second':>9}"]
     for row in rows:
-        if row.status == UNAVAILABLE:
+        if row.status == UNAVAILABLE and row.kernel != "train_step":
             continue
         case = f"{row.kernel} {row.mode} {row.shape} {row.dtype}"
         time = f"{row.p50_ms:9.4g}" if row.status in TIMED and row.p50_ms is not None else f"{row.status:>9.9}"
-        shares = " ".join(f"{share:5.0%}" if share else " " * 5 for share in (row.gemm_share, row.copy_share))
+        parts = " ".join(f"{share:5.0%}" if share else " " * 5 for share in (row.gemm_share, row.copy_share))
         lowest = " ".join(f"{value:8.3g}" if value else " " * 8 for value in floor_ms(row))
-        note = f" {row.detail}" if row.status in BAD_STATUSES else ""
-        lines.append(f"{case:58.58} {row.provider:12.12} {time} {shares} {lowest}{note}".rstrip())
+        rate = next((f"{row.metrics[name]:9.0f}" for name in RATES if name in row.metrics), "")
+        note = f" {row.detail}" if row.status in (*BAD_STATUSES, UNAVAILABLE) else ""
+        lines.append(f"{case:58.58} {row.provider:12.12} {time} {parts} {lowest} {rate}{note}".rstrip())
     return lines
 
 
@@ -160,6 +102,16 @@ def floor_ms(row: Row) -> list[float | None]:
         return [None for _ in HARDWARE]
     flops = row.flops if row.dtype in ("bfloat16", "float16") else 0.0
     return [max(flops / h.bf16_flops, row.bytes / h.bandwidth) * 1e3 for h in HARDWARE]
+
+
+def shares(rows: Sequence[Row]) -> list[str]:
+    """How fast contexts are read, as a share of the base model's own prefill of the same chunks."""
+    base = {row.case: row.p50_ms for row in rows if row.provider == "base_chunks"}
+    lines = []
+    for row in rows:
+        if (row.kernel, row.provider) == ("contextualisation", "auto") and row.p50_ms and base.get(row.case):
+            lines.append(f"{row.shape.split()[0]}: {base[row.case] / row.p50_ms:.2f} of the base model's rate")  # type: ignore[operator]
+    return ["", *lines] if lines else []
 
 
 if __name__ == "__main__":

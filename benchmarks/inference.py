@@ -49,11 +49,12 @@ class Sizes:
         return f"d_h={self.hidden} layers={self.layers}{whole} d_r={self.state} r={self.rank} M={self.chunk}"
 
 
-POWERS = tuple(1024 * 2**k for k in range(8))  # 1K to 128K
+FAST = ("auto", "base_chunks", "full_prompt", "base", "merged", "unmerged", "compact")  # all but the plain definitions
+MISTRAL_LENGTHS = (2048, 8192, 1024, 32768, 131072, 4096, 16384, 65536)  # the most telling ones first
 PRESETS = {
     "tiny": Sizes(32, 48, 2, 2, 4, 2, 64, 16, 4, 16, (32, 64), (1, 2), 4, 2),
-    "cpu": Sizes(256, 704, 4, 4, 8, 4, 1024, 128, 16, 256, POWERS[:3], (1, 8), 64, 8),
-    "mistral-7b": Sizes(4096, 14336, 4, 32, 32, 8, 32000, 1024, 128, 1024, POWERS, (1, 8, 64), 512, 32),
+    "cpu": Sizes(256, 704, 4, 4, 8, 4, 1024, 128, 16, 256, (1024, 2048, 4096), (1, 8), 64, 8),
+    "mistral-7b": Sizes(4096, 14336, 4, 32, 32, 8, 32000, 1024, 128, 1024, MISTRAL_LENGTHS, (1, 8, 64), 512, 32),
 }
 
 
@@ -186,7 +187,7 @@ def _contextualisation(build: Builder, length: int) -> Case:
 
     names = ("reference", "auto") if length <= MOST_REFERENCE_TOKENS else ("auto",)
     providers: dict[str, Callable[[], Trial]] = {name: functools.partial(reading, name) for name in names}
-    others = {"full_prompt": prompt, "base_chunks": chunks}
+    others = {"base_chunks": chunks, "full_prompt": prompt}
     return build.case("contextualisation", f"tokens={length}", {**providers, **others})
 
 

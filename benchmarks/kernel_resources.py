@@ -98,7 +98,7 @@ def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "", target
         only: a part of the names of the cases that are wanted.
         target: the architecture, one of TARGETS.
     """
-    with _compiling_for(target), gpus.pretend(gpus.known(TARGETS[target])):
+    with compiling_for(target), gpus.pretend(gpus.known(TARGETS[target])):
         found: dict[str, Resources] = {}
         for case in CASES:
             if case.operation in operations and only in case.name:
@@ -108,7 +108,8 @@ def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "", target
 
 
 @contextlib.contextmanager
-def _compiling_for(target: int) -> Iterator[None]:
+def compiling_for(target: int = 90) -> Iterator[None]:
+    """Triton compiles for a GPU of this compute capability while the block runs; none is asked for."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 

@@ -38,6 +38,9 @@ PRESETS = {
     "tiny": Sizes(chunks=3, tokens=8, hidden=24, state=16, rank=4, layers=((12, 20),)),
     "cpu": Sizes(chunks=8, tokens=128, hidden=512, state=256, rank=32, layers=((512, 512),)),
     "cpu-mid": Sizes(chunks=8, tokens=256, hidden=1024, state=512, rank=64, layers=((1024, 1024),)),
+    # The states of 32 segments of 4 chunks, and the layers that read them.
+    "smollm2-135m": Sizes(chunks=128, tokens=256, hidden=576, state=256, rank=64, layers=((576, 576), (1536, 576))),
+    "mistral-7b-1-chunk": Sizes(chunks=1, tokens=1024, hidden=4096, state=1024, rank=128, layers=((4096, 4096),)),
     "mistral-7b": Sizes(chunks=8, tokens=1024, hidden=4096, state=1024, rank=128, layers=((4096, 4096), (14336, 4096))),
 }
 

@@ -16,12 +16,15 @@ FAMILIES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3C
 
 @dataclass(frozen=True)
 class Preset:
-    """The shape of a model, of its generators (on `o_proj`) and of a segment.
+    """The shape of a model, of its generators and of a step.
 
     Attributes:
         family: key of FAMILIES.
         hidden, ffn, layers, heads, kv_heads, head_dim, vocabulary: of the base model.
-        state_size, rank: d_r and r.
+        tied: whether the output head is the embedding.
+        linears, adapted_layers: what is adapted, as in `GeneratorConfig`.
+        state_size, rank, static_rank: d_r, r, and the rank of the static term.
+        segments: rows of a step.
         chunks: T; a segment becomes 2 T windows.
         window: tokens in a window.
         dtype: of the base model. The generators are float32 (float64 if the base is); where the two differ the step
@@ -47,10 +50,28 @@ class Preset:
     checkpointing: bool = True
     measured_layers: tuple[int, ...] = ()
     quantization: str | None = None
+    linears: tuple[str, ...] = ("o_proj",)
+    adapted_layers: tuple[int, ...] | None = None
+    static_rank: int = 0
+    segments: int = 1
+    tied: bool = False
 
     @property
     def segment_tokens(self) -> int:
-        return self.chunks * self.window
+        """Of all segments of a step."""
+        return self.segments * self.chunks * self.window
+
+    def generator_config(self, seed: int = 0) -> GeneratorConfig:
+        """The configuration of the generators."""
+        return GeneratorConfig(
+            linears=self.linears,
+            layers=self.adapted_layers,
+            state_size=self.state_size,
+            rank=self.rank,
+            static_rank=self.static_rank,
+            chunk_size=self.window,
+            seed=seed,
+        )
 
     def config(self) -> PreTrainedConfig:
         """The configuration of the base model, of `transformers`."""
@@ -63,7 +84,7 @@ class Preset:
             num_key_value_heads=self.kv_heads,
             head_dim=self.head_dim,
             max_position_embeddings=max(4096, self.window),
-            tie_word_embeddings=False,
+            tie_word_embeddings=self.tied,
             pad_token_id=0,
         )
         return config
@@ -101,6 +122,25 @@ PRESETS = {
         dtype=torch.float32,
         checkpointing=False,
     ),
+    "smollm2-135m": Preset(
+        "llama",
+        hidden=576,
+        ffn=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        vocabulary=49152,
+        state_size=256,
+        rank=64,
+        chunks=4,
+        window=256,
+        head_dim=64,
+        linears=("o_proj", "down_proj"),
+        adapted_layers=tuple(range(2, 30, 3)),
+        static_rank=16,
+        segments=32,
+        tied=True,
+    ),
     "llama2-7b": Preset("llama", hidden=4096, ffn=11008, layers=32, heads=32, kv_heads=32, vocabulary=32000),
     "mistral-7b": Preset("mistral", hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8, vocabulary=32000),
     "qwen3-8b": Preset("qwen3", hidden=4096, ffn=12288, layers=36, heads=32, kv_heads=8, vocabulary=151936),
@@ -111,8 +151,18 @@ PRESETS = {
 
 
 def check_preset(preset: Preset) -> Preset:
-    """A tiny model of the same family in float64, on which the providers are compared."""
-    return replace(PRESETS["tiny"], family=preset.family, dtype=torch.float64, chunks=3)
+    """A tiny model of the same family in float64, adapted in the same linear layers, to compare the providers on."""
+    return replace(
+        PRESETS["tiny"],
+        family=preset.family,
+        dtype=torch.float64,
+        chunks=3,
+        linears=preset.linears,
+        adapted_layers=None if preset.adapted_layers is None else (1,),
+        static_rank=min(preset.static_rank, 2),
+        segments=min(preset.segments, 2),
+        tied=preset.tied,
+    )
 
 
 def make_base(preset: Preset, device: torch.device, seed: int) -> PreTrainedModel:
@@ -125,21 +175,24 @@ def make_base(preset: Preset, device: torch.device, seed: int) -> PreTrainedMode
 
 
 def make_model(preset: Preset, device: torch.device, seed: int) -> GenerativeAdapter:
-    """Generators on a random base. Their output maps are random too, so that no factor or gradient is zero."""
-    config = GeneratorConfig(state_size=preset.state_size, rank=preset.rank, chunk_size=preset.window, seed=seed)
+    """Generators on a random base. What starts at zero is random too, so that no factor or gradient is zero."""
     wide = torch.promote_types(preset.dtype, torch.float32)
-    model = GenerativeAdapter(make_base(preset, device, seed), config, dtype=wide)
+    model = GenerativeAdapter(make_base(preset, device, seed), preset.generator_config(seed), dtype=wide)
     random = torch.Generator(device).manual_seed(seed)
     for name in model.adapted_names:
-        nn.init.normal_(model.generator(name).output_map, std=0.02, generator=random)
+        generator = model.generator(name)
+        for outputs in (generator.output_map, generator.static_lora_b):
+            if outputs is not None:
+                nn.init.normal_(outputs, std=0.02, generator=random)
     return model
 
 
 def make_batch(preset: Preset, seed: int) -> WindowBatch:
-    """The windows of one random segment; every next token of every window counts, as in the released code."""
+    """The windows of random segments; every next token of every window counts, as in the released code."""
     random = torch.Generator().manual_seed(seed)
-    segment = torch.randint(3, preset.vocabulary, (1, preset.segment_tokens), generator=random)
-    batch = pretraining_windows(segment, preset.chunks, random)
+    size = (preset.segments, preset.chunks * preset.window)
+    segments = torch.randint(3, preset.vocabulary, size, generator=random)
+    batch = pretraining_windows(segments, preset.chunks, random)
     targets = torch.ones_like(batch.mask)
     targets[..., 0] = False
     return replace(batch, targets={"next_token": targets})

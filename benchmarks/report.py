@@ -16,8 +16,9 @@ from benchmarks.measure import HARDWARE
 from benchmarks.presets import PRESETS as STEP_PRESETS
 from benchmarks.presets import Preset
 from benchmarks.rows import RESULTS, ROOT, TIMED, UNAVAILABLE, Environment, Row, newest, read_rows
+from benchmarks.step_memory import generator_numbers, shape_of
 
-NOT_RUN = "**Not yet run** on a GPU: `python -m benchmarks.gpu_suite --out DIR` measures it."
+NOT_RUN = "**Not yet run** on a GPU: `python -m benchmarks.gpu_suite --plan operations --out DIR` measures it."
 GB = 1e9
 KERNELS = (
     "context_state",
@@ -152,12 +153,21 @@ def _steps(rows: Sequence[Row]) -> list[str]:
     ]
     for row in rows:
         get = row.metrics.get
-        numbers = [get("segment_tokens_per_s"), get("mfu"), get("over_reference"), get("over_dense_lora")]
+        over = [get(f"over_{name}") or _over(row, name, rows) for name in ("reference", "dense_lora")]
+        numbers = [get("segment_tokens_per_s"), get("mfu"), *over]
         texts = ["" if value is None else f"{value:.4g}" for value in numbers]
         cells = [row.shape.removeprefix("preset="), row.dtype, row.provider, time_text(row), texts[0]]
         cells += [_percent(numbers[1]), _megabytes(row), *texts[2:]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _over(row: Row, provider: str, rows: Sequence[Row]) -> float | None:
+    """The ratio of the medians, for providers that did not take turns in one run but ran one after the other."""
+    same = [
+        r for r in rows if (r.case, r.environment.commit, r.provider) == (row.case, row.environment.commit, provider)
+    ]
+    return row.p50_ms / same[-1].p50_ms if row.p50_ms and same and same[-1].p50_ms and same[-1] != row else None
 
 
 def time_text(row: Row) -> str:
@@ -227,12 +237,8 @@ def _memory() -> str:
 
 
 def resident(preset: Preset) -> tuple[float, float]:
-    """Bytes of the base model (2 a parameter) and of the generators on `o_proj` with their optimizer (16 each)."""
-    width, kv_width = preset.heads * preset.head_dim, preset.kv_heads * preset.head_dim
-    layer = preset.hidden * (2 * width + 2 * kv_width + 3 * preset.ffn + 2)
-    base = preset.layers * layer + 2 * preset.hidden * preset.vocabulary
-    generator = preset.state_size * (3 * preset.hidden + width) + preset.hidden
-    return 2.0 * base, 16.0 * preset.layers * generator
+    """Bytes of the base model (2 a parameter) and of the generators with their optimizer (16 each)."""
+    return 2.0 * shape_of(preset).parameters, 16.0 * generator_numbers(preset)
 
 
 if __name__ == "__main__":

@@ -242,18 +242,18 @@ def commit() -> str:
     given = os.environ.get(COMMIT_VARIABLE)
     if given:
         return given
-    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    head = command_output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
     sources = ("gakernels", "csrc", "benchmarks/*.py")
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", *sources)
+    changed = command_output("git", "-C", str(ROOT), "status", "--porcelain", "--", *sources)
     return head + ("+" if changed else "")
 
 
 def _clocks() -> str:
     """What the driver reports, e.g. `1980 MHz SM, 3201 MHz memory`."""
     query = "clocks.current.sm,clocks.current.memory"
-    answer = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits").splitlines()
+    answer = command_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits").splitlines()
     parts = [part.strip() for part in answer[0].split(",")] if answer else []
     return f"{parts[0]} MHz SM, {parts[1]} MHz memory" if len(parts) == 2 else "unknown"
 
@@ -272,7 +272,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _output(*command: str) -> str:
+def command_output(*command: str) -> str:
     """Standard output of a command, or nothing if it can't run or fails."""
     if shutil.which(command[0]) is None:
         return ""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -10,24 +9,13 @@ import torch
 import torch._dynamo.config as dynamo
 
 from benchmarks.parts import paused
-from benchmarks.presets import Preset
 from gakernels import GenerativeAdapter
 from gakernels.attachment import decoder_layers
 from gakernels.compilation import compile_layers
-from gakernels.evaluation.shapes import ModelShape
-from gakernels.training.memory import (
-    StepSetting,
-    StepShape,
-    estimate_memory,
-    recomputable_layers,
-    set_recomputation,
-)
-from gakernels.training.plan import QUANTIZED_BYTES
+from gakernels.training.memory import set_recomputation
 
 OVERLAP = ("overlap", "overlap_compiled")
 COMPILED_LAYERS = ("compiled_layers", "overlap_compiled")
-# Whose memory is that of the estimate.
-ESTIMATED = ("auto", "trainer", "eager", "triton", "cuda", "overlap", "recompute")
 VARIANTS = ("overlap", "compiled_layers", "overlap_compiled", "recompute")
 
 Context = Callable[[], ExitStack]
@@ -66,19 +54,6 @@ def variant(name: str, model: GenerativeAdapter) -> Context:
         return stack
 
     return context
-
-
-def estimated_bytes(name: str, model: GenerativeAdapter, preset: Preset, device: torch.device) -> int:
-    """What a step of a provider takes by the estimate of `gakernels.training.memory`, uncompiled."""
-    shape = ModelShape.from_config(preset.config())
-    tokens = preset.chunks * 2 * (preset.window - 1)  # of one segment: all that can be predicted
-    step = replace(StepShape.pretraining(1, preset.window, preset.chunks), predicted=tokens)
-    mixed = preset.dtype in (torch.bfloat16, torch.float16)
-    wide = torch.promote_types(preset.dtype, torch.float32)
-    quantised = None if preset.quantization is None else QUANTIZED_BYTES[preset.quantization]
-    setting = StepSetting(preset.dtype, wide, mixed, quantised, device=device.type)
-    layers = recomputable_layers(shape, model.config) if name == "recompute" else []
-    return estimate_memory(shape, model.config, step, setting, layers).total
 
 
 def _without_clock(forward: Callable[..., object]) -> Callable[..., object]:

@@ -15,6 +15,7 @@ PyTorch, on a GPU by its allocator).
 import argparse
 import gc
 import json
+import math
 import resource
 import statistics
 import sys
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import first_line
+from benchmarks.cases import UnavailableError, first_line
 from benchmarks.floors import step_flops
 from benchmarks.measure import (
     HARDWARE,
@@ -42,7 +43,9 @@ from benchmarks.measure import (
 )
 from benchmarks.parts import PartClock, part, running
 from benchmarks.presets import PRESETS, Preset, make_batch, make_model
-from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, environment
+from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, RowWriter, environment
+from benchmarks.stages import NOTHING_HERE
+from benchmarks.step_memory import ESTIMATED, estimated_bytes
 from benchmarks.step_providers import (
     FLOORS,
     PROVIDERS,
@@ -52,13 +55,15 @@ from benchmarks.step_providers import (
     parts_marked,
     provider_error,
 )
-from benchmarks.step_variants import ESTIMATED, estimated_bytes
 from benchmarks.trainer_step import CLIP, LEARNING_RATE
+from benchmarks.training import rows
 from gakernels import GenerativeAdapter
 from gakernels.errors import BackendError
 from gakernels.files import write_text
 from gakernels.quantized_base import QUANTIZATIONS
 from gakernels.training.objectives import WindowBatch, to_device
+
+STARTED = time.monotonic()  # of the process, nearly
 
 
 @dataclass
@@ -143,11 +148,11 @@ class Contender:
 
     def fail(self, error: Exception) -> None:
         """It drops out, and its memory goes."""
-        if isinstance(error, BackendError):
-            self.status = UNAVAILABLE
+        if isinstance(error, BackendError | UnavailableError):
+            self.status, self.detail = UNAVAILABLE, str(error)
         else:
             self.status = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
-        self.detail = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {first_line(error)}"
+            self.detail = f"{type(error).__name__}: {first_line(error)}"
         self.runners.clear()
 
     @property
@@ -165,6 +170,7 @@ class Settings:
     steps: int = 5
     warmup: int = 1
     seed: int = 0
+    deadline: float = math.inf  # on the clock of `time.monotonic`: then no further turn begins, once there was one
 
 
 AfterTurn = Callable[[Sequence[Contender], int], None]  # with the number of turns that are done
@@ -191,10 +197,20 @@ def measure(settings: Settings, after_turn: AfterTurn = lambda contenders, turns
 
 
 def _check(contender: Contender, settings: Settings) -> None:
+    _refuse_what_can_not_fit(contender.name, settings)
     contender.error = provider_error(contender.name, settings.preset, settings.device, settings.seed)
     if not contender.error <= TOLERANCE:
         contender.status = WRONG
         contender.detail = f"{contender.error:.2g} from the oracle in float64, {TOLERANCE:g} allowed"
+
+
+def _refuse_what_can_not_fit(name: str, settings: Settings) -> None:
+    """Before anything of it is there. Raises: UnavailableError: the GPU has less memory left than a step takes."""
+    if settings.device.type != "cuda" or settings.preset.measured_layers:
+        return
+    needed, free = estimated_bytes(name, settings.preset, settings.device), torch.cuda.mem_get_info(settings.device)[0]
+    if needed is not None and needed > free:
+        raise UnavailableError(f"a step takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
 def _take_turns(contenders: Sequence[Contender], settings: Settings, after_turn: AfterTurn) -> None:
@@ -203,11 +219,11 @@ def _take_turns(contenders: Sequence[Contender], settings: Settings, after_turn:
         with _guarded(contender):
             for runner in contender.runners:
                 for number in range(settings.warmup):
-                    runner.step(_batch(settings, number))
-                runner.measure_peak(_batch(settings, 0))
+                    runner.step(device_batch(settings, number))
+                runner.measure_peak(device_batch(settings, 0))
         _release(settings.device)
     for turn in range(settings.steps):
-        batch = _batch(settings, turn)
+        batch = device_batch(settings, turn)
         shift = turn % len(contenders)
         for contender in (*contenders[shift:], *contenders[:shift]):
             with _guarded(contender):
@@ -215,6 +231,8 @@ def _take_turns(contenders: Sequence[Contender], settings: Settings, after_turn:
                     runner.timed_step(batch)
         after_turn(contenders, turn + 1)
         _progress(f"turn {turn + 1} of {settings.steps}: {_turn_text(contenders)}")
+        if time.monotonic() >= settings.deadline:
+            break
 
 
 @contextmanager
@@ -226,8 +244,10 @@ def _guarded(contender: Contender) -> Iterator[None]:
         _progress(f"{contender.name}: {contender.status}: {contender.detail}")
 
 
-def _batch(settings: Settings, number: int) -> WindowBatch:
-    return to_device(make_batch(settings.preset, settings.seed + number), settings.device)
+def device_batch(settings: Settings, number: int) -> WindowBatch:
+    """On the device, but for the targets: what the library's trainer reads on the host spares it a wait."""
+    batch = make_batch(settings.preset, settings.seed + number)
+    return replace(to_device(batch, settings.device), targets=batch.targets)
 
 
 def _release(device: torch.device) -> None:
@@ -276,8 +296,7 @@ def result_row(contender: Contender, settings: Settings, gemm_flops: float) -> d
         "parts_s": _part_medians(contender, preset),
     }
     if contender.name in ESTIMATED and not preset.measured_layers:
-        model = contender.runners[0].model
-        row["estimated_bytes"] = estimated_bytes(contender.name, model, preset, settings.device)
+        row["estimated_bytes"] = estimated_bytes(contender.name, preset, settings.device)
     if preset.measured_layers:
         row["extrapolated_from_layers"] = list(preset.measured_layers)
     return row
@@ -315,7 +334,7 @@ def report(name: str, settings: Settings, contenders: Sequence[Contender], gemm_
     return {
         "preset": name,
         "shape": {**shape, "dtype": dtype_name(preset.dtype)},
-        "windows": 2 * preset.chunks,
+        "windows": 2 * preset.segments * preset.chunks,
         "segment_tokens": preset.segment_tokens,
         "seed": settings.seed,
         "environment": asdict(environment(settings.device)),
@@ -343,6 +362,8 @@ def _parser() -> _Parser:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the base model's linear layers")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--rows", type=Path, help="file that the results are added to as rows, too")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further turn after so long")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, if not given")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each provider")
     parser.add_argument("--warmup", type=int, default=1, help="steps in front of them")
@@ -364,15 +385,23 @@ def _settings(parser: _Parser, arguments: argparse.Namespace) -> Settings:
             parser.error(f"--{option} must be at least 1, but it is {value}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
-    if arguments.json and not arguments.json.parent.is_dir():
-        parser.error(f"--json: the folder {arguments.json.parent} does not exist")
+    for option in ("json", "rows"):
+        file = getattr(arguments, option)
+        if file and not file.parent.is_dir():
+            parser.error(f"--{option}: the folder {file.parent} does not exist")
+    if not arguments.seconds > 0:
+        parser.error(f"--seconds must be above 0, but it is {arguments.seconds}")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preset = replace(PRESETS[arguments.preset], quantization=arguments.quantization)
-    return Settings(preset, providers, device, arguments.steps, arguments.warmup, arguments.seed)
+    deadline = STARTED + arguments.seconds
+    return Settings(preset, providers, device, arguments.steps, arguments.warmup, arguments.seed, deadline)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if every provider was measured, 1 if one was not; a bad argument exits with 2."""
+    """Returns 0 if every provider was measured, NOTHING_HERE if none can run on this machine, else 1.
+
+    A bad argument exits with 2.
+    """
     parser = _parser()
     parsed = parser.parse_args(arguments)
     settings = _settings(parser, parsed)
@@ -395,8 +424,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             _progress(f"out of memory: the base model of {parsed.preset} does not fit on {settings.device}")
             return 1
-    save(contenders, settings.steps)
-    print(table(report(parsed.preset, settings, contenders, gemm_flops)))
+    save(contenders, max((len(runner.seconds) for c in contenders for runner in c.runners), default=0))
+    results = report(parsed.preset, settings, contenders, gemm_flops)
+    if parsed.rows:
+        writer = RowWriter(parsed.rows)
+        for row in rows(results, environment(settings.device)):
+            writer.write(row)
+    print(table(results))
+    if all(contender.status == UNAVAILABLE for contender in contenders):
+        return NOTHING_HERE
     return 0 if all(contender.is_running for contender in contenders) else 1
 
 

@@ -16,41 +16,32 @@ FLOORS = ("dense_lora", "frozen_base")
 PERCENTILES = ((20, "p20"), (50, "median"), (80, "p80"))
 
 
-def command(
-    preset: str, providers: Sequence[str], device: torch.device, file: Path, quantization: str | None = None
-) -> list[str]:
+def command(preset: str, providers: Sequence[str], device: torch.device, file: Path) -> list[str]:
     """The command line of the benchmark."""
     threads = ["--threads", str(torch.get_num_threads())]
     words = ["--preset", preset, "--providers", ",".join(providers), "--device", device.type, "--json", str(file)]
-    words += [] if quantization is None else ["--quantization", quantization]
     return [sys.executable, "-m", "benchmarks.train_step", *words, *threads]
 
 
-def run(
-    preset: str,
-    providers: Sequence[str],
-    environment: Environment,
-    device: torch.device,
-    file: Path,
-    quantization: str | None = None,
-) -> list[Row]:
+def run(preset: str, providers: Sequence[str], environment: Environment, device: torch.device, file: Path) -> list[Row]:
     """Measure a preset with each provider and write the benchmark's own JSON to a file.
 
     Raises:
         RuntimeError: the benchmark wrote nothing; the message is its last line.
     """
     result = subprocess.run(
-        command(preset, providers, device, file, quantization), cwd=ROOT, capture_output=True, text=True, check=False
+        command(preset, providers, device, file), cwd=ROOT, capture_output=True, text=True, check=False
     )
     if not file.is_file():
         lines = (result.stderr or result.stdout).strip().splitlines()
         raise RuntimeError(f"benchmarks.train_step wrote no results: {lines[-1] if lines else 'no message'}")
-    return rows(file, preset if quantization is None else f"{preset} {quantization}", environment)
+    return rows(json.loads(file.read_text(encoding="utf-8")), environment)
 
 
-def rows(file: Path, preset: str, environment: Environment) -> list[Row]:
-    """What the benchmark wrote, as rows."""
-    report = json.loads(file.read_text(encoding="utf-8"))
+def rows(report: Mapping[str, Any], environment: Environment) -> list[Row]:
+    """The benchmark's report as rows."""
+    quantization = report.get("shape", {}).get("quantization")
+    preset = report["preset"] + (f" {quantization}" if quantization else "")
     dtype, ratios = str(report.get("shape", {}).get("dtype", "")), report.get("ratios", {})
     return [_row(entry, preset, dtype, ratios, environment) for entry in report["rows"]]
 

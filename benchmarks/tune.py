@@ -1,19 +1,27 @@
 """Find the launch settings that are fastest on this GPU, and store them.
 
-    python -m benchmarks.tune --preset mistral-7b --dtype bfloat16 --store FILE
+    python -m benchmarks.tune --preset mistral-7b --dtype bfloat16 --operations lowrank_linear --store FILE
 
 Starting from the settings in force, each number of each kernel is halved and doubled (warps and pipeline stages too) as
 long as that makes the operation, forward and backward together, faster by more than a measurement scatters. A candidate
-that does not compile, does not fit the GPU or is wrong is passed over. Without --store the table of this GPU in
-`gakernels/ops/tuned/` is written; GAKERNELS_TUNED=FILE puts another one in force.
+that does not compile, does not fit the GPU or is wrong is passed over. The candidates of a round are compiled in all
+processes at once, then timed one by one. What is better is stored as soon as it is found. Without --store the table of
+this GPU in `gakernels/ops/tuned/` is written; GAKERNELS_TUNED=FILE puts another one in force. On a CPU candidates are
+compiled and none is timed.
 """
 
 import argparse
+import contextlib
+import functools
 import json
+import math
+import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +30,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.measure import dtype_name, time_call
+from benchmarks.compile_ahead import both_passes, capability, launches, settings_of
+from benchmarks.kernel_resources import OPERATIONS, compiling_for
+from benchmarks.measure import Effort, dtype_name, time_call
 from benchmarks.operations import PRESETS, Operation, operations, oracle_error, seeded, with_leaves
 from gakernels.files import write_text
 from gakernels.ops import tuned
@@ -30,35 +40,54 @@ from gakernels.ops.gpus import slug
 
 Settings = dict[str, int]
 GAIN = 0.98  # of the time before: less is scatter
+EFFORT = Effort(warmup=1, seconds=0.1, least=5, most=20)
 
 
-def tune(kernel: str, start: Settings, seconds: Callable[[Settings], float | None]) -> Settings:
+def tune(
+    kernel: str,
+    start: Settings,
+    seconds: Callable[[Settings], float | None],
+    prepare: Callable[[list[Settings]], object] = lambda _: None,
+    better: Callable[[Settings], object] = lambda _: None,
+    deadline: float = math.inf,
+) -> Settings:
     """Coordinate descent over the settings of one kernel.
 
     Args:
         kernel: its name, for the progress that is printed.
         start: the settings to begin with.
         seconds: the time of the operation with some settings, None where they can't be used.
+        prepare: is told the candidates of a round before they are timed.
+        better: is told each settings that are the best so far.
+        deadline: on the clock of `time.monotonic`; nothing more is tried then.
 
     Returns:
         The best settings found; `start` where nothing else is clearly faster.
     """
+    prepare([start])
     best, best_time = start, seconds(start)
-    tried = {json.dumps(start, sort_keys=True)}
-    improved = True
-    while improved:
-        improved = False
-        for candidate in neighbours(best):
-            key = json.dumps(candidate, sort_keys=True)
-            if key in tried:
-                continue
-            tried.add(key)
-            time = seconds(candidate)
-            print(f"{kernel} {candidate}: {'not usable' if time is None else f'{1e6 * time:.1f} us'}", flush=True)
-            if time is not None and (best_time is None or time < GAIN * best_time):
-                best, best_time, improved = candidate, time, True
+    tried = {_key(start)}
+    while time.monotonic() < deadline:
+        candidates = [candidate for candidate in neighbours(best) if _key(candidate) not in tried]
+        prepare(candidates)
+        found = best
+        for candidate in candidates:
+            if time.monotonic() >= deadline:
                 break
+            tried.add(_key(candidate))
+            taken = seconds(candidate)
+            print(f"{kernel} {candidate}: {'not usable' if taken is None else f'{1e6 * taken:.1f} us'}", flush=True)
+            if taken is not None and (best_time is None or taken < GAIN * best_time):
+                found, best_time = candidate, taken
+                better(found)
+        if found == best:
+            break
+        best = found
     return best
+
+
+def _key(settings: Settings) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def neighbours(settings: Settings) -> Iterator[Settings]:
@@ -84,19 +113,19 @@ class Launch:
         return {"dtypes": [self.dtype], "sizes": dict(self.sizes), "settings": settings}
 
 
-def launches(run: Callable[[], object]) -> list[Launch]:
+def asked(run: Callable[[], object]) -> list[Launch]:
     """What the kernels that a call launches ask for, each once."""
-    asked: dict[Launch, None] = {}
+    found: dict[Launch, None] = {}
     plain = tuned.settings
 
     def record(kernel: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> Settings:
         given = plain(kernel, device, dtype, **sizes)
-        asked[Launch(kernel, dtype_name(dtype), tuple(sizes.items()), tuple(given.items()))] = None
+        found[Launch(kernel, dtype_name(dtype), tuple(sizes.items()), tuple(given.items()))] = None
         return given
 
     with patch.object(tuned, "settings", record):
         run()
-    return list(asked)
+    return list(found)
 
 
 @contextmanager
@@ -111,11 +140,36 @@ def in_force(launch: Launch, settings: Settings, path: Path) -> Iterator[None]:
             yield
 
 
+@dataclass(frozen=True)
+class Sized:
+    """An operation at a size, as the processes that compile are told it."""
+
+    preset: str
+    dtype: torch.dtype
+    number: int  # in `operations`
+
+    def on(self, device: torch.device) -> Operation:
+        return operations(self.preset, device, self.dtype)[self.number]
+
+
+def compile_candidate(sized: Sized, launch: Launch, settings: Settings, capability: int) -> None:
+    """Compile one kernel with other settings, into Triton's cache. What can't be compiled shows when it is timed."""
+    name = launch.kernel.split(".")[-1]
+    with tempfile.TemporaryDirectory() as folder, in_force(launch, settings, Path(folder) / "none.json"):
+        found = launches([functools.partial(both_passes, sized.on(torch.device("meta")))])
+    with compiling_for(capability):
+        for wanted in found:
+            if wanted.kernel.fn.__name__ == name:
+                with contextlib.suppress(Exception):
+                    wanted.compile()
+
+
 def measure(operation: Operation) -> float | None:
-    """Seconds of forward and backward with the Triton kernels, or None where they fail or are wrong."""
-    implementation = operation.implementation("triton")
-    eager = operation.implementation("eager")
+    """Seconds of forward and backward with the Triton kernels, or None where they fail or are wrong, or on a CPU."""
+    if operation.device.type != "cuda":
+        return None
     try:
+        implementation, eager = operation.implementation("triton"), operation.implementation("eager")
         if oracle_error(operation, "backward", implementation) > 4 * oracle_error(operation, "backward", eager) + 1e-6:
             return None
         arguments, leaves = with_leaves(operation, operation.draw(seeded(operation.device, 1)))
@@ -125,7 +179,7 @@ def measure(operation: Operation) -> float | None:
             outputs, gradients = operation.upstream(returned, torch.ones_like(operation.defined(returned)))
             torch.autograd.grad(outputs, leaves, gradients)
 
-        return time_call(run, lambda _: None, operation.device).p50_ms / 1e3
+        return time_call(run, lambda _: None, operation.device, EFFORT).p50_ms / 1e3
     except Exception as error:  # settings that do not fit raise whatever the compiler or the driver raises
         print(f"  {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
         return None
@@ -146,16 +200,26 @@ def store(path: Path, gpu: str, launch: Launch, settings: Settings) -> None:
     write_text(path, json.dumps(document, indent=1) + "\n")
 
 
-def tune_operation(operation: Operation, path: Path, gpu: str) -> None:
-    """One kernel after the other, each stored as soon as it is found and in force for the ones after it."""
-    for launch in launches(lambda: measure(operation)):
+def tune_operation(sized: Sized, device: torch.device, pool: Executor, path: Path, gpu: str, deadline: float) -> None:
+    """One kernel after the other, each stored as soon as something better is found, and in force for those after it."""
+    operation, compute = sized.on(device), capability()
+    print(f"{operation.name} {operation.shape}", flush=True)
+    with settings_of(device):
+        found = asked(lambda: launches([functools.partial(both_passes, sized.on(torch.device("meta")))]))
+    for launch in found:
 
         def seconds(settings: Settings, launch: Launch = launch) -> float | None:
             with in_force(launch, settings, path):
                 return measure(operation)
 
-        store(path, gpu, launch, tune(launch.kernel, dict(launch.settings), seconds))
-        print(f"{launch.kernel}: stored in {path}", flush=True)
+        def compile_all(candidates: list[Settings], launch: Launch = launch) -> None:
+            list(pool.map(compile_candidate, *zip(*[(sized, launch, c, compute) for c in candidates], strict=True)))
+
+        keep = functools.partial(store, path, gpu, launch)
+        tune(launch.kernel, dict(launch.settings), seconds, compile_all, keep, deadline)
+        if time.monotonic() >= deadline:
+            print("the time is over")
+            return
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,18 +227,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--preset", default="mistral-7b", choices=PRESETS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--store", type=Path, help="the table to write")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="try nothing more after so long")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("tuning needs a GPU, and there is none that this torch can use", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
-    gpu = torch.cuda.get_device_name(device)
-    path = options.store or tuned.FOLDER / f"{slug(gpu)}.json"
-    for operation in operations(options.preset, device, getattr(torch, options.dtype)):
-        print(f"{operation.name} {operation.shape}", flush=True)
-        tune_operation(operation, path, gpu)
+    deadline = time.monotonic() + options.seconds
+    processes = multiprocessing.get_context("fork")  # before anything is on the GPU, which they never ask for
+    with ProcessPoolExecutor(os.cpu_count(), processes) as pool:
+        pool.submit(os.getpid).result()
+        device = torch.device(options.device)
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        path = options.store or tuned.FOLDER / f"{slug(gpu)}.json"
+        every = _sized(options.preset, getattr(torch, options.dtype), options.operations)
+        for number, sized in enumerate(every):
+            share = (deadline - time.monotonic()) / (len(every) - number)
+            tune_operation(sized, device, pool, path, gpu, time.monotonic() + share)
     return 0
+
+
+def _sized(preset: str, dtype: torch.dtype, wanted: Sequence[str]) -> list[Sized]:
+    every = enumerate(operations(preset, torch.device("meta"), dtype))
+    return [Sized(preset, dtype, number) for number, operation in every if operation.name in wanted]
 
 
 if __name__ == "__main__":

@@ -1,210 +1,145 @@
-"""The part of a stage that runs in a process of its own: measures cases and writes a row for each as it goes.
+"""The process of a stage that measures cases: `python -m benchmarks.worker STAGE --out DIR` writes a row for each.
 
 A broken GPU context takes the process down with it; it ends then with status RESTART, and the suite starts another,
 which leaves out what was tried already.
 """
 
-import functools
-import json
+import argparse
+import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import inference, modules, operations, providers, step_parts, training
-from benchmarks.cases import Case, Session, first_line, run_case
-from benchmarks.measure import Ceilings, Effort, dtype_name, measure_ceilings
-from benchmarks.rows import (
-    BAD_STATUSES,
-    FAILED,
-    OK,
-    TIMED,
-    Environment,
-    Row,
-    RowWriter,
-    environment,
-    read_rows,
-)
-from benchmarks.step_variants import VARIANTS
+from benchmarks import inference, modules, operations, plans, step_parts
+from benchmarks.cases import Case, Session, run_case
+from benchmarks.measure import Ceilings, Effort, measure_ceilings
+from benchmarks.rows import BAD_STATUSES, OK, TIMED, Environment, Row, RowWriter, environment, read_rows
+from benchmarks.stages import NOTHING_HERE, RESTART, Run
 
-RESTART = 75
 BROKEN = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
-TRAINING_PRESETS = {"cpu": "cpu-mid"}  # others have the same name
+SECONDS = 0.4  # of samples per case
+KERNELS = ("triton", "cuda", "eager", "base_gemm")
+OTHERS = ("svd_lowrank", "baddbmm")
+
+Make = Callable[..., Sequence[Case]]  # from a preset, a device, a dtype and names of providers
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a worker is told.
+def measure(stage: str, run: Run, since: int = 0) -> int:
+    """Measure the cases of a stage.
 
-    Attributes:
-        stage: its name.
-        folder: of the results.
-        device, dtype, preset: what to measure.
-        seconds: of samples per case.
-        providers: names, or None for those of the stage.
+    Args:
         since: number of rows in the file when the stage began; what stands behind them was tried in this stage.
+
+    Returns:
+        The exit status: 0, 1 if a case is wrong or failed, RESTART, or NOTHING_HERE.
     """
-
-    stage: str
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
-    preset: str
-    seconds: float
-    providers: tuple[str, ...] | None
-    since: int
-
-
-def rows_file(folder: Path) -> Path:
-    return folder / "rows.jsonl"
-
-
-def run(settings: Settings) -> int:
-    """Run a stage; returns the exit status: 0, 1 if a case is wrong or failed, or RESTART."""
-    return STAGES[settings.stage](settings)
-
-
-def ceilings_file(folder: Path, device: torch.device) -> Path:
-    return folder / f"ceilings-{device.type}.json"
+    if stage == "flash_attention" and importlib.util.find_spec("flash_attn") is None:
+        print("flash-attn is not installed")
+        return NOTHING_HERE
+    where = environment(run.device)
+    writer = RowWriter(run.rows)
+    effort = Effort(warmup=2, seconds=0.001 if run.rehearsal else SECONDS, least=3)
+    session = Session(run.device, where, _ceilings(run, writer, where), effort)
+    tried = _tried(run, where, since)
+    status = 0
+    for case in STAGES[stage](run):
+        for provider in case.providers:
+            if (*case_key(case), provider) in tried:
+                continue
+            row = run_case(case, provider, session).row
+            _write(writer, row)
+            status = max(status, int(row.status in BAD_STATUSES))
+            if any(sign in row.detail for sign in BROKEN):
+                return RESTART
+    return status
 
 
-def _ceilings(settings: Settings) -> Ceilings:
-    """Measured once for a folder and device."""
-    file = ceilings_file(settings.folder, settings.device)
-    if file.is_file():
-        return Ceilings(**json.loads(file.read_text(encoding="utf-8")))
-    dtypes = sorted({settings.dtype, torch.float32}, key=str)
-    ceilings = measure_ceilings(settings.device, dtypes, small=settings.preset == "tiny")
-    file.write_text(json.dumps(asdict(ceilings)), encoding="utf-8")
-    return ceilings
+def dtype_of(run: Run) -> torch.dtype:
+    return torch.float32 if run.rehearsal else torch.bfloat16
 
 
-def _device(settings: Settings) -> int:
-    """The ceilings, as rows and for the shares of all other rows."""
-    ceilings_file(settings.folder, settings.device).unlink(missing_ok=True)
-    ceilings, where = _ceilings(settings), environment(settings.device)
-    writer = RowWriter(rows_file(settings.folder))
+def _made(make: Make, *presets: str, names: Sequence[str] | None = None, **options: str) -> Callable[[Run], list[Case]]:
+    """The cases at the sizes of some presets; in a rehearsal at tiny ones."""
+
+    def cases(run: Run) -> list[Case]:
+        chosen = ("tiny",) if run.rehearsal else presets
+        return [case for name in chosen for case in make(name, run.device, dtype_of(run), names, **options)]
+
+    return cases
+
+
+STAGES: dict[str, Callable[[Run], list[Case]]] = {
+    "operations": _made(operations.cases, *plans.SIZES, names=KERNELS),
+    "other_operations": _made(operations.cases, "mistral-7b", names=OTHERS),
+    "many_states": _made(operations.many_states, "mistral-7b", names=KERNELS),
+    "compiled": _made(operations.cases, "mistral-7b", names=["compiled"]),
+    "modules": _made(modules.cases, "mistral-7b", names=["auto", "linear"]),
+    "inference": _made(inference.cases, "mistral-7b", names=inference.FAST),
+    "inference_reference": _made(inference.cases, "mistral-7b", names=["reference"]),
+    "flash_attention": _made(inference.cases, "mistral-7b", names=inference.FAST, attention="flash_attention_2"),
+    "step_parts": _made(step_parts.cases, "mistral-7b"),
+}
+
+
+def _ceilings(run: Run, writer: RowWriter, where: Environment) -> Ceilings:
+    """Those that the rows have for this device and commit; else they are measured, and become rows."""
+    same = [row for row in _rows(run) if row.kernel == "ceiling" and _is_here(row, where)]
+    if not same:
+        dtypes = sorted({dtype_of(run), torch.float32}, key=str)
+        same = list(_ceiling_rows(measure_ceilings(run.device, dtypes, small=run.rehearsal), where))
+        for row in same:
+            _write(writer, row)
+    rates = {row.dtype: row.metrics["flops_per_s"] for row in same if row.mode == "gemm"}
+    return Ceilings(rates, next(row.metrics["bytes_per_s"] for row in same if row.mode == "copy"))
+
+
+def _ceiling_rows(ceilings: Ceilings, where: Environment) -> Iterator[Row]:
     for dtype, rate in ceilings.gemm_flops.items():
-        _write(writer, Row("ceiling", "torch", "gemm", "", dtype, OK, where, metrics={"flops_per_s": rate}))
+        yield Row("ceiling", "torch", "gemm", "", dtype, OK, where, metrics={"flops_per_s": rate})
     copy = {"bytes_per_s": ceilings.copy_bandwidth}
-    _write(writer, Row("ceiling", "torch", "copy", "", "float32", OK, where, metrics=copy))
-    return 0
-
-
-def _cases(make: Callable[[Settings], Sequence[Case]]) -> Callable[[Settings], int]:
-    """A stage that measures cases."""
-
-    def run_stage(settings: Settings) -> int:
-        where = environment(settings.device)
-        effort = Effort(warmup=2, seconds=settings.seconds, least=3)
-        session = Session(settings.device, where, _ceilings(settings), effort)
-        writer = RowWriter(rows_file(settings.folder))
-        tried = _tried(settings, where)
-        status = 0
-        for case in make(settings):
-            for provider in case.providers:
-                if (*case_key(case), provider) in tried:
-                    continue
-                row = run_case(case, provider, session).row
-                _write(writer, row)
-                status = max(status, int(row.status in BAD_STATUSES))
-                if any(sign in row.detail for sign in BROKEN):
-                    return RESTART
-        return status
-
-    return run_stage
+    yield Row("ceiling", "torch", "copy", "", "float32", OK, where, metrics=copy)
 
 
 def case_key(case: Case) -> tuple[str, str, str, str]:
     return case.kernel, case.mode, case.shape, case.dtype
 
 
-def _tried(settings: Settings, where: Environment) -> set[tuple[str, ...]]:
+def _rows(run: Run) -> list[Row]:
+    return read_rows(run.rows) if run.rows.is_file() else []
+
+
+def _is_here(row: Row, where: Environment) -> bool:
+    return (row.environment.commit, row.environment.device) == (where.commit, where.device)
+
+
+def _tried(run: Run, where: Environment, since: int) -> set[tuple[str, ...]]:
     """What has a time from this commit and device, and whatever this stage has tried before it was started again."""
-    file = rows_file(settings.folder)
-    rows = read_rows(file) if file.is_file() else []
-    same = [
-        row
-        for number, row in enumerate(rows)
-        if number >= settings.since
-        or (row.status in TIMED and (row.environment.commit, row.environment.device) == (where.commit, where.device))
-    ]
+    numbered = enumerate(_rows(run))
+    same = [row for number, row in numbered if number >= since or (row.status in TIMED and _is_here(row, where))]
     return {(*row.case, row.provider) for row in same}
-
-
-def _training(settings: Settings, names: Sequence[str] = training.PROVIDERS, quantization: str | None = None) -> int:
-    """A stage of training steps with the named providers."""
-    where = environment(settings.device)
-    writer = RowWriter(rows_file(settings.folder))
-    preset = TRAINING_PRESETS.get(settings.preset, settings.preset)
-    stage = "" if settings.stage == "training" else f"-{settings.stage}"
-    file = settings.folder / f"train_step-{preset}{stage}.json"
-    file.unlink(missing_ok=True)
-    try:
-        rows = training.run(preset, settings.providers or names, where, settings.device, file, quantization)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        rows = [Row("train_step", "all", "step", f"preset={preset}", "", FAILED, where, detail=first_line(error))]
-    for row in rows:
-        _write(writer, row)
-    return int(any(row.status in BAD_STATUSES for row in rows))
 
 
 def _write(writer: RowWriter, row: Row) -> None:
     """To the files, and one line to the terminal."""
     writer.write(row)
     time = "" if row.p50_ms is None else f"{row.p50_ms:.4g} ms"
-    metrics = "" if row.p50_ms is not None else ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
-    line = (
-        f"  {row.kernel} {row.mode} {row.shape} {row.dtype} {row.provider}: {row.status} {time}{metrics} {row.detail}"
-    )
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
+    line = f"  {' '.join(row.case)} {row.provider}: {row.status} {time} {metrics} {row.detail}"
     print(line.rstrip(), flush=True)
 
 
-def _without_compiled(settings: Settings) -> Sequence[Case]:
-    every = {name for names in providers.NAMES.values() for name in names} - {"compiled"}
-    return operations.cases(settings.preset, settings.device, settings.dtype, settings.providers or sorted(every))
-
-
-STAGES: dict[str, Callable[[Settings], int]] = {
-    "device": _device,
-    "operations": _cases(_without_compiled),
-    "many_states": _cases(lambda s: operations.many_states(s.preset, s.device, s.dtype, s.providers)),
-    "modules": _cases(lambda s: modules.cases(s.preset, s.device, s.dtype, s.providers)),
-    "inference": _cases(lambda s: inference.cases(s.preset, s.device, s.dtype, s.providers)),
-    "compile": _cases(lambda s: operations.cases(s.preset, s.device, s.dtype, ["compiled"])),
-    "flash_attention": _cases(
-        lambda s: inference.cases(s.preset, s.device, s.dtype, s.providers, attention="flash_attention_2")
-    ),
-    "training": _training,
-    "step_variants": functools.partial(_training, names=("auto", "trainer", *VARIANTS)),
-    "step_fp8": functools.partial(_training, names=("auto", "overlap_compiled"), quantization="fp8"),
-    "step_parts": _cases(lambda s: step_parts.cases(s.preset, s.device, s.dtype, s.providers)),
-}
-
-
-def main(words: Sequence[str]) -> int:
-    """Entry of the process: the settings as one JSON object."""
-    values = json.loads(words[0])
-    settings = Settings(
-        stage=values["stage"],
-        folder=Path(values["folder"]),
-        device=torch.device(values["device"]),
-        dtype=getattr(torch, values["dtype"]),
-        preset=values["preset"],
-        seconds=values["seconds"],
-        providers=tuple(values["providers"]) if values["providers"] else None,
-        since=values["since"],
-    )
-    return run(settings)
-
-
-def to_words(settings: Settings) -> list[str]:
-    """The argument of `main`."""
-    values = {**vars(settings), "folder": str(settings.folder), "device": str(settings.device)}
-    return [json.dumps({**values, "dtype": dtype_name(settings.dtype)})]
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry of the process."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--since", type=int, default=0)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args(words)
+    return measure(options.stage, Run(options.out, options.rehearse), options.since)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(main())

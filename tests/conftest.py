@@ -4,7 +4,9 @@ import os
 import zlib
 from collections.abc import Iterator
 
+import optional_packages
 import pytest
+import sharding
 import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms on a GPU
@@ -22,6 +24,24 @@ torch.set_num_threads(1)  # the test processes share the cores; threads of tiny 
 
 SEED_VARIABLE = "GAKERNELS_TEST_SEED"
 SEED = int(os.environ.get(SEED_VARIABLE) or int.from_bytes(os.urandom(4), "big"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="K/N", type=sharding.parse, help="run the K-th of N parts of the tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(optional_packages)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The parts share out what other options, as -m, leave."""
+    shard = config.getoption("--shard")
+    if shard is not None:
+        kept = sharding.part_of(items, shard)
+        config.hook.pytest_deselected(items=[*set(items) - set(kept)])
+        items[:] = kept
 
 
 @pytest.fixture

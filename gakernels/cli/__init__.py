@@ -59,7 +59,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gakernels", description="Turn contexts into adapters of a language model.")
     parser.add_argument("--version", action="version", version=f"gakernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, adapt, ask, pretrain, finetune, convert_checkpoint, plot, export, serve, eval, calibrate, info):
+    for module in (
+        demo,
+        adapt,
+        ask,
+        pretrain,
+        finetune,
+        convert_checkpoint,
+        plot,
+        export,
+        serve,
+        eval,
+        calibrate,
+        info,
+    ):
         module.add_parser(commands)
     return parser
 

@@ -2,12 +2,12 @@
 
 import argparse
 import functools
+import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,17 +287,16 @@ def test_compiled(case: Case, session: Session) -> None:
     assert row.status in (OK, UNAVAILABLE), row.detail
 
 
-def test_rows_of_training_steps(tmp_path: Path, where: Environment) -> None:
-    file = tmp_path / "steps.json"
-    file.write_text(
-        '{"shape": {"dtype": "float32"}, "ratios": {"auto/dense_lora": {"median": 1.05}}, "rows": ['
+def test_rows_of_training_steps(where: Environment) -> None:
+    report = json.loads(
+        '{"preset": "tiny", "shape": {"dtype": "float32", "quantization": null}, '
+        '"ratios": {"auto/dense_lora": {"median": 1.05}}, "rows": ['
         '{"provider": "auto", "status": "ok", "error": 1e-9, "step_s_median": 2, "step_s_p20": 1.5, "step_s_p80": 3, '
         '"samples": 5, "segment_tokens_per_s": 64, "peak_bytes": 10, "fits": {"H100": true}, "parts_s": {"polar": 1}},'
         '{"provider": "dense_lora", "status": "floor", "step_s_median": 1, "step_s_p20": 1, "step_s_p80": 1},'
-        '{"provider": "reference", "status": "wrong", "error": 0.5, "detail": "off"}]}',
-        encoding="utf-8",
+        '{"provider": "reference", "status": "wrong", "error": 0.5, "detail": "off"}]}'
     )
-    auto, floor, wrong = training.rows(file, "tiny", replace(where))
+    auto, floor, wrong = training.rows(report, where)
     assert (auto.status, auto.p20_ms, auto.p50_ms, auto.p80_ms, auto.samples) == (OK, 1500, 2000, 3000, 5)
     assert auto.metrics == {
         "segment_tokens_per_s": 64,

@@ -14,6 +14,8 @@ from benchmarks import step_providers, train_step
 from benchmarks.floors import step_flops
 from benchmarks.parts import PartClock, part, running
 from benchmarks.presets import PRESETS, check_preset, make_batch, make_model
+from benchmarks.rows import read_rows
+from benchmarks.stages import NOTHING_HERE
 from benchmarks.step_providers import PROVIDERS, provider_error
 from benchmarks.train_step import Settings, extrapolate, main
 
@@ -157,6 +159,28 @@ def test_a_run_that_is_cut_off_leaves_the_turns_that_are_done(tmp_path: Path, mo
     assert [row["samples"] for row in results["rows"]] == [1, 1]
 
 
+def test_the_results_are_rows_too_and_the_time_ends_the_turns(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    status, results = run(tmp_path, "--providers", "auto,frozen_base", "--rows", str(file), "--seconds", "0.001")
+    assert status == 0
+    assert results["turns"] == 1
+    rows = read_rows(file)
+    assert [(row.provider, row.shape, row.samples) for row in rows] == [
+        ("auto", "preset=tiny", 1),
+        ("frozen_base", "preset=tiny", 1),
+    ]
+    assert all(row.metrics["segment_tokens_per_s"] > 0 for row in rows)
+
+
+def test_a_provider_that_can_not_run_here_is_nothing_to_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(step_providers.LIBRARY, "cuda", "no_such_backend")
+    status, results = run(tmp_path, "--providers", "cuda")
+    assert status == NOTHING_HERE
+    assert rows_of(results)["cuda"]["status"] == "not available"
+
+
 def test_a_wrong_provider_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = step_providers.make_trainee
 
@@ -176,7 +200,7 @@ def test_a_wrong_provider_gets_no_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows["auto"]["status"] == "ok"
 
 
-@pytest.mark.parametrize("preset", ["cpu-mid", "mistral-7b", "qwen3-8b"])
+@pytest.mark.parametrize("preset", ["cpu-mid", "mistral-7b", "qwen3-8b", "smollm2-135m"])
 @pytest.mark.parametrize("provider", ["reference", "auto", "trainer", "dense_lora", "frozen_base"])
 def test_providers_are_right_on_every_family(preset: str, provider: str) -> None:
     assert provider_error(provider, PRESETS[preset], CPU, seed=3) <= 1e-9
@@ -185,12 +209,14 @@ def test_providers_are_right_on_every_family(preset: str, provider: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--preset", "huge"), "--preset must be one of tiny, cpu-mid, llama2-7b"),
+        (("--preset", "huge"), "--preset must be one of tiny, cpu-mid, smollm2-135m"),
         (("--providers", "auto,magic"), "--providers must be out of reference, auto"),
         (("--providers", ""), "but has ''"),
         (("--threads", "0"), "--threads must be at least 1, but it is 0"),
         (("--steps", "0"), "--steps must be at least 1, but it is 0"),
         (("--steps", "many"), "--steps: invalid int value"),
+        (("--seconds", "0"), "--seconds must be above 0, but it is 0"),
+        (("--rows", "no/such/folder/rows.jsonl"), "--rows: the folder no/such/folder does not exist"),
         (("--json", "no/such/folder/file.json"), "the folder no/such/folder does not exist"),
     ],
 )

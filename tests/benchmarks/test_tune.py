@@ -48,7 +48,7 @@ def test_launches_and_settings_in_force(tmp_path: Path, monkeypatch: pytest.Monk
     def run() -> Settings:
         return tuned.settings("some.kernel", torch.device("cpu"), torch.float32, state=64)
 
-    assert tune.launches(run) == [LAUNCH]
+    assert tune.asked(run) == [LAUNCH]
     with tune.in_force(LAUNCH, {"BLOCK_M": 128}, own):
         assert run() == {"BLOCK_M": 128}
         assert tuned.settings("some.kernel", torch.device("cpu"), torch.float32, state=32) == dict(LAUNCH.settings)

@@ -222,6 +222,7 @@ def test_upstream_gradients_with_any_strides_give_the_same_bits(generator: Gener
             assert torch.equal(value, target)
 
 
+@pytest.mark.large
 def test_upstream_gradients_beyond_32_bit_offsets(generator: Generator, device: torch.device, tmp_path: Path) -> None:
     """The gradient of chunk 1 lies more than 2^31 numbers behind that of chunk 0, in a file of almost only holes."""
     hidden, a2, b1, mask, _ = inputs(generator, (1, 2, 4, 6, 16), torch.bfloat16, device)
@@ -331,6 +332,7 @@ def test_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NVIDIA GPU" in str(reason(torch.float32, 3))
 
 
+@pytest.mark.large
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_more_projections_than_32_bit_offsets_reach(generator: Generator, device: torch.device) -> None:

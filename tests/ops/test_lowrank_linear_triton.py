@@ -205,6 +205,7 @@ def test_inputs_that_are_not_contiguous(generator: Generator, device: torch.devi
     assert torch.equal(leaf.grad, wanted)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("spread", range(5))
 def test_offsets_beyond_2_to_the_31(generator: Generator, device: torch.device, spread: int) -> None:
     """One tensor after the other has its rows so far apart; of its memory only those are touched."""

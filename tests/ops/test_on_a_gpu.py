@@ -111,6 +111,7 @@ def test_another_stream_and_repetition_give_the_same_bits(operation: str, backen
         assert torch.equal(one, other)
 
 
+@pytest.mark.large
 def test_a_linear_layer_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """33 windows x 16,384 tokens x 4,096: the last rows lie beyond what 32 bits can count."""
     monkeypatch.setenv("GAKERNELS_BACKEND", "triton")
@@ -125,6 +126,7 @@ def test_a_linear_layer_beyond_two_to_the_31_elements(monkeypatch: pytest.Monkey
     assert not y[:-1].any()
 
 
+@pytest.mark.large
 def test_states_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """2,100 chunks of states of 1,024 x 1,024."""
     monkeypatch.setenv("GAKERNELS_BACKEND", "triton")

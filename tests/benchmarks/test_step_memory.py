@@ -1,0 +1,67 @@
+"""What a training step will take at its peak, and that nothing is begun which can't fit."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import train_step
+from benchmarks.presets import PRESETS, make_model
+from benchmarks.rows import UNAVAILABLE
+from benchmarks.step_memory import estimated_bytes, generator_numbers
+from benchmarks.train_step import Contender, Settings
+
+CPU = torch.device("cpu")
+SMALL = replace(PRESETS["tiny"], window=128, hidden=128, ffn=256, state_size=64, vocabulary=2048, checkpointing=True)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_the_eager_baseline_takes_about_what_is_foretold(segments: int) -> None:
+    preset = replace(SMALL, segments=segments)
+    (contender,) = train_step.measure(Settings(preset, ("reference",), CPU, steps=1))
+    assert estimated_bytes("reference", preset, CPU) == pytest.approx(contender.runners[0].peak, rel=0.1)
+
+
+def test_floors_take_no_more_than_is_foretold() -> None:
+    names = ("dense_lora", "frozen_base")
+    for contender in train_step.measure(Settings(SMALL, names, CPU, steps=1)):
+        foretold = estimated_bytes(contender.name, SMALL, CPU)
+        assert foretold is not None
+        assert contender.runners[0].peak <= foretold
+
+
+def test_what_is_not_counted_is_not_foretold() -> None:
+    assert estimated_bytes("compiled", SMALL, CPU) is None
+    assert estimated_bytes("reference", replace(SMALL, checkpointing=False), CPU) is None
+
+
+def test_the_generators_are_counted() -> None:
+    preset = replace(SMALL, linears=("o_proj", "down_proj"), adapted_layers=(1,), static_rank=3)
+    model = make_model(preset, CPU, 0)
+    assert generator_numbers(preset) == sum(p.numel() for p in model.generators.parameters())
+
+
+@pytest.mark.parametrize(("free", "refused"), [(10**6, True), (10**12, False)])
+def test_what_can_not_fit_is_left_out_before_anything_is_made(
+    free: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**12))
+    monkeypatch.setattr(train_step, "provider_error", lambda *arguments: checked.append(arguments) or 0.0)
+    contender = Contender("trainer")
+    with train_step._guarded(contender):
+        train_step._check(contender, Settings(SMALL, ("trainer",), torch.device("cuda")))
+    assert (contender.status == UNAVAILABLE) == refused
+    assert bool(checked) != refused
+    if refused:
+        assert contender.detail.startswith("a step takes about 0.0")
+        assert "GB are free" in contender.detail
+
+
+def test_an_80_gb_card_has_room_for_each_provider_of_the_plan() -> None:
+    """One after the other: side by side they would not have."""
+    cuda = torch.device("cuda")
+    taken = [estimated_bytes(name, PRESETS["mistral-7b"], cuda) for name in ("trainer", "reference")]
+    small = [estimated_bytes(name, PRESETS["smollm2-135m"], cuda) for name in ("trainer", "reference")]
+    assert all(size is not None and size < 80e9 for size in (*taken, *small))
