@@ -884,6 +884,7 @@ def load_base(
             f"base model {name!r} is a PEFT adapter (adapter_config.json) on top of a base model; merge it first and "
             "name the merged folder: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
         )
+    _keep_soft_cap(base, options)
     if tokenizer is not None:
         return base, tokenizer
     name = tokenizer_name or name
@@ -893,6 +894,14 @@ def load_base(
         if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
             raise InputError(f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
         return base, None
+
+
+def _keep_soft_cap(base: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Transformers before 5.21 gives Gemma 2 an attention that leaves the soft cap of its logits out."""
+    config = base.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and config._attn_implementation == "sdpa" and options.get("attn_implementation") is None:
+        base.set_attn_implementation("eager")
 
 
 def layers_fingerprint(base: PreTrainedModel) -> str:

@@ -11,7 +11,7 @@ import torch
 from gakernels.configuration import GeneratorConfig
 from gakernels.evaluation.flops import adapted_layers, adapted_linears, adapter_rank
 from gakernels.evaluation.shapes import LinearShape, ModelShape
-from gakernels.token_loss import tokens_at_once
+from gakernels.token_loss import LOGITS_IN_CACHE, tokens_at_once
 from gakernels.windows import only_first_is_plain
 
 ATTENTION, OUTPUT, GATED, DOWN = range(4)  # the stages of a Llama-like decoder layer, see `ModelShape`
@@ -277,8 +277,9 @@ class StepMemory:
         rows = self.step.predicted if gathers else self.step.tokens
         hidden = (self.step.tokens + gathers * rows) * self.h * self.a
         block = min(rows, tokens_at_once(self.setting.device, self.shape.vocabulary))
-        logarithms = 4 if self.setting.device == "cuda" else 0  # on a CPU of a few rows at a time
-        logits = block * self.shape.vocabulary * (2 * self.a + logarithms)  # and their gradient
+        logits = block * self.shape.vocabulary
+        probabilities = min(logits, LOGITS_IN_CACHE.get(self.setting.device, logits))  # of a few rows at a time on a CPU
+        logits = 2 * self.a * logits + max(4, self.a) * probabilities  # with their gradient
         return hidden + rows * self.h * self.a + max(logits, rows * self.h * self.a)
 
     def in_head(self) -> int:

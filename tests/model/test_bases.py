@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from gakernels import Adapter, GenerativeAdapter, InputError
+from gakernels.model import load_base
 
 DOCS = Path(__file__).parents[2] / "docs" / "bases.md"
 WORKS = "the same numbers"
@@ -277,6 +278,12 @@ def test_a_base_in_float16_is_near_the_one_in_float32() -> None:
     with model.adapted(found):
         assert logits_of(model.base, ids).dtype == torch.float16
         assert (logits_of(model.base, ids) - logits).abs().max() < 0.05 * logits.abs().max()
+
+
+def test_a_base_with_a_soft_cap_is_loaded_with_an_attention_that_has_it(tmp_path: Path) -> None:
+    base, ids = make_base("gemma2"), random_ids(2, 7)
+    base.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(load_base(str(tmp_path))[0].eval(), ids), logits_of(base, ids))
 
 
 # Merging into weights that are elsewhere

@@ -119,7 +119,7 @@ def test_recomputing_gives_the_same_bits() -> None:
 def test_merging_is_refused() -> None:
     model = make_trained(GenerativeAdapter(quantize_base(make_base(), "fp8"), make_config()))
     adapter = model.adapters(model.states([random_context(7)]), [7])[0]
-    with pytest.raises(InputError, match="quantised weights"):
+    with pytest.raises(InputError, match="weights that are quantised"):
         model.merge(adapter)
 
 
