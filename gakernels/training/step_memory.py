@@ -278,7 +278,7 @@ class StepMemory:
         hidden = (self.step.tokens + gathers * rows) * self.h * self.a
         block = min(rows, tokens_at_once(self.setting.device, self.shape.vocabulary))
         logits = block * self.shape.vocabulary
-        probabilities = min(logits, LOGITS_IN_CACHE.get(self.setting.device, logits))  # of a few rows at a time on a CPU
+        probabilities = min(logits, LOGITS_IN_CACHE.get(self.setting.device, logits))  # a few rows at a time on a CPU
         logits = 2 * self.a * logits + max(4, self.a) * probabilities  # with their gradient
         return hidden + rows * self.h * self.a + max(logits, rows * self.h * self.a)
 

@@ -100,7 +100,7 @@ def test_a_merged_model_is_a_folder_that_transformers_loads(
     with model.adapted(adapter):
         expected = logits_of(model.base, ids)
     model.save_merged(adapter, tmp_path / "merged")
-    attention = model.base.config._attn_implementation  # transformers before 5.21 gives Gemma 2 one without its soft cap
+    attention = model.base.config._attn_implementation  # before transformers 5.21 the default leaves out a soft cap
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation=attention)
     found = logits_of(merged.eval(), ids)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
