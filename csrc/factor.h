@@ -126,7 +126,8 @@ struct Factor {
   }
 
   // L^(-1) of one tile in place of its lower triangle, by elimination on [A | I]: lanes 0-15 hold the rows of A, lanes
-  // 16-31 those of the identity. A pivot of a matrix plus shift I is at least shift; rounding can't take it below.
+  // 16-31 those of the identity. A pivot of a matrix plus shift I is at least shift. One that rounding took far below is
+  // noise, and so is its column: divided by the root of a small number, it would grow from tile to tile.
   template <class Thread>
   GAKERNELS_INLINE static void invert_diagonal(Thread& thread, double* tile, double shift) {
     const int lane = thread.lane(), row = lane % kSide, half = lane - row;
@@ -139,10 +140,11 @@ struct Factor {
     GAKERNELS_UNROLL
     for (int j = 0; j < kSide; ++j) {
       double pivot = thread.shuffle(values[j], j);
+      const bool noise = pivot < shift / 2;
       pivot = pivot > shift ? pivot : shift;
       const double inverse = 1.0 / sqrt(pivot);
       double entry = inverse * thread.shuffle(values[j], row);  // of L, from the lane that holds this row of A
-      if (row <= j) entry = 0;
+      if (row <= j || noise) entry = 0;
       GAKERNELS_UNROLL
       for (int k = 0; k < kSide; ++k) {  // the pivot row of A has entries from j on, that of the identity up to j
         const double other = inverse * thread.shuffle(values[k], half + j);

@@ -138,6 +138,16 @@ def test_everything_is_bounded(generator: Generator, kind: str, damping: float) 
     assert gain <= 10 / max(damping, 2**-25)
 
 
+def test_no_steep_state_of_many_spoils_itself(generator: Generator) -> None:
+    """At damping 0 most directions are noise, of which a factor with inverted tiles may make more."""
+    singular_values = spectrum("geometric", 60)
+    states = torch.stack([state_of(generator, singular_values) for _ in range(48)]).float()
+    u, v, _ = cuda_host.forward(states, draw(generator, STATE_SIZE, RANK).float(), 1, 0.0)
+    norms = torch.linalg.matrix_norm(u.double() @ v.double().mT, 2)
+    assert norms.max() <= 1.001
+    assert norms.min() >= 0.5
+
+
 @pytest.mark.parametrize("damping", [EXACT_DAMPING, DEFAULT_DAMPING])
 @pytest.mark.parametrize(
     ("state_size", "rank", "batch", "power_iterations"),
