@@ -15,6 +15,10 @@ from benchmarks.rows import OK, UNAVAILABLE, environment
 from benchmarks.step_providers import TOLERANCE, provider_error
 
 CPU = torch.device("cpu")
+THERE = {
+    "liger": importlib.util.find_spec("liger_kernel") is not None,
+    "torch_chunked": hasattr(torch.nn, "LinearCrossEntropyOptions"),  # not in torch 2.11
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,8 +29,7 @@ def test_all_who_run_here_agree(dtype: torch.dtype) -> None:
             if provider == "compiled":
                 continue  # takes long; the same function as `transformers`
             row = run_case(case, provider, session).row
-            there = provider != "liger" or importlib.util.find_spec("liger_kernel") is not None
-            assert row.status == (OK if there else UNAVAILABLE), (str(case), provider, row.detail)
+            assert row.status == (OK if THERE.get(provider, True) else UNAVAILABLE), (str(case), provider, row.detail)
 
 
 def test_an_unknown_preset_is_named() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.counted import PRODUCTS
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step_providers, train_step
@@ -252,7 +253,7 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     preset = PRESETS["tiny"]
     model, batch = make_model(preset, CPU, 0), make_batch(preset, 0)
     trainee = step_providers.make_trainee("frozen_base", model, preset)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
         trainee.loss(batch)
     tokens, width = 2 * preset.segment_tokens, preset.heads * preset.head_dim
     causal_attention = preset.layers * tokens * width * preset.window * 2  # two products, half of the square

@@ -42,6 +42,11 @@ def added_product(_: Any, left: torch.Size, right: torch.Size, **__: Any) -> int
     return 2 * left.numel() * right[-1]
 
 
+def product(left: torch.Size, right: torch.Size, **_: Any) -> int:
+    """Not that of a column and a row: transformers before 5.17 multiplies positions and frequencies so."""
+    return 2 * left.numel() * right[-1] if left[-1] > 1 else 0
+
+
 def by_values(rule: Any) -> Any:
     """FlopCounterMode hands such a rule the tensors, not only their shapes."""
 
@@ -52,7 +57,9 @@ def by_values(rule: Any) -> Any:
     return raw
 
 
+PRODUCTS = {aten.bmm: product}
 MAPPING = {
+    **PRODUCTS,
     aten.addmm_: added_product,  # PyTorch has rules for these only where they are not in place
     aten.baddbmm_: added_product,
     aten._scaled_dot_product_flash_attention_for_cpu: by_values(attention),

@@ -60,7 +60,8 @@ def test_answers_are_scored_as_one_at_a_time_with_a_merged_adapter(family: str, 
         for example in examples
         for said in example.conversations
     )
-    assert float(loss.total) == pytest.approx(expected, rel=1e-9)
+    tolerance = 1e-6 if family == "gemma2" else 1e-9  # whose attention takes its softmax in float32
+    assert float(loss.total) == pytest.approx(expected, rel=tolerance)
     assert loss.tokens == sum(int(said.answers.sum()) for example in examples for said in example.conversations)
     assert (batch.positions is None) == (window is None)
 
