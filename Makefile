@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 # The oldest Triton that is supported: the tests compile the kernels with it too. It exists for Linux on x86-64 only.
 export GAKERNELS_OLDEST_TRITON := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(abspath $(VENV))/triton-3.6.0)
 
-# The oldest Python that is there: on the path, or among those that pyenv has.
-OLDEST_PYTHON ?= $(firstword $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null) \
-	$(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) $(PYTHON))
-OLDEST := $(VENV)-oldest
+# A Python of a version: the one on the path, or one that pyenv has.
+find-python = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null) \
+	$(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python$(1)))
+OLDEST_PYTHON ?= $(or $(call find-python,3.10),$(PYTHON))
+OLDEST ?= $(VENV)-oldest
 OLDEST_TESTS ?= tests
+NEWEST ?= $(VENV)-newest
 
-.PHONY: demo test test-all test-oldest lint clean
+.PHONY: demo test test-all test-oldest test-newest test-matrix lint clean
 
 # The pinned versions of requirements.txt are what is tested; pyproject.toml has the ranges that the library accepts.
 $(VENV)/ready: requirements.txt pyproject.toml
@@ -53,5 +55,21 @@ test-oldest: export GAKERNELS_OLDEST_TRITON :=
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/pytest -m "not slow and not gpu" --numprocesses 2 $(OLDEST_TESTS)
 
+# With the newest versions that pip finds.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --editable '.[dev]'
+	$(NEWEST)/bin/pytest -m "not slow and not gpu" --numprocesses 2
+
+# Each Python with the oldest and with the newest versions, eight runs of about 15 minutes and 6 GB of disk.
+test-matrix: $(foreach version,3.10 3.11 3.12 3.13,matrix-$(version))
+
+matrix-%:
+	$(if $(call find-python,$*),,$(error there is no Python $* on the path or in pyenv))
+	$(MAKE) test-oldest OLDEST_PYTHON=$(call find-python,$*) OLDEST=$(VENV)-$*-oldest
+	rm -rf $(VENV)-$*-oldest
+	$(MAKE) test-newest PYTHON=$(call find-python,$*) NEWEST=$(VENV)-$*-newest
+	rm -rf $(VENV)-$*-newest
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
