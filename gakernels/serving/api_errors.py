@@ -71,6 +71,11 @@ def no_such_model(name: str) -> ApiError:
     return ApiError(404, f"there is no model {name[:100]!r}", "model_not_found", "model")
 
 
+def hung_up() -> ApiError:
+    """Nobody reads this; the number, which nginx uses for it, is for the metrics."""
+    return ApiError(499, "the client hung up before there was an answer", "hung_up")
+
+
 def from_failure(error: Exception, model: str) -> ApiError:
     """What to tell of a failure on the way to an answer."""
     if isinstance(error, ApiError):

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -20,7 +20,15 @@ from gakernels.serving.api_errors import ApiError, bad_request
 from gakernels.serving.context_store import Context
 from gakernels.serving.contexts import Contexts
 from gakernels.serving.engine import Engine
-from gakernels.serving.events import DONE, as_event, chat_event, chat_opening, completion_event, finish_reason
+from gakernels.serving.events import (
+    DONE,
+    EventStream,
+    as_event,
+    chat_event,
+    chat_opening,
+    completion_event,
+    finish_reason,
+)
 from gakernels.serving.generation import Generation, Piece
 from gakernels.serving.limits import Limits
 from gakernels.serving.metrics import Metrics
@@ -67,13 +75,13 @@ class LocalCompletions:
         settings = model.base.config.get_text_config()
         self._longest = position_limit(settings) or 2**31
 
-    async def complete(self, request: CompletionRequest, context: Context | None) -> Completion | AsyncIterator[str]:
+    async def complete(self, request: CompletionRequest, context: Context | None) -> Completion | EventStream:
         """The answer, or the events of a stream. Raises: ApiError."""
         prompts = await self._encode(request.prompts())
         rows = self._start(request, prompts, [request.max_tokens] * len(prompts), context)
         frame = partial(Completion, id=_name("cmpl"), created=int(time.time()), model=request.model)
         if request.stream:
-            return self._events(rows, partial(completion_event, frame), frame, request.wants_usage)
+            return self._stream(rows, partial(completion_event, frame), frame, request.wants_usage)
         await self._finish(rows)
         choices = [
             CompletionChoice(index=index, text=row.text, finish_reason=finish_reason(row.finished))
@@ -81,7 +89,7 @@ class LocalCompletions:
         ]
         return frame(choices=choices, usage=rows.usage)
 
-    async def chat(self, request: ChatRequest, context: Context | None) -> ChatCompletion | AsyncIterator[str]:
+    async def chat(self, request: ChatRequest, context: Context | None) -> ChatCompletion | EventStream:
         """The answer, or the events of a stream. Raises: ApiError."""
         prompt = await self._contexts.with_text(partial(self._conversation, request))
         asked = request.max_completion_tokens or request.max_tokens
@@ -91,7 +99,7 @@ class LocalCompletions:
         name, created = _name("chatcmpl"), int(time.time())
         if request.stream:
             frame = partial(ChatChunk, id=name, created=created, model=request.model)
-            return self._events(rows, partial(chat_event, frame), frame, request.wants_usage, chat_opening(frame))
+            return self._stream(rows, partial(chat_event, frame), frame, request.wants_usage, chat_opening(frame))
         await self._finish(rows)
         row = rows.generations[0]
         choice = ChatChoice(index=0, message=ChatMessage(content=row.text), finish_reason=finish_reason(row.finished))
@@ -162,8 +170,7 @@ class LocalCompletions:
             for generation in generations:
                 self._engine.submit(generation)
         except Exception:
-            for generation in generations:
-                generation.cancel()
+            rows.cancel()
             raise
         self._metrics.prompt_tokens.add(rows.usage.prompt_tokens)
         return rows
@@ -195,18 +202,35 @@ class LocalCompletions:
     # Answers
 
     async def _finish(self, rows: Rows) -> None:
-        async for _ in rows:
-            pass
+        try:
+            async for _ in rows:
+                pass
+        finally:
+            self._end(rows)
+
+    def _end(self, rows: Rows) -> None:
+        """Nobody waits for them any more."""
+        rows.cancel()
         self._metrics.new_tokens.add(rows.usage.completion_tokens)
 
-    async def _events(
+    def _stream(
         self,
         rows: Rows,
         event: Callable[[int, Piece], BaseModel],
         frame: Callable[..., BaseModel],
         wants_usage: bool,
         opening: BaseModel | None = None,
-    ) -> AsyncIterator[str]:
+    ) -> EventStream:
+        return EventStream(self._events(rows, event, frame, wants_usage, opening), partial(self._end, rows))
+
+    @staticmethod
+    async def _events(
+        rows: Rows,
+        event: Callable[[int, Piece], BaseModel],
+        frame: Callable[..., BaseModel],
+        wants_usage: bool,
+        opening: BaseModel | None,
+    ) -> AsyncGenerator[str, None]:
         """Server-sent events; an error that comes too late for a status is the last one."""
         if opening is not None:
             yield as_event(opening)
@@ -217,8 +241,6 @@ class LocalCompletions:
         except ApiError as error:
             yield f"data: {json.dumps(error.body())}\n\n"
             return
-        finally:
-            self._metrics.new_tokens.add(rows.usage.completion_tokens)
         if wants_usage:
             yield as_event(frame(choices=[], usage=rows.usage))
         yield DONE

@@ -74,6 +74,12 @@ class Scheduler:
         for generation in self.running:
             if generation.cancelled and generation.finished is None:
                 generation.end_cancelled()
+        waiting, self.waiting = self.waiting, deque()
+        for generation in waiting:
+            if generation.cancelled:
+                generation.end_cancelled()
+            else:
+                self.waiting.append(generation)
         if any(generation.finished for generation in self.running):
             self._exchange([], [])
 
@@ -123,9 +129,7 @@ class Scheduler:
             if not self._fits_cache(generation, joining):
                 break
             self.waiting.popleft()
-            if generation.cancelled:
-                generation.end_cancelled()
-            elif not generation.ready:
+            if not generation.ready:
                 passed.append(generation)
             else:
                 self._admit(generation, joining, adapters)
