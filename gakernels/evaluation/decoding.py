@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class Decoder:
         cache = key_values.new_cache()
         ids = torch.tensor([first.tokens[:common]], device=self.model.device)
         with self.model.using(self._factors([first])):
-            self.model.base.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+            self.model.base.get_decoder()(input_ids=ids, **self._past(cache))
         return SharedStart(common, cache)
 
     @torch.inference_mode()
@@ -140,7 +141,7 @@ class Decoder:
         with self.model.using(self._factors(rows)):
             for _ in range(new_tokens):
                 output = self.model.base.get_decoder()(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                    input_ids=ids, attention_mask=mask, position_ids=positions, **self._past(cache)
                 )
                 tokens = self.model.logits(output.last_hidden_state[:, -1]).argmax(-1)
                 open_rows = self._append(written, open_rows, tokens, stops)
@@ -186,11 +187,14 @@ class Decoder:
         ids, scored = ids.to(self.model.device), scored.to(self.model.device)
         with self.model.using(self._factors(rows)):
             # No attention mask: attention is causal and the padding on the right, so no token sees it.
-            past = {"past_key_values": cache, "use_cache": True} if known else {"use_cache": False}
+            past = self._past(cache) if known else {"use_cache": False}
             hidden = self.model.base.get_decoder()(input_ids=ids, **past).last_hidden_state
         losses = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         losses[scored] = self.model.token_loss(hidden[:, :-1][scored[:, 1:]], ids[scored]).double()
         return list(zip(losses.sum(1).tolist(), scored.sum(1).tolist(), strict=True))
+
+    def _past(self, cache: Cache) -> dict[str, Any]:
+        return {key_values.cache_name(self.model.base.get_decoder()): cache, "use_cache": True}
 
     @staticmethod
     def _known(rows: Sequence[Row], shared: SharedStart | None) -> tuple[int, Cache]:

@@ -6,11 +6,13 @@ So a step needs one mask of left padding, whatever the rows' lengths, and a new 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -57,6 +59,16 @@ class GrowingLayer(DynamicLayer):
 def new_cache() -> Cache:
     """An empty cache; the model makes its layers."""
     return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a model or decoder calls its cache, as an argument and in its output: transformers renames it."""
+    return _cache_name(type(module))
+
+
+@functools.cache
+def _cache_name(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cache:
