@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -38,6 +39,7 @@ class Parts:
         keys: who may use it.
         limits: how much it takes on.
         metrics: what it counts.
+        cors_origins: web pages of these may use it from a browser; `*` for all.
         close: called when the server ends.
     """
 
@@ -48,6 +50,7 @@ class Parts:
     keys: ApiKeys
     limits: Limits
     metrics: Metrics
+    cors_origins: tuple[str, ...]
     close: Callable[[], Any]
 
 
@@ -90,11 +93,33 @@ def create_app(parts: Parts) -> FastAPI:
         return PlainTextResponse(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     add_handlers(app)
+    app.add_middleware(ReadAsJson)
     app.add_middleware(BodyLimit, limit=parts.limits.body_bytes)
+    if parts.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=parts.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Content-Disposition", "Retry-After"],
+        )
     app.add_middleware(Counted, metrics=parts.metrics)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     _watch(parts)
     return app
+
+
+class ReadAsJson:
+    """A body without a Content-Type is read as JSON, except a web page's, which a browser would send unasked."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and not {b"content-type", b"origin"} & {name for name, _ in scope["headers"]}:
+            scope = {**scope, "headers": [*scope["headers"], (b"content-type", b"application/json")]}
+        await self._app(scope, receive, send)
 
 
 class Counted:

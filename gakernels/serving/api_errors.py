@@ -56,6 +56,12 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, "invalid_value", param)
 
 
+def not_json(content_type: str | None) -> ApiError:
+    """The body is said to be something else."""
+    found = "there is none" if content_type is None else f"it is {content_type[:100]!r}"
+    return ApiError(415, f"the Content-Type must be application/json, but {found}", "unsupported_media_type")
+
+
 def unauthorised() -> ApiError:
     """There is no valid key."""
     return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
@@ -100,7 +106,9 @@ def add_handlers(app: FastAPI) -> None:
         return from_failure(error, "").response()
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _(request: Request, error: RequestValidationError) -> JSONResponse:
+        if isinstance(error.body, bytes):  # nothing has read it as JSON
+            return not_json(request.headers.get("content-type")).response()
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])
         return bad_request(f"{place or 'body'}: {first['msg']}", place[:100] or None).response()
@@ -120,6 +128,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is malformed or exceeds a limit."},
     401: {"model": ErrorBody, "description": "There is no valid API key."},
     413: {"model": ErrorBody, "description": "The request is too large."},
+    415: {"model": ErrorBody, "description": "The body is not said to be JSON."},
     503: {"model": ErrorBody, "description": "Too much is waiting; try again later."},
 }
 NOT_FOUND: dict[int | str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from functools import partial
 
 from pydantic import BaseModel
 
+from gakernels.chat_templates import chat_template
 from gakernels.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
@@ -45,7 +46,6 @@ from gakernels.serving.protocol import (
 )
 from gakernels.serving.rows import Rows
 from gakernels.serving.sampling import Sampling
-from gakernels.serving.scheduler import end_tokens
 
 
 class LocalCompletions:
@@ -57,7 +57,7 @@ class LocalCompletions:
         contexts: where adapters come from.
         limits: of prompts and tokens.
         metrics: where tokens are counted.
-        chat_template: Jinja template of a conversation; the tokenizer's own if not given.
+        template: Jinja template of a conversation; the tokenizer's own if not given.
     """
 
     def __init__(
@@ -67,11 +67,10 @@ class LocalCompletions:
         contexts: Contexts,
         limits: Limits,
         metrics: Metrics,
-        chat_template: str | None = None,
+        template: str | None = None,
     ) -> None:
         self._engine, self._contexts, self._limits, self._metrics = engine, contexts, limits, metrics
-        self._model, self._ends = model, end_tokens(model)
-        self._template = chat_template or getattr(model.tokenizer, "chat_template", None)
+        self._model, self._ends, self._template = model, model.end_tokens(), template
         settings = model.base.config.get_text_config()
         self._longest = position_limit(settings) or 2**31
 
@@ -123,12 +122,16 @@ class LocalCompletions:
 
     def _conversation(self, request: ChatRequest) -> list[int]:
         tokenizer = self._contexts.tokenizer
-        if tokenizer is None or self._template is None:
+        try:
+            template = None if tokenizer is None else self._template or chat_template(tokenizer)
+        except InputError as error:
+            raise bad_request(f"{error}; start the server with --chat-template", "messages") from error
+        if tokenizer is None or template is None:
             raise bad_request("this model has no chat template; start the server with --chat-template", "messages")
         messages = [message.model_dump() for message in request.messages]
         try:
             text = tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # templates refuse conversations that they don't know in ways of their own
             raise bad_request(f"the chat template refuses these messages: {error}", "messages") from error
@@ -145,6 +148,7 @@ class LocalCompletions:
     ) -> Rows:
         for prompt, count in zip(prompts, new_tokens, strict=True):
             self._check(prompt, count)
+        self._check_ids(request.stop_token_ids or (), "stop_token_ids")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
 
         def sink(index: int, piece: Piece) -> None:
@@ -176,11 +180,9 @@ class LocalCompletions:
         return rows
 
     def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
-        vocabulary = self._model.base.get_input_embeddings().num_embeddings
         if not prompt:
             raise bad_request("a prompt must have at least one token, but one has none", "prompt")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise bad_request(f"token ids must be between 0 and {vocabulary - 1}", "prompt")
+        self._check_ids(prompt, "prompt")
         if new_tokens > self._limits.new_tokens:
             raise bad_request(f"max_tokens may be {self._limits.new_tokens}, not {new_tokens}", "max_tokens")
         if len(prompt) + new_tokens > self._limits.cache_tokens:
@@ -193,11 +195,26 @@ class LocalCompletions:
                 "context_length_exceeded",
             )
 
+    def _check_ids(self, tokens: Sequence[int], name: str) -> None:
+        vocabulary = self._model.base.get_input_embeddings().num_embeddings
+        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise bad_request(f"{name}: token ids must be between 0 and {vocabulary - 1}, but one is {wrong}", name)
+
     def _adapter(self, context: Context | None) -> Callable[[], Future[CompactAdapter]] | None:
         return None if context is None or not context.revision else partial(self._contexts.adapter, context)
 
     def _sampling(self, request: SamplingRequest, new_tokens: int) -> Sampling:
-        return Sampling(new_tokens, request.temperature, request.top_k, request.top_p, request.seed, request.stops())
+        return Sampling(
+            new_tokens,
+            request.temperature,
+            request.top_k,
+            request.top_p,
+            request.seed,
+            request.stops(),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            skip_special_tokens=request.skip_special_tokens,
+        )
 
     # Answers
 

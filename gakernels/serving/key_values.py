@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +64,12 @@ def new_cache() -> Cache:
 
 def cache_name(module: nn.Module) -> str:
     """What a model or decoder calls its cache, as an argument and in its output: transformers renames it."""
-    return _cache_name(type(module))
+    return _cache_name(type(module).forward)
 
 
 @functools.cache
-def _cache_name(kind: type[nn.Module]) -> str:
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cache:

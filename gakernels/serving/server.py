@@ -40,6 +40,7 @@ class Settings:
         disk_mebibytes: of cached adapters on disk.
         threads: of the CPU operations; None for PyTorch's default.
         chat_template: Jinja template of a conversation; the tokenizer's own if not given.
+        cors_origins: origins (`https://example.org`) whose web pages may use it from a browser; `*` for all.
         vllm_url: where a vLLM server that decodes is; None: this process decodes.
         vllm_key: API key of that server.
         vllm_adapters: most adapters registered with it at a time.
@@ -54,6 +55,7 @@ class Settings:
     disk_mebibytes: int = 4096
     threads: int | None = None
     chat_template: str | None = None
+    cors_origins: tuple[str, ...] = ()
     vllm_url: str | None = None
     vllm_key: str | None = None
     vllm_adapters: int = 64
@@ -99,7 +101,17 @@ def assemble(model: GenerativeAdapter, settings: Settings) -> Parts:
         await asyncio.to_thread(cache.close)
         store.close()
 
-    return Parts(settings.base_name, contexts, completions, engine, settings.keys, settings.limits, metrics, close)
+    return Parts(
+        settings.base_name,
+        contexts,
+        completions,
+        engine,
+        settings.keys,
+        settings.limits,
+        metrics,
+        settings.cors_origins,
+        close,
+    )
 
 
 async def serve(

@@ -27,6 +27,7 @@ from gakernels.serving.context_store import Context
 from gakernels.serving.contexts import Contexts
 from gakernels.serving.events import EventStream
 from gakernels.serving.protocol import ChatRequest, CompletionRequest, SamplingRequest
+from gakernels.serving.text_output import special_tokens
 
 _TIMEOUT = httpx2.Timeout(600, connect=10)
 
@@ -139,7 +140,7 @@ class VllmCompletions:
     async def _forward(
         self, path: str, request: SamplingRequest, context: Context | None
     ) -> dict[str, Any] | EventStream:
-        body = request.model_dump(exclude_unset=True, exclude={"user"})
+        body = request.model_dump(exclude_unset=True, exclude={"user"}) | self._stop_ids(request)
         if request.stream:
             return EventStream(self._events(path, body, request.model, context))
         async with self._name(context) as name:
@@ -151,6 +152,13 @@ class VllmCompletions:
                 await self._register(name, context)  # vLLM has been started anew
                 answer = await self._client.post(path, {**body, "model": name})
         return {**answer, "model": request.model}
+
+    def _stop_ids(self, request: SamplingRequest) -> dict[str, list[int]]:
+        """The stop texts that are special tokens, as vLLM finds them: by their ids."""
+        tokenizer, stops = self._model.tokenizer, request.stops()
+        special = {} if tokenizer is None or not stops else special_tokens(tokenizer)
+        found = [number for number, text in special.items() if text in stops]
+        return {"stop_token_ids": [*(request.stop_token_ids or ()), *found]} if found else {}
 
     async def _events(
         self, path: str, body: dict[str, Any], model: str, context: Context | None

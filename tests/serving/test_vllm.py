@@ -137,6 +137,19 @@ def test_an_adapter_is_made_here_and_registered_there(
     assert vllm.calls == [f"load {name}-1"]
 
 
+def test_special_tokens_end_an_answer_of_vllm_by_their_ids(client: TestClient, vllm: VllmStub) -> None:
+    ask(client, BASE, stop=["<eos>", "."], stop_token_ids=[9])
+    assert (vllm.bodies[-1]["stop"], vllm.bodies[-1]["stop_token_ids"]) == (["<eos>", "."], [9, 2])
+    ask(client, BASE, stop="<bos>", skip_special_tokens=False)
+    assert (vllm.bodies[-1]["stop_token_ids"], vllm.bodies[-1]["skip_special_tokens"]) == ([1], False)
+    ask(client, BASE, stop=".", temperature=None, logit_bias=None)
+    assert {"stop_token_ids", "temperature", "logit_bias"}.isdisjoint(vllm.bodies[-1])
+    turns = [{"role": "developer", "content": "be short"}, {"role": "assistant", "content": "yes", "refusal": None}]
+    client.post("/v1/chat/completions", json={"model": BASE, "messages": turns})
+    plain = [{"role": "system", "content": "be short"}, {"role": "assistant", "content": "yes"}]
+    assert vllm.bodies[-1]["messages"] == plain
+
+
 def test_the_base_model_and_an_empty_context_need_no_adapter(client: TestClient, vllm: VllmStub) -> None:
     assert ask(client, BASE).json()["model"] == BASE
     empty = client.post("/v1/contexts", json={}).json()["id"]
