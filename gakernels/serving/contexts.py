@@ -145,6 +145,9 @@ class Contexts:
 
     async def delete(self, identifier: str, owner: str) -> None:
         """Remove a context and what was made of it. Raises: ApiError: there is none of that name."""
+        self.get(
+            identifier, owner
+        )  # before the lock: nobody may learn that somebody else's context is being appended to
         async with self._lock(identifier):
             context = self.get(identifier, owner)
             await asyncio.to_thread(self.store.delete, context)

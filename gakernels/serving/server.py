@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -15,6 +16,7 @@ from gakernels.serving.adapter_cache import AdapterCache
 from gakernels.serving.api import Parts, create_app
 from gakernels.serving.api_keys import ApiKeys
 from gakernels.serving.completions import LocalCompletions
+from gakernels.serving.connections import PatientProtocol, allow_files
 from gakernels.serving.context_store import ContextStore
 from gakernels.serving.contexts import Contexts
 from gakernels.serving.engine import Engine
@@ -41,6 +43,7 @@ class Settings:
         threads: of the CPU operations; None for PyTorch's default.
         chat_template: Jinja template of a conversation; the tokenizer's own if not given.
         cors_origins: origins (`https://example.org`) whose web pages may use it from a browser; `*` for all.
+        patience: seconds for a request to come in, see `PatientProtocol`.
         vllm_url: where a vLLM server that decodes is; None: this process decodes.
         vllm_key: API key of that server.
         vllm_adapters: most adapters registered with it at a time.
@@ -56,8 +59,9 @@ class Settings:
     threads: int | None = None
     chat_template: str | None = None
     cors_origins: tuple[str, ...] = ()
+    patience: float = 60.0
     vllm_url: str | None = None
-    vllm_key: str | None = None
+    vllm_key: str | None = field(default=None, repr=False)
     vllm_adapters: int = 64
 
 
@@ -136,6 +140,8 @@ async def serve(
         OSError: the address can't be used.
         InputError, FormatError: see `assemble`.
     """
+    connections = 2 * settings.limits.waiting
+    allow_files(2 * connections)
     with socket.create_server((host, port), family=_family(host)) as listener:
         parts = assemble(model, settings)
         config = uvicorn.Config(
@@ -143,7 +149,9 @@ async def serve(
             log_level="warning",
             timeout_graceful_shutdown=30,
             server_header=False,
-            limit_concurrency=2 * settings.limits.waiting,
+            limit_concurrency=connections,
+            http=partial(PatientProtocol, patience=settings.patience),  # type: ignore[arg-type]
+            ws="none",
         )
         name = f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listener.getsockname()[1]}")

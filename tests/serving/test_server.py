@@ -399,6 +399,7 @@ def test_health_and_metrics(client: TestClient, user: User) -> None:
         f'gakernels_adapter_cache_used_bytes{{tier="cpu"}} {user.adapter.nbytes}',
         "gakernels_adapter_misses_total 1",
         'gakernels_request_seconds_count{route="/v1/completions"} 1',
+        'gakernels_requests_total{method="GET",route="/health",status="200"} 1',
     ):
         assert line in page.splitlines(), line
     assert name not in page
