@@ -82,6 +82,12 @@ def hung_up() -> ApiError:
     return ApiError(499, "the client hung up before there was an answer", "hung_up")
 
 
+def storage_error(error: OSError, what: str) -> ApiError:
+    """The disk is full, can't be read, or is gone; the log says how."""
+    logger.error("%s: %s", what, error)
+    return ApiError(503, what, "storage_error")
+
+
 def from_failure(error: Exception, model: str) -> ApiError:
     """What to tell of a failure on the way to an answer."""
     if isinstance(error, ApiError):
@@ -90,6 +96,8 @@ def from_failure(error: Exception, model: str) -> ApiError:
         return ApiError(503, str(error), "overloaded")
     if isinstance(error, StaleError):
         return no_such_model(model)
+    if isinstance(error, OSError):
+        return storage_error(error, "the adapter could not be read or written")
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server could not do it; its log says why", "internal_error")
 

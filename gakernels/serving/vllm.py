@@ -203,10 +203,10 @@ class VllmCompletions:
     async def _register(self, name: str, context: Context) -> None:
         try:
             compact = await asyncio.wrap_future(self._contexts.adapter(context))
+            path = self._folder / name
+            await asyncio.to_thread(self._write, compact, path)
         except Exception as error:
             raise from_failure(error, context.id) from error
-        path = self._folder / name
-        await asyncio.to_thread(self._write, compact, path)
         self._registered[name] = context  # before it is: if nobody waits any more, it is still taken back some day
         try:
             await self._client.load(name, path)
