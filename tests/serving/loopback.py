@@ -31,6 +31,10 @@ class ServerProcess:
         assert line.startswith("serving on http://127.0.0.1:"), self.read_log()
         self.url = line.removeprefix("serving on ").strip()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def client(self, **options: object) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=60, trust_env=False, **options)
 

@@ -1,8 +1,10 @@
 """The bridge to vLLM, against a stub that keeps to what vLLM documents: the two calls, their refusals, and streams."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -227,6 +229,39 @@ def test_refusals_and_failures_are_told(client: TestClient, vllm: VllmStub) -> N
     assert "out of memory" in response.json()["error"]["message"]
     streamed = ask(client, name, stream=True)
     assert json.loads(streamed.text.removeprefix("data: "))["error"]["code"] == "engine_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_vllm_is_told_when_a_client_hangs_up(bridged: TestClient, vllm: VllmStub, stream: bool) -> None:
+    ended = []
+
+    async def hang_up() -> None:
+        asked, content = asyncio.Event(), json.dumps({"model": BASE, "prompt": "The", "stream": stream}).encode()
+        sent = iter([{"type": "http.request", "body": content}])
+
+        async def receive() -> dict[str, Any]:
+            for message in sent:
+                return message
+            await asyncio.wait_for(asked.wait(), 30)
+            return {"type": "http.disconnect"}
+
+        async def send(_: object) -> None:
+            pass
+
+        async def endless(_: Request) -> None:
+            asked.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append(True)
+
+        vllm.app.router.routes.clear()
+        vllm.app.add_api_route("/v1/completions", endless, methods=["POST"], response_model=None)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        await asyncio.wait_for(bridged.app(scope, receive, send), 30)
+
+    asyncio.run(hang_up())
+    assert ended == [True]
 
 
 def test_a_vllm_that_is_not_there_is_told(demo: GenerativeAdapter, tmp_path: Path) -> None:
