@@ -171,11 +171,23 @@ def _known_role(role: str) -> str:
     return "system" if role == "developer" else role
 
 
+class TextPart(Request):
+    """A part of a turn."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _joined(content: str | list[TextPart]) -> str:
+    """The text of a turn; its parts are lines, as in vLLM."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
 class Message(Request):
     """One turn of a conversation."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], AfterValidator(_known_role)]
-    content: Text
+    content: Annotated[Text | Annotated[list[TextPart], Field(min_length=1)], AfterValidator(_joined)]
 
     @model_validator(mode="before")
     @classmethod

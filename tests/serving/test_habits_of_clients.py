@@ -107,6 +107,20 @@ def test_an_answer_may_be_sent_back_as_openai_clients_hold_it(client: TestClient
     told(client.post("/v1/chat/completions", json={**GREEDY, "messages": [question, calls]}), 400, "tool_calls")
 
 
+def test_a_turn_may_come_in_parts(make_client: Callable[..., TestClient]) -> None:
+    client = make_client(chat_template="{% for m in messages %}{{ m.content | replace('\n', ' ') }}{% endfor %}")
+
+    def answer(content: object) -> Any:
+        return client.post("/v1/chat/completions", json={**GREEDY, "messages": [{"role": "user", "content": content}]})
+
+    parts = [{"type": "text", "text": "The pet of"}, {"type": "text", "text": "the town", "cache_control": None}]
+    whole, several = answer("The pet of the town").json(), answer(parts).json()
+    assert (several["usage"], several["choices"]) == (whole["usage"], whole["choices"])
+    image = {"type": "image_url", "image_url": {"url": "http://example.org"}}
+    for wrong in ([*parts, image], [{"type": "text"}], [], None, [None]):
+        told(answer(wrong), 400, "content")
+
+
 def test_a_body_without_a_content_type_is_json(client: TestClient) -> None:
     content = json.dumps({"label": "mine"}).encode()
     request = client.build_request("POST", "/v1/contexts", content=content)
