@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 from typing import Any
 
 import h11
@@ -13,7 +12,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gakernels.serving.api_errors import ApiError
 
 _LEAST_SPEED = 1024  # bytes a second that a client must take
-_FILES = 1024  # besides connections
 
 
 class PatientProtocol(H11Protocol):
@@ -113,13 +111,3 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     if timer is not None:
         timer.cancel()
     return None
-
-
-def allow_files(connections: int) -> None:
-    """Let this process have so many connections and its files open at a time, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _FILES
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -16,13 +16,14 @@ from gakernels.serving.adapter_cache import AdapterCache
 from gakernels.serving.api import Parts, create_app
 from gakernels.serving.api_keys import ApiKeys
 from gakernels.serving.completions import LocalCompletions
-from gakernels.serving.connections import PatientProtocol, allow_files
+from gakernels.serving.connections import PatientProtocol
 from gakernels.serving.context_store import ContextStore
 from gakernels.serving.contexts import Contexts
 from gakernels.serving.engine import Engine
 from gakernels.serving.limits import Limits
 from gakernels.serving.metrics import Metrics
 from gakernels.serving.openai_routes import Completions
+from gakernels.serving.process import allow_files, share_arenas
 from gakernels.serving.vllm import VllmClient, VllmCompletions
 
 _MEBIBYTE = 2**20
@@ -142,6 +143,7 @@ async def serve(
     """
     connections = 2 * settings.limits.waiting
     allow_files(2 * connections)
+    share_arenas()
     with socket.create_server((host, port), family=_family(host)) as listener:
         parts = assemble(model, settings)
         config = uvicorn.Config(

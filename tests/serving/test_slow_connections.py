@@ -15,8 +15,8 @@ from loopback import served
 
 from gakernels import GenerativeAdapter
 from gakernels.serving import scheduler
-from gakernels.serving.connections import allow_files
 from gakernels.serving.limits import Limits
+from gakernels.serving.process import allow_files
 
 PATIENCE = 0.6  # seconds
 BODY = json.dumps({"model": "demo", "prompt": "The", "max_tokens": 1}).encode()
