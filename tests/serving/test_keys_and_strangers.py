@@ -174,9 +174,8 @@ def test_keys_are_written_nowhere(tmp_path: Path, make_users: Callable[[int], li
             # A failure inside the server writes a traceback.
             name = client.get("/v1/contexts", headers=bearer(MINE)).json()["data"][0]["id"]
             path = tmp_path / "data" / "contexts" / f"{name}.safetensors"
-            damaged = path.read_bytes()[:-5]
-            path.unlink()
-            path.write_bytes(damaged)
+            (tmp_path / "damaged").write_bytes(path.read_bytes()[:-5])
+            (tmp_path / "damaged").replace(path)
             failed = client.post(f"/v1/contexts/{name}/append", json={"text": "The"}, headers=bearer(MINE))
             answers += [failed.text, client.get("/metrics").text, client.get("/health").text]
         server.end()
