@@ -16,6 +16,7 @@ from benchmarks.operations import SEED
 from benchmarks.providers import with_backend
 from benchmarks.rows import FLOOR, OK, OTHER
 from gakernels import Adapter, GenerativeAdapter, GeneratorConfig
+from gakernels.serving.key_values import cache_name
 from gakernels.serving.row_adapters import RowAdapters, SharedMaps
 
 # Errors add up over the layers of a model, and the norm answers to the small directions of a state.
@@ -233,10 +234,10 @@ def _merged(made: GenerativeAdapter, adapter: Adapter) -> Iterator[None]:
 
 @torch.no_grad()
 def _greedy(base: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
-    tokens, cache, step = [], None, ids
+    tokens, cache, step, name = [], None, ids, cache_name(base)
     for _ in range(count):
-        output: Any = base(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        output: Any = base(input_ids=step, use_cache=True, logits_to_keep=1, **{name: cache})
+        cache, step = output[name], output.logits[:, -1:].argmax(-1)
         tokens.append(step)
     return torch.cat(tokens, 1)
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import ipaddress
+import re
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from gakernels.errors import InputError
 from gakernels.serving.api_keys import ApiKeys
 from gakernels.serving.limits import Limits
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 # A conversation with the models of the package, which know questions and answers only.
 DEMO_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -39,6 +41,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--name", help="name of the base model in requests (default: from its folder)")
     parser.add_argument("--api-keys", type=Path, help="file with one API key a line; each sees its own contexts only")
     parser.add_argument("--chat-template", type=Path, help="Jinja template (default: the tokenizer's)")
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin (https://example.org) use the server from a browser; may be repeated; * for "
+        "all (default: none)",
+    )
     parser.add_argument("--threads", type=int, help="of the CPU operations (default: 1 with the package's own model)")
     _add_limits(parser)
     _add_vllm(parser)
@@ -98,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
         disk_mebibytes=options.cache_disk,
         threads=1 if embedded and options.threads is None else options.threads,
         chat_template=DEMO_CHAT_TEMPLATE if embedded and template is None else template,
+        cors_origins=tuple(options.cors_origin),
         vllm_url=options.url,
         vllm_key=None if options.vllm_key is None else read_text(options.vllm_key, "--vllm-key").strip(),
         vllm_adapters=options.vllm_adapters,
@@ -114,6 +125,12 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, but it is {value}")
+    for origin in options.cors_origin:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise InputError(
+                f"--cors-origin must be * or an origin as browsers send it, such as https://example.org or "
+                f"http://localhost:3000, without a path and in small letters, but it is {origin!r}"
+            )
     if options.api_keys is None and not _is_loopback(options.host):
         raise InputError(f"--host {options.host} lets other machines in; give --api-keys as well")
 

@@ -16,7 +16,7 @@ class Asker:
         chat: whether a question is a user's message, as instruction tuning writes it (docs/instruction_tuning.md).
 
     Raises:
-        InputError: there is to be a chat, but the tokenizer is a slow one.
+        InputError: there is to be a chat, but the tokenizer is unfit for it; see `ChatEncoder`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> None:

@@ -79,7 +79,7 @@ class Scenario:
         ask: the requests of a case, by its number.
         measure: the samples of a method's answers, by cell and metric.
         new_tokens: most tokens of an answer.
-        stops: texts in front of which an answer ends.
+        stops: texts in front of which an answer ends; special tokens may be part of them.
         training: question and answer pairs of other contexts, for supervised fine-tuning.
         write_prompt: how an adapted or tuned model is asked a question, for tuning.
         settings: what else the results depend on, JSON types.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,12 @@ from transformers import Cache
 
 from gakernels.adapter import Adapter, stack
 from gakernels.errors import InputError
-from gakernels.evaluation.prompts import cut_answer
 from gakernels.model import GenerativeAdapter
 from gakernels.nn import LowRankFactors
 from gakernels.positions import position_limit
 from gakernels.serving import key_values
 from gakernels.serving.decoding_batch import check_attention
-from gakernels.serving.scheduler import end_tokens
+from gakernels.serving.text_output import TextOutput
 from gakernels.windows import pad_left
 
 LEAST_SHARED = 64  # tokens; fewer are not worth a pass of their own
@@ -82,7 +82,7 @@ class Decoder:
             raise InputError("tokenizer is needed to ask questions; the base model has none")
         check_attention(model)
         self.model, self.tokenizer = model, model.tokenizer
-        self._ends = torch.tensor(end_tokens(model), dtype=torch.int64, device=model.device)
+        self._ends = torch.tensor(model.end_tokens(), dtype=torch.int64, device=model.device)
         settings = model.base.config.get_text_config()
         self._slides = getattr(settings, "sliding_window", None) is not None
         self.limit: int | None = position_limit(settings)
@@ -113,7 +113,7 @@ class Decoder:
         cache = key_values.new_cache()
         ids = torch.tensor([first.tokens[:common]], device=self.model.device)
         with self.model.using(self._factors([first])):
-            self.model.base.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+            self.model.base.get_decoder()(input_ids=ids, **self._past(cache))
         return SharedStart(common, cache)
 
     @torch.inference_mode()
@@ -125,7 +125,7 @@ class Decoder:
         Args:
             rows: the batch.
             new_tokens: most tokens of an answer.
-            stops: texts in front of which an answer ends.
+            stops: texts in front of which an answer ends; special tokens may be part of them.
             shared: what `shared_start` gave for these rows and perhaps others.
 
         Returns:
@@ -135,38 +135,35 @@ class Decoder:
         ids, mask = (tensor.to(self.model.device) for tensor in pad_left([row.tokens[known:] for row in rows], 0))
         mask = torch.cat([mask.new_ones(len(rows), known), mask], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
-        written: list[list[int]] = [[] for _ in rows]
+        outputs, answers = [TextOutput(self.tokenizer, row.tokens, stops) for row in rows], [""] * len(rows)
         open_rows = list(range(len(rows)))
         with self.model.using(self._factors(rows)):
             for _ in range(new_tokens):
                 output = self.model.base.get_decoder()(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                    input_ids=ids, attention_mask=mask, position_ids=positions, **self._past(cache)
                 )
                 tokens = self.model.logits(output.last_hidden_state[:, -1]).argmax(-1)
-                open_rows = self._append(written, open_rows, tokens, stops)
+                open_rows = self._append(answers, outputs, open_rows, tokens)
                 if not open_rows:
                     break
                 ids, positions = tokens[:, None], positions[:, -1:] + 1
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        return [cut_answer(self._text(tokens), stops) for tokens in written]
+        for row in open_rows:
+            answers[row] += outputs[row].flush()[0]
+        return [answer.strip() for answer in answers]
 
     def _append(
-        self, written: list[list[int]], open_rows: list[int], tokens: Tensor, stops: Sequence[str]
+        self, answers: list[str], outputs: Sequence[TextOutput], open_rows: list[int], tokens: Tensor
     ) -> list[int]:
         """Add the next token to the rows that are not finished; returns those that go on."""
         values, ended = torch.stack([tokens, torch.isin(tokens, self._ends)]).tolist()
         still_open = []
         for row in open_rows:
-            if ended[row]:
-                continue
-            written[row].append(values[row])
-            text = self._text(written[row])
-            if not any(stop in text for stop in stops):
+            piece, stopped = outputs[row].flush() if ended[row] else outputs[row].push(values[row])
+            answers[row] += piece
+            if not ended[row] and not stopped:
                 still_open.append(row)
         return still_open
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @torch.inference_mode()
     def losses(self, rows: Sequence[Row], shared: SharedStart | None = None) -> list[tuple[float, int]]:
@@ -186,11 +183,14 @@ class Decoder:
         ids, scored = ids.to(self.model.device), scored.to(self.model.device)
         with self.model.using(self._factors(rows)):
             # No attention mask: attention is causal and the padding on the right, so no token sees it.
-            past = {"past_key_values": cache, "use_cache": True} if known else {"use_cache": False}
+            past = self._past(cache) if known else {"use_cache": False}
             hidden = self.model.base.get_decoder()(input_ids=ids, **past).last_hidden_state
         losses = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         losses[scored] = self.model.token_loss(hidden[:, :-1][scored[:, 1:]], ids[scored]).double()
         return list(zip(losses.sum(1).tolist(), scored.sum(1).tolist(), strict=True))
+
+    def _past(self, cache: Cache) -> dict[str, Any]:
+        return {key_values.cache_name(self.model.base.get_decoder()): cache, "use_cache": True}
 
     @staticmethod
     def _known(rows: Sequence[Row], shared: SharedStart | None) -> tuple[int, Cache]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gakernels.attachment import decoder_layers
 from gakernels.errors import InputError
+from gakernels.serving.key_values import cache_name
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,9 @@ def _one_token(
     for name in linears:
         layer.get_submodule(name).register_forward_pre_hook(note(name))
     with torch.no_grad(), _refusing("config must be that of a model that reads a token and keeps its keys and values"):
-        output = base.get_decoder()(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
-        cached = output.past_key_values.layers[0]
+        decoder = base.get_decoder()
+        output = decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+        cached = output[cache_name(decoder)].layers[0]
     return tuple(tuple(stage) for stage in stages.values()), cached.keys, cached.values
 
 

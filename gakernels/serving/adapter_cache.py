@@ -128,7 +128,7 @@ class AdapterCache:
             if size is not None:
                 self._count("disk", -size, -1)
         if size is not None:
-            self._path(key).unlink(missing_ok=True)
+            self._unlink(key)
 
     def close(self) -> None:
         """Wait for what is being loaded, and end the thread. The files stay for the next run."""
@@ -225,7 +225,7 @@ class AdapterCache:
             self._count("disk", size, 1)
             leaving = self._oldest_files(limit)
         for name in leaving:
-            self._path(name).unlink(missing_ok=True)
+            self._unlink(name)
 
     def _oldest_files(self, limit: int) -> list[str]:
         """Forget files until the rest is within the bound. Called with the lock held."""
@@ -240,7 +240,7 @@ class AdapterCache:
     def _remove_file(self, key: str) -> None:
         with self._lock:
             self._count("disk", -self._files.pop(key), -1)
-        self._path(key).unlink(missing_ok=True)
+        self._unlink(key)
 
     def _count(self, tier: str, size: int, entries: int) -> None:
         self.tiers[tier].used_bytes += size
@@ -249,6 +249,12 @@ class AdapterCache:
     def _path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{key}{_SUFFIX}"
+
+    def _unlink(self, key: str) -> None:
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:  # it is not in the books any more, and is found again by the next run
+            logger.warning("a cached adapter could not be removed: %s", error)
 
     def _find_files(self, folder: Path) -> None:
         """Take over the files of an earlier run, the oldest first."""
@@ -260,4 +266,4 @@ class AdapterCache:
             self._files[path.name.removesuffix(_SUFFIX)] = status.st_size
             self._count("disk", status.st_size, 1)
         for name in self._oldest_files(self.tiers["disk"].limit_bytes):
-            self._path(name).unlink(missing_ok=True)
+            self._unlink(name)

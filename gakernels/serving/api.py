@@ -6,10 +6,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gakernels.serving.adapter_cache import AdapterCache
@@ -25,6 +27,8 @@ from gakernels.serving.openai_routes import Completions, openai_routes
 from gakernels.serving.protocol import Health
 from gakernels.version import __version__
 
+_OWNER = "gakernels.owner"  # in the scope of a request
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -38,6 +42,7 @@ class Parts:
         keys: who may use it.
         limits: how much it takes on.
         metrics: what it counts.
+        cors_origins: web pages of these may use it from a browser; `*` for all.
         close: called when the server ends.
     """
 
@@ -48,6 +53,7 @@ class Parts:
     keys: ApiKeys
     limits: Limits
     metrics: Metrics
+    cors_origins: tuple[str, ...]
     close: Callable[[], Any]
 
 
@@ -67,11 +73,8 @@ def create_app(parts: Parts) -> FastAPI:
     )
     bearer = HTTPBearer(auto_error=False)
 
-    def owner(given: Annotated[HTTPAuthorizationCredentials | None, depends(bearer)]) -> str:
-        found = parts.keys.owner(None if given is None else given.credentials)
-        if found is None:
-            raise unauthorised()
-        return found
+    def owner(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, depends(bearer)]) -> str:
+        return str(request.scope[_OWNER])  # the bearer itself is for the schema
 
     store = parts.contexts.store
     app.include_router(context_routes(parts.contexts, parts.metrics, depends(owner)))
@@ -90,11 +93,52 @@ def create_app(parts: Parts) -> FastAPI:
         return PlainTextResponse(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     add_handlers(app)
+    app.add_middleware(ReadAsJson)
     app.add_middleware(BodyLimit, limit=parts.limits.body_bytes)
+    app.add_middleware(KeysFirst, keys=parts.keys)
+    if parts.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=parts.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Content-Disposition", "Retry-After"],
+        )
     app.add_middleware(Counted, metrics=parts.metrics)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     _watch(parts)
     return app
+
+
+class KeysFirst:
+    """Asks for the key before anything of the body is read: who has none can't fill the memory with bodies."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            found = self._keys.owner(key if kind.lower() == "bearer" else None)
+            if found is None:
+                await unauthorised().response()(scope, receive, send)
+                return
+            scope[_OWNER] = found
+        await self._app(scope, receive, send)
+
+
+class ReadAsJson:
+    """A body without a Content-Type is read as JSON, except a web page's, which a browser would send unasked."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and not {b"content-type", b"origin"} & {name for name, _ in scope["headers"]}:
+            scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]
+        await self._app(scope, receive, send)
 
 
 class Counted:

@@ -56,6 +56,12 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, "invalid_value", param)
 
 
+def not_json(content_type: str | None) -> ApiError:
+    """The body is said to be something else."""
+    found = "there is none" if content_type is None else f"it is {content_type[:100]!r}"
+    return ApiError(415, f"the Content-Type must be application/json, but {found}", "unsupported_media_type")
+
+
 def unauthorised() -> ApiError:
     """There is no valid key."""
     return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
@@ -71,6 +77,17 @@ def no_such_model(name: str) -> ApiError:
     return ApiError(404, f"there is no model {name[:100]!r}", "model_not_found", "model")
 
 
+def hung_up() -> ApiError:
+    """Nobody reads this; the number, which nginx uses for it, is for the metrics."""
+    return ApiError(499, "the client hung up before there was an answer", "hung_up")
+
+
+def storage_error(error: OSError, what: str) -> ApiError:
+    """The disk is full, can't be read, or is gone; the log says how."""
+    logger.error("%s: %s", what, error)
+    return ApiError(503, what, "storage_error")
+
+
 def from_failure(error: Exception, model: str) -> ApiError:
     """What to tell of a failure on the way to an answer."""
     if isinstance(error, ApiError):
@@ -79,6 +96,8 @@ def from_failure(error: Exception, model: str) -> ApiError:
         return ApiError(503, str(error), "overloaded")
     if isinstance(error, StaleError):
         return no_such_model(model)
+    if isinstance(error, OSError):
+        return storage_error(error, "the adapter could not be read or written")
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server could not do it; its log says why", "internal_error")
 
@@ -95,7 +114,9 @@ def add_handlers(app: FastAPI) -> None:
         return from_failure(error, "").response()
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _(request: Request, error: RequestValidationError) -> JSONResponse:
+        if isinstance(error.body, bytes):  # nothing has read it as JSON
+            return not_json(request.headers.get("content-type")).response()
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])
         return bad_request(f"{place or 'body'}: {first['msg']}", place[:100] or None).response()
@@ -115,6 +136,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is malformed or exceeds a limit."},
     401: {"model": ErrorBody, "description": "There is no valid API key."},
     413: {"model": ErrorBody, "description": "The request is too large."},
+    415: {"model": ErrorBody, "description": "The body is not said to be JSON."},
     503: {"model": ErrorBody, "description": "Too much is waiting; try again later."},
 }
 NOT_FOUND: dict[int | str, dict[str, Any]] = {

@@ -6,12 +6,13 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
 from pydantic import BaseModel
 
+from gakernels.chat_templates import chat_template
 from gakernels.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
@@ -20,7 +21,15 @@ from gakernels.serving.api_errors import ApiError, bad_request
 from gakernels.serving.context_store import Context
 from gakernels.serving.contexts import Contexts
 from gakernels.serving.engine import Engine
-from gakernels.serving.events import DONE, as_event, chat_event, chat_opening, completion_event, finish_reason
+from gakernels.serving.events import (
+    DONE,
+    EventStream,
+    as_event,
+    chat_event,
+    chat_opening,
+    completion_event,
+    finish_reason,
+)
 from gakernels.serving.generation import Generation, Piece
 from gakernels.serving.limits import Limits
 from gakernels.serving.metrics import Metrics
@@ -37,7 +46,6 @@ from gakernels.serving.protocol import (
 )
 from gakernels.serving.rows import Rows
 from gakernels.serving.sampling import Sampling
-from gakernels.serving.scheduler import end_tokens
 
 
 class LocalCompletions:
@@ -49,7 +57,7 @@ class LocalCompletions:
         contexts: where adapters come from.
         limits: of prompts and tokens.
         metrics: where tokens are counted.
-        chat_template: Jinja template of a conversation; the tokenizer's own if not given.
+        template: Jinja template of a conversation; the tokenizer's own if not given.
     """
 
     def __init__(
@@ -59,21 +67,20 @@ class LocalCompletions:
         contexts: Contexts,
         limits: Limits,
         metrics: Metrics,
-        chat_template: str | None = None,
+        template: str | None = None,
     ) -> None:
         self._engine, self._contexts, self._limits, self._metrics = engine, contexts, limits, metrics
-        self._model, self._ends = model, end_tokens(model)
-        self._template = chat_template or getattr(model.tokenizer, "chat_template", None)
+        self._model, self._ends, self._template = model, model.end_tokens(), template
         settings = model.base.config.get_text_config()
         self._longest = position_limit(settings) or 2**31
 
-    async def complete(self, request: CompletionRequest, context: Context | None) -> Completion | AsyncIterator[str]:
+    async def complete(self, request: CompletionRequest, context: Context | None) -> Completion | EventStream:
         """The answer, or the events of a stream. Raises: ApiError."""
         prompts = await self._encode(request.prompts())
         rows = self._start(request, prompts, [request.max_tokens] * len(prompts), context)
         frame = partial(Completion, id=_name("cmpl"), created=int(time.time()), model=request.model)
         if request.stream:
-            return self._events(rows, partial(completion_event, frame), frame, request.wants_usage)
+            return self._stream(rows, partial(completion_event, frame), frame, request.wants_usage)
         await self._finish(rows)
         choices = [
             CompletionChoice(index=index, text=row.text, finish_reason=finish_reason(row.finished))
@@ -81,7 +88,7 @@ class LocalCompletions:
         ]
         return frame(choices=choices, usage=rows.usage)
 
-    async def chat(self, request: ChatRequest, context: Context | None) -> ChatCompletion | AsyncIterator[str]:
+    async def chat(self, request: ChatRequest, context: Context | None) -> ChatCompletion | EventStream:
         """The answer, or the events of a stream. Raises: ApiError."""
         prompt = await self._contexts.with_text(partial(self._conversation, request))
         asked = request.max_completion_tokens or request.max_tokens
@@ -91,7 +98,7 @@ class LocalCompletions:
         name, created = _name("chatcmpl"), int(time.time())
         if request.stream:
             frame = partial(ChatChunk, id=name, created=created, model=request.model)
-            return self._events(rows, partial(chat_event, frame), frame, request.wants_usage, chat_opening(frame))
+            return self._stream(rows, partial(chat_event, frame), frame, request.wants_usage, chat_opening(frame))
         await self._finish(rows)
         row = rows.generations[0]
         choice = ChatChoice(index=0, message=ChatMessage(content=row.text), finish_reason=finish_reason(row.finished))
@@ -115,12 +122,16 @@ class LocalCompletions:
 
     def _conversation(self, request: ChatRequest) -> list[int]:
         tokenizer = self._contexts.tokenizer
-        if tokenizer is None or self._template is None:
+        try:
+            template = None if tokenizer is None else self._template or chat_template(tokenizer)
+        except InputError as error:
+            raise bad_request(f"{error}; start the server with --chat-template", "messages") from error
+        if tokenizer is None or template is None:
             raise bad_request("this model has no chat template; start the server with --chat-template", "messages")
         messages = [message.model_dump() for message in request.messages]
         try:
             text = tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # templates refuse conversations that they don't know in ways of their own
             raise bad_request(f"the chat template refuses these messages: {error}", "messages") from error
@@ -137,6 +148,7 @@ class LocalCompletions:
     ) -> Rows:
         for prompt, count in zip(prompts, new_tokens, strict=True):
             self._check(prompt, count)
+        self._check_ids(request.stop_token_ids or (), "stop_token_ids")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
 
         def sink(index: int, piece: Piece) -> None:
@@ -162,18 +174,15 @@ class LocalCompletions:
             for generation in generations:
                 self._engine.submit(generation)
         except Exception:
-            for generation in generations:
-                generation.cancel()
+            rows.cancel()
             raise
         self._metrics.prompt_tokens.add(rows.usage.prompt_tokens)
         return rows
 
     def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
-        vocabulary = self._model.base.get_input_embeddings().num_embeddings
         if not prompt:
             raise bad_request("a prompt must have at least one token, but one has none", "prompt")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise bad_request(f"token ids must be between 0 and {vocabulary - 1}", "prompt")
+        self._check_ids(prompt, "prompt")
         if new_tokens > self._limits.new_tokens:
             raise bad_request(f"max_tokens may be {self._limits.new_tokens}, not {new_tokens}", "max_tokens")
         if len(prompt) + new_tokens > self._limits.cache_tokens:
@@ -186,27 +195,59 @@ class LocalCompletions:
                 "context_length_exceeded",
             )
 
+    def _check_ids(self, tokens: Sequence[int], name: str) -> None:
+        vocabulary = self._model.base.get_input_embeddings().num_embeddings
+        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        if wrong is not None:
+            raise bad_request(f"{name}: token ids must be between 0 and {vocabulary - 1}, but one is {wrong}", name)
+
     def _adapter(self, context: Context | None) -> Callable[[], Future[CompactAdapter]] | None:
         return None if context is None or not context.revision else partial(self._contexts.adapter, context)
 
     def _sampling(self, request: SamplingRequest, new_tokens: int) -> Sampling:
-        return Sampling(new_tokens, request.temperature, request.top_k, request.top_p, request.seed, request.stops())
+        return Sampling(
+            new_tokens,
+            request.temperature,
+            request.top_k,
+            request.top_p,
+            request.seed,
+            request.stops(),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            skip_special_tokens=request.skip_special_tokens,
+        )
 
     # Answers
 
     async def _finish(self, rows: Rows) -> None:
-        async for _ in rows:
-            pass
+        try:
+            async for _ in rows:
+                pass
+        finally:
+            self._end(rows)
+
+    def _end(self, rows: Rows) -> None:
+        """Nobody waits for them any more."""
+        rows.cancel()
         self._metrics.new_tokens.add(rows.usage.completion_tokens)
 
-    async def _events(
+    def _stream(
         self,
         rows: Rows,
         event: Callable[[int, Piece], BaseModel],
         frame: Callable[..., BaseModel],
         wants_usage: bool,
         opening: BaseModel | None = None,
-    ) -> AsyncIterator[str]:
+    ) -> EventStream:
+        return EventStream(self._events(rows, event, frame, wants_usage, opening), partial(self._end, rows))
+
+    @staticmethod
+    async def _events(
+        rows: Rows,
+        event: Callable[[int, Piece], BaseModel],
+        frame: Callable[..., BaseModel],
+        wants_usage: bool,
+        opening: BaseModel | None,
+    ) -> AsyncGenerator[str, None]:
         """Server-sent events; an error that comes too late for a status is the last one."""
         if opening is not None:
             yield as_event(opening)
@@ -217,8 +258,6 @@ class LocalCompletions:
         except ApiError as error:
             yield f"data: {json.dumps(error.body())}\n\n"
             return
-        finally:
-            self._metrics.new_tokens.add(rows.usage.completion_tokens)
         if wants_usage:
             yield as_event(frame(choices=[], usage=rows.usage))
         yield DONE

@@ -8,6 +8,7 @@ the disk.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -16,13 +17,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from gakernels.errors import FormatError, InputError
 from gakernels.files import read_description, read_tensors, write_tensors
 
+logger = logging.getLogger(__name__)
 KIND = "context"
 SUFFIX = ".safetensors"
 IDENTIFIER = r"ctx-[0-9a-f]{32}"
@@ -78,12 +80,7 @@ class ContextStore:
         self._folder = Path(folder)
         self._fingerprints = {"base_fingerprint": base_fingerprint, "generator_fingerprint": generator_fingerprint}
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._guard = (self._folder / "lock").open("w")
-        try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._guard.close()
-            raise InputError(f"folder {self._folder} is in use by another process") from error
+        self._guard = _guarded(self._folder)
         self._lock = threading.Lock()
         self._contexts: dict[str, Context] = {}
         self.damaged: list[str] = []
@@ -99,6 +96,7 @@ class ContextStore:
 
     def create(self, owner: str, label: str = "") -> Context:
         """A new, empty context."""
+        self._check_folder()
         context = Context(f"ctx-{secrets.token_hex(16)}", owner, label, int(time.time()))
         self._write(context, {})
         return context
@@ -123,6 +121,8 @@ class ContextStore:
     def states(self, context: Context) -> dict[str, Tensor]:
         """The states (1, d_r, d_r) by adapted layer, on the CPU; none for a context without an append.
 
+        The file has the last word: where somebody has removed or replaced it, the store takes that over.
+
         Raises:
             StaleError: the context is of another revision meanwhile, or deleted.
             FormatError: the file is damaged.
@@ -133,8 +133,12 @@ class ContextStore:
         except (InputError, OSError):
             if path.exists():
                 raise
+            self._take_over(context, None)
             raise StaleError(f"context {context.id} has been deleted") from None
-        if _context(path, description) != context:
+        found = _context(path, description)
+        if found != context:
+            mine = found.owner == context.owner and self._fingerprints.items() <= description.items()
+            self._take_over(context, found if mine else None)
             raise StaleError(f"context {context.id} is not of revision {context.revision} any more")
         # Copies: what was read is a view of the file, and reading a view of a file that is cut short ends the process.
         return {name: state[None].clone() for name, state in tensors.items()}
@@ -150,15 +154,16 @@ class ContextStore:
         """
         if self.get(context.id, context.owner) != context:
             raise StaleError(f"context {context.id} has been deleted or is not of revision {context.revision} any more")
+        self._check_folder()
         new = replace(context, revision=context.revision + 1, tokens_seen=context.tokens_seen + tokens)
         self._write(new, {name: state[0] for name, state in states.items()})
         return new
 
     def delete(self, context: Context) -> None:
-        """Remove a context; nothing happens if it is gone already."""
+        """Remove a context; nothing happens if it is gone already. Raises: OSError: it can't be; it is still there."""
+        self._path(context.id).unlink(missing_ok=True)
         with self._lock:
             self._contexts.pop(context.id, None)
-        self._path(context.id).unlink(missing_ok=True)
         self._sync_folder()
 
     def _write(self, context: Context, states: Mapping[str, Tensor]) -> None:
@@ -166,9 +171,45 @@ class ContextStore:
         with self._lock:
             self._contexts[context.id] = context
 
+    def _take_over(self, context: Context, found: Context | None) -> None:
+        """The context's file is another one, or none, and this store has not done it."""
+        with self._lock:
+            if self._contexts.get(context.id) != context:
+                return
+            if found is not None:
+                self._contexts[context.id] = found
+            else:
+                del self._contexts[context.id]
+                logger.error("context %s: its file has been removed, or is that of another owner or model", context.id)
+
+    def _check_folder(self) -> None:
+        """Hold the folder again if somebody has removed it, before anything is written there.
+
+        Raises:
+            OSError: another process holds the one that is there now.
+        """
+        with self._lock:
+            try:
+                if os.path.samestat((self._folder / "lock").stat(), os.fstat(self._guard.fileno())):
+                    return
+            except FileNotFoundError:
+                pass
+            logger.error("folder %s has been removed or replaced; it is made anew where it is not there", self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                guard = _guarded(self._folder)
+            except InputError as error:
+                raise OSError(str(error)) from error
+            self._guard.close()
+            self._guard = guard
+            self._contexts = {name: one for name, one in self._contexts.items() if self._path(name).exists()}
+
     def _sync_folder(self) -> None:
         """Bring the folder's names to the disk: until then a crash of the machine could bring a deleted one back."""
-        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(self._folder, os.O_RDONLY)
+        except FileNotFoundError:
+            return  # the folder itself has been removed
         try:
             os.fsync(descriptor)
         finally:
@@ -199,6 +240,17 @@ class ContextStore:
                     "use another folder for each generator"
                 )
         self._contexts[context.id] = context
+
+
+def _guarded(folder: Path) -> IO[str]:
+    """An open file that keeps other processes from using the folder. Raises: InputError: one does."""
+    guard = (folder / "lock").open("w")
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        guard.close()
+        raise InputError(f"folder {folder} is in use by another process") from error
+    return guard
 
 
 def _context(path: Path, description: Mapping[str, Any]) -> Context:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import io
-import logging
 import shutil
 import tempfile
 import weakref
@@ -24,13 +23,12 @@ from gakernels.context import encode
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.serving.adapter_cache import AdapterCache
-from gakernels.serving.api_errors import ApiError, bad_request, no_such_context
+from gakernels.serving.api_errors import ApiError, bad_request, no_such_context, storage_error
 from gakernels.serving.context_store import Context, ContextStore, StaleError
 from gakernels.serving.engine import Engine
 from gakernels.serving.limits import Limits
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 class Contexts:
@@ -100,7 +98,7 @@ class Contexts:
         async with self._creating:
             if len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key:
                 raise ApiError(409, "there are as many contexts as there may be; delete one first", "too_many_contexts")
-            with _told_if_full():
+            with _storage("the context could not be written"):
                 context = await asyncio.to_thread(self.store.create, owner, label)
         if tokens is None:
             return context
@@ -134,20 +132,30 @@ class Contexts:
             tokens = await self._encode(more, first=context.tokens_seen == 0)
             if context.tokens_seen + len(tokens) > self._limits.context_tokens:
                 raise bad_request(f"a context may have {self._limits.context_tokens} tokens; this would be more")
-            before = await asyncio.to_thread(self._states, context)
-            work = self._engine.work(lambda: self._passes(tokens, before))
-            after = await asyncio.wrap_future(work)
-            with _told_if_full():
-                new = await asyncio.to_thread(self.store.commit, context, after, len(tokens))
-            await asyncio.to_thread(self.cache.drop, _key(context))
+            try:
+                with _storage("the context could not be read"):
+                    before = await asyncio.to_thread(self._states, context)
+                work = self._engine.work(lambda: self._passes(tokens, before))
+                after = await asyncio.wrap_future(work)
+                with _storage("the context could not be written; it is as it was before"):
+                    new = await asyncio.to_thread(self.store.commit, context, after, len(tokens))
+            except StaleError as error:  # somebody has changed or removed its file
+                now = self.get(identifier, owner)
+                raise ApiError(409, f"the context is of revision {now.revision}", "wrong_revision") from error
+            for name in (_key(context), _key(new)):  # of the new name there may be one from before a backup came back
+                await asyncio.to_thread(self.cache.drop, name)
             self.adapter(new)  # ahead of need
         return new
 
     async def delete(self, identifier: str, owner: str) -> None:
         """Remove a context and what was made of it. Raises: ApiError: there is none of that name."""
+        self.get(
+            identifier, owner
+        )  # before the lock: nobody may learn that somebody else's context is being appended to
         async with self._lock(identifier):
             context = self.get(identifier, owner)
-            await asyncio.to_thread(self.store.delete, context)
+            with _storage("the context could not be removed"):
+                await asyncio.to_thread(self.store.delete, context)
             await asyncio.to_thread(self.cache.drop, _key(context))
         for callback in self._deleted:
             await callback(context)
@@ -168,10 +176,11 @@ class Contexts:
             raise ApiError(409, "the context is empty; append to it first", "empty_context")
         async with self._exporting:
             try:
-                compact = await asyncio.wrap_future(self.adapter(context))
+                with _storage("the adapter could not be written"):
+                    compact = await asyncio.wrap_future(self.adapter(context))
+                    return await asyncio.to_thread(self._export, f"{context.id}-{context.revision}", compact, form)
             except StaleError:
                 raise no_such_context(identifier) from None
-            return await asyncio.to_thread(self._export, f"{context.id}-{context.revision}", compact, form)
 
     def adapter(self, context: Context) -> Future[CompactAdapter]:
         """Begin to bring the context's adapter, as it is now, to the device.
@@ -239,6 +248,7 @@ class Contexts:
         return self._model.compact_adapters(states, [context.tokens_seen], self._model.base.dtype)[0]
 
     def _export(self, name: str, compact: CompactAdapter, form: str) -> tuple[str, bytes]:
+        self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             path = Path(folder) / "adapter"
             if form == "compact":
@@ -253,13 +263,12 @@ class Contexts:
 
 
 @contextmanager
-def _told_if_full() -> Iterator[None]:
-    """A disk that can't be written to is not a defect of the server."""
+def _storage(what: str) -> Iterator[None]:
+    """A disk that can't be read or written is not a defect of the server."""
     try:
         yield
     except OSError as error:
-        logger.error("a context could not be written: %s", error)
-        raise ApiError(503, "the context could not be written; it is as it was before", "storage_error") from error
+        raise storage_error(error, what) from error
 
 
 def _key(context: Context) -> str:

@@ -122,10 +122,10 @@ class DecodingBatch:
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, adapters: RowAdapters, adapted: bool
     ) -> Tensor:
         """Logits (rows, vocabulary) behind the last column."""
+        decoder = self.model.base.get_decoder()
+        past = {key_values.cache_name(decoder): cache, "use_cache": True}
         with self.model.using(adapters.factors() if adapted else {}):
-            output = self.model.base.get_decoder()(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
+            output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **past)
         return self.model.logits(output.last_hidden_state[:, -1])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,6 +12,24 @@ from gakernels.serving.generation import LENGTH, Piece
 from gakernels.serving.protocol import ChatChunk, ChatChunkChoice, Completion, CompletionChoice, FinishReason
 
 DONE = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """The events of an answer.
+
+    Attributes:
+        events: as text.
+        end: what else must happen when nobody wants them any more, even if nobody has asked for the first one.
+    """
+
+    events: AsyncGenerator[str, None]
+    end: Callable[[], None] = lambda: None
+
+    async def close(self) -> None:
+        """The answer is out, or its reader has gone."""
+        self.end()
+        await self.events.aclose()
 
 
 def completion_event(frame: Callable[..., Completion], index: int, piece: Piece) -> Completion:

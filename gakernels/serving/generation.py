@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gakernels.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.serving.sampling import Sampling
-from gakernels.serving.text_output import StopTexts, TokenText
+from gakernels.serving.text_output import TextOutput
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 
@@ -75,9 +75,12 @@ class Generation:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             self.random = torch.Generator().manual_seed(seed)
         self._adapter = adapter
-        self._end_tokens = frozenset(end_tokens) if sampling.stop_at_end_token else frozenset[int]()
-        self._token_text = None if tokenizer is None else TokenText(tokenizer, self.prompt)
-        self._stops = StopTexts(sampling.stop)
+        self._end_tokens = frozenset(sampling.stop_token_ids)
+        if sampling.stop_at_end_token:
+            self._end_tokens |= frozenset(end_tokens)
+        self._output = None
+        if tokenizer is not None:
+            self._output = TextOutput(tokenizer, self.prompt, sampling.stop, sampling.skip_special_tokens)
         self._on_piece = on_piece
         self._load: Future[CompactAdapter] | None = None
         self._on_end: Callable[[], None] | None = None
@@ -115,7 +118,7 @@ class Generation:
         if token in self._end_tokens:
             self._finish(STOP)
             return
-        piece, stopped = self._stops.push("" if self._token_text is None else self._token_text.push(token))
+        piece, stopped = ("", False) if self._output is None else self._output.push(token)
         if stopped:
             self.finished = STOP
         if self.finished is None and len(self.tokens) >= self.sampling.max_new_tokens:
@@ -140,10 +143,10 @@ class Generation:
     def _finish(self, reason: str, piece: str = "") -> None:
         """End with the text that was held back, which may bring a stop text after all."""
         self.finished = reason
-        if self._token_text is not None:
-            rest, stopped = self._stops.push(self._token_text.flush())
+        if self._output is not None:
+            rest, stopped = self._output.flush()
             self.finished = STOP if stopped else reason
-            piece += rest + self._stops.flush()
+            piece += rest
         self._emit(piece)
 
     def _emit(self, text: str) -> None:

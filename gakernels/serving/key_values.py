@@ -6,11 +6,14 @@ So a step needs one mask of left padding, whatever the rows' lengths, and a new 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -57,6 +60,16 @@ class GrowingLayer(DynamicLayer):
 def new_cache() -> Cache:
     """An empty cache; the model makes its layers."""
     return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a model or decoder calls its cache, as an argument and in its output: transformers renames it."""
+    return _cache_name(type(module).forward)
+
+
+@functools.cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cache:

@@ -1,15 +1,18 @@
 """The routes of the OpenAI interface: models, completions and chat completions."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import Coroutine
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.params import Depends as Dependency
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
-from gakernels.serving.api_errors import NOT_FOUND, RESPONSES, no_such_model
+from gakernels.serving.api_errors import NOT_FOUND, RESPONSES, hung_up, no_such_model
 from gakernels.serving.context_store import Context, ContextStore
+from gakernels.serving.events import EventStream
 from gakernels.serving.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -20,19 +23,16 @@ from gakernels.serving.protocol import (
 )
 
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+Answer = BaseModel | dict[str, Any] | EventStream
 
 
 class Completions(Protocol):
     """What answers: this process's engine, or another server."""
 
-    async def complete(
-        self, request: CompletionRequest, context: Context | None
-    ) -> BaseModel | dict[str, Any] | AsyncIterator[str]:
+    async def complete(self, request: CompletionRequest, context: Context | None) -> Answer:
         """The answer to a completion request, or the events of a stream."""
 
-    async def chat(
-        self, request: ChatRequest, context: Context | None
-    ) -> BaseModel | dict[str, Any] | AsyncIterator[str]:
+    async def chat(self, request: ChatRequest, context: Context | None) -> Answer:
         """The answer to a chat request, or the events of a stream."""
 
 
@@ -76,21 +76,50 @@ def openai_routes(
         return base if context is None else card(context)
 
     @router.post("/completions", response_model=Completion, responses=NOT_FOUND | {200: _STREAM})
-    async def complete(body: CompletionRequest, owner: Annotated[str, owner]) -> Response:
+    async def complete(body: CompletionRequest, request: Request, owner: Annotated[str, owner]) -> Response:
         """Continue prompts."""
-        return _response(await completions.complete(body, chosen(body.model, owner)))
+        return await _response(request, completions.complete(body, chosen(body.model, owner)))
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=NOT_FOUND | {200: _STREAM})
-    async def chat(body: ChatRequest, owner: Annotated[str, owner]) -> Response:
+    async def chat(body: ChatRequest, request: Request, owner: Annotated[str, owner]) -> Response:
         """Continue a conversation."""
-        return _response(await completions.chat(body, chosen(body.model, owner)))
+        return await _response(request, completions.chat(body, chosen(body.model, owner)))
 
     return router
 
 
-def _response(answer: BaseModel | dict[str, Any] | AsyncIterator[str]) -> Response:
+async def _response(request: Request, work: Coroutine[Any, Any, Answer]) -> Response:
+    """The answer, as soon as it is there. Raises: ApiError: the client hung up first; the work has been cancelled."""
+    answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise hung_up()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.wait({answering, leaving})
+    answer = answering.result()
     if isinstance(answer, BaseModel):
         return JSONResponse(answer.model_dump())
-    if isinstance(answer, dict):
-        return JSONResponse(answer)
-    return StreamingResponse(answer, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return _Events(answer) if isinstance(answer, EventStream) else JSONResponse(answer)
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Events(StreamingResponse):
+    """A stream that is closed in the end, also if the client hangs up before the first event."""
+
+    def __init__(self, stream: EventStream) -> None:
+        super().__init__(stream.events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stream.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_STOPS = 8
 
@@ -24,10 +24,26 @@ StopText = Annotated[Text, Field(min_length=1, max_length=256)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Request(BaseModel):
-    """A request's body."""
+def _may_be_null(schema: dict[str, Any]) -> None:
+    """Tell in the schema of a body that its optional fields may be null."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            kinds = {key: field.pop(key) for key in list(field) if key not in ("title", "description", "default")}
+            several = kinds.get("anyOf", [kinds])
+            field["anyOf"] = several if {"type": "null"} in several else [*several, {"type": "null"}]
 
-    model_config = ConfigDict(extra="forbid")
+
+class Request(BaseModel):
+    """A request's body. A field that is null is one that is not given, whether it is known here or not."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_may_be_null)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
 
 # Contexts
@@ -111,7 +127,11 @@ class SamplingRequest(Request):
     top_p: Number = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31, description="0 for all")
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="texts in front of which the answer ends; special tokens may be part of them"
+    )
+    stop_token_ids: list[Token] | None = Field(None, description="tokens that end the answer, besides the model's own")
+    skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
@@ -146,11 +166,34 @@ class CompletionRequest(SamplingRequest):
         return [tokens] if tokens else [item for item in self.prompt if not isinstance(item, int)]
 
 
+def _known_role(role: str) -> str:
+    """OpenAI's newer name for the system is in no template."""
+    return "system" if role == "developer" else role
+
+
+class TextPart(Request):
+    """A part of a turn."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _joined(content: str | list[TextPart]) -> str:
+    """The text of a turn; its parts are lines, as in vLLM."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
 class Message(Request):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    content: Text
+    role: Annotated[Literal["system", "developer", "user", "assistant"], AfterValidator(_known_role)]
+    content: Annotated[Text | Annotated[list[TextPart], Field(min_length=1)], AfterValidator(_joined)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_lists(cls, given: Any) -> Any:
+        """A turn that is sent back as it came may have a list of no tool calls, or of no annotations."""
+        return {name: value for name, value in given.items() if value != []} if isinstance(given, dict) else given
 
 
 class ChatRequest(SamplingRequest):

@@ -40,8 +40,12 @@ class Rows:
                 unfinished -= piece.finished is not None
                 yield index, piece
         finally:
-            for generation in self.generations:
-                generation.cancel()  # whoever asked has gone; nothing happens to a finished one
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End them at the next step; nothing happens to finished ones."""
+        for generation in self.generations:
+            generation.cancel()
 
     @property
     def usage(self) -> Usage:

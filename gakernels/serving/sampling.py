@@ -23,7 +23,9 @@ class Sampling:
         top_p: draw from the most likely tokens whose probabilities reach this sum.
         seed: of the row's random numbers; None for a fresh one.
         stop: texts in front of which the continuation ends.
-        stop_at_end_token: whether the tokenizer's end token ends it.
+        stop_at_end_token: whether the model's end tokens end it.
+        stop_token_ids: tokens that end it besides; their text is left out.
+        skip_special_tokens: whether special tokens have no text. Stop texts see them either way.
 
     Raises:
         InputError: a value is out of range.
@@ -36,6 +38,8 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_at_end_token: bool = True
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

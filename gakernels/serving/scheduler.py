@@ -74,6 +74,12 @@ class Scheduler:
         for generation in self.running:
             if generation.cancelled and generation.finished is None:
                 generation.end_cancelled()
+        waiting, self.waiting = self.waiting, deque()
+        for generation in waiting:
+            if generation.cancelled:
+                generation.end_cancelled()
+            else:
+                self.waiting.append(generation)
         if any(generation.finished for generation in self.running):
             self._exchange([], [])
 
@@ -123,9 +129,7 @@ class Scheduler:
             if not self._fits_cache(generation, joining):
                 break
             self.waiting.popleft()
-            if generation.cancelled:
-                generation.end_cancelled()
-            elif not generation.ready:
+            if not generation.ready:
                 passed.append(generation)
             else:
                 self._admit(generation, joining, adapters)
@@ -158,15 +162,6 @@ class Scheduler:
         self._batch.exchange([])
 
 
-def end_tokens(model: GenerativeAdapter) -> tuple[int, ...]:
-    """The ids that end a text: of the base model's generation settings, and the tokenizer's."""
-    configured = getattr(model.base.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    if model.tokenizer is not None:
-        several = [*several, model.tokenizer.eos_token_id]
-    return tuple(sorted({int(token) for token in several if token is not None}))
-
-
 def generate(
     model: GenerativeAdapter,
     prompts: Sequence[str | Sequence[int]],
@@ -197,7 +192,7 @@ def generate(
             f"there must be one adapter and sampling for each of the {len(prompts)} prompts, but there are "
             f"{len(adapters)} and {len(samplings)}"
         )
-    scheduler, ends = Scheduler(model, max_rows), end_tokens(model)
+    scheduler, ends = Scheduler(model, max_rows), model.end_tokens()
     generations = [
         Generation(_tokens(model.tokenizer, prompt), how, adapter, model.tokenizer, ends)
         for prompt, adapter, how in zip(prompts, adapters, samplings, strict=True)

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -15,12 +16,14 @@ from gakernels.serving.adapter_cache import AdapterCache
 from gakernels.serving.api import Parts, create_app
 from gakernels.serving.api_keys import ApiKeys
 from gakernels.serving.completions import LocalCompletions
+from gakernels.serving.connections import PatientProtocol
 from gakernels.serving.context_store import ContextStore
 from gakernels.serving.contexts import Contexts
 from gakernels.serving.engine import Engine
 from gakernels.serving.limits import Limits
 from gakernels.serving.metrics import Metrics
 from gakernels.serving.openai_routes import Completions
+from gakernels.serving.process import allow_files, share_arenas
 from gakernels.serving.vllm import VllmClient, VllmCompletions
 
 _MEBIBYTE = 2**20
@@ -40,6 +43,8 @@ class Settings:
         disk_mebibytes: of cached adapters on disk.
         threads: of the CPU operations; None for PyTorch's default.
         chat_template: Jinja template of a conversation; the tokenizer's own if not given.
+        cors_origins: origins (`https://example.org`) whose web pages may use it from a browser; `*` for all.
+        patience: seconds for a request to come in, see `PatientProtocol`.
         vllm_url: where a vLLM server that decodes is; None: this process decodes.
         vllm_key: API key of that server.
         vllm_adapters: most adapters registered with it at a time.
@@ -54,8 +59,10 @@ class Settings:
     disk_mebibytes: int = 4096
     threads: int | None = None
     chat_template: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    patience: float = 60.0
     vllm_url: str | None = None
-    vllm_key: str | None = None
+    vllm_key: str | None = field(default=None, repr=False)
     vllm_adapters: int = 64
 
 
@@ -99,7 +106,17 @@ def assemble(model: GenerativeAdapter, settings: Settings) -> Parts:
         await asyncio.to_thread(cache.close)
         store.close()
 
-    return Parts(settings.base_name, contexts, completions, engine, settings.keys, settings.limits, metrics, close)
+    return Parts(
+        settings.base_name,
+        contexts,
+        completions,
+        engine,
+        settings.keys,
+        settings.limits,
+        metrics,
+        settings.cors_origins,
+        close,
+    )
 
 
 async def serve(
@@ -124,6 +141,9 @@ async def serve(
         OSError: the address can't be used.
         InputError, FormatError: see `assemble`.
     """
+    connections = 2 * settings.limits.waiting
+    allow_files(2 * connections)
+    share_arenas()
     with socket.create_server((host, port), family=_family(host)) as listener:
         parts = assemble(model, settings)
         config = uvicorn.Config(
@@ -131,7 +151,9 @@ async def serve(
             log_level="warning",
             timeout_graceful_shutdown=30,
             server_header=False,
-            limit_concurrency=2 * settings.limits.waiting,
+            limit_concurrency=connections,
+            http=partial(PatientProtocol, patience=settings.patience),  # type: ignore[arg-type]
+            ws="none",
         )
         name = f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listener.getsockname()[1]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +17,15 @@ class TokenText:
     difference of two decodings of the last few tokens.
 
     Args:
-        tokenizer: decodes; special tokens have no text.
+        tokenizer: decodes.
         prompt: token ids in front.
+        skip_special_tokens: whether special tokens have no text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._tokens = list(prompt[-_TAIL:])
         self._start, self._read = 0, len(self._tokens)  # decode from here; text is out up to there
 
@@ -46,31 +49,87 @@ class TokenText:
         return self._decode(self._tokens[self._start :])[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip))
 
 
 class StopTexts:
-    """Passes text on up to the first of some stop texts, and holds back what may be the start of one."""
+    """Passes text on up to the first of some stop texts, and holds back what may be the start of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
+    Args:
+        stops: the stop texts.
+        special: texts of special tokens: a stop text with one of them in it is also looked for in hidden text.
+    """
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """The text that may go out, and whether a stop text has come: nothing goes out after it."""
-        text = self._held + piece
-        found = [position for position in (text.find(stop) for stop in self._stops) if position >= 0]
+    def __init__(self, stops: Sequence[str], special: Collection[str] = ()) -> None:
+        self._stops = [(stop, any(token in stop for token in special)) for stop in stops]
+        self._held: list[tuple[str, bool]] = []  # characters, and whether they are to go out
+
+    def push(self, piece: str, hidden: str = "") -> tuple[str, bool]:
+        """The text that may go out, and whether a stop text has come: nothing goes out after it.
+
+        Args:
+            piece: more text.
+            hidden: text behind it that does not go out, but may be part of a stop text.
+        """
+        self._held += [(character, True) for character in piece] + [(character, False) for character in hidden]
+        found, sure = [], len(self._held)
+        for stop, sees_hidden in self._stops:
+            places = [place for place, (_, shown) in enumerate(self._held) if shown or sees_hidden]
+            text = "".join(self._held[place][0] for place in places)
+            if stop in text:
+                found.append(places[text.index(stop)])
+            elif overlap := _overlap(text, stop):
+                sure = min(sure, places[-overlap])
         if found:
-            self._held = ""
-            return text[: min(found)], True
-        longest = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - longest :]
-        return text[: len(text) - longest], False
+            text = self._take(min(found))
+            self._held = []
+            return text, True
+        return self._take(sure), False
 
     def flush(self) -> str:
         """What was held back, now that no more comes."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return "".join(character for character, shown in taken if shown)
+
+
+class TextOutput:
+    """The text of a growing continuation, up to the first stop text.
+
+    Args:
+        tokenizer: decodes.
+        prompt: token ids in front.
+        stops: texts in front of which it ends; special tokens may be part of them.
+        skip_special_tokens: whether special tokens have no text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        stops: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        special = special_tokens(tokenizer) if stops and skip_special_tokens else {}
+        self._text, self._hidden = TokenText(tokenizer, prompt, skip_special_tokens), special
+        self._stops = StopTexts(stops, special.values())
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """The text that may go out with one more token, and whether a stop text has come."""
+        return self._stops.push(self._text.push(token), self._hidden.get(token, ""))
+
+    def flush(self) -> tuple[str, bool]:
+        """The text that was held back, which may bring a stop text after all; nothing comes after it."""
+        piece, stopped = self._stops.push(self._text.flush())
+        return piece if stopped else piece + self._stops.flush(), stopped
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The texts of a tokenizer's special tokens, by id."""
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
 
 
 def _overlap(text: str, stop: str) -> int:

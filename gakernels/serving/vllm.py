@@ -13,7 +13,7 @@ import asyncio
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from gakernels.model import GenerativeAdapter
 from gakernels.serving.api_errors import ApiError, from_failure
 from gakernels.serving.context_store import Context
 from gakernels.serving.contexts import Contexts
+from gakernels.serving.events import EventStream
 from gakernels.serving.protocol import ChatRequest, CompletionRequest, SamplingRequest
+from gakernels.serving.text_output import special_tokens
 
 _TIMEOUT = httpx2.Timeout(600, connect=10)
 
@@ -117,13 +119,11 @@ class VllmCompletions:
         shutil.rmtree(self._folder, ignore_errors=True)
         contexts.when_deleted(self._forget)
 
-    async def complete(
-        self, request: CompletionRequest, context: Context | None
-    ) -> dict[str, Any] | AsyncIterator[str]:
+    async def complete(self, request: CompletionRequest, context: Context | None) -> dict[str, Any] | EventStream:
         """The answer to a completion request, or the events of a stream. Raises: ApiError."""
         return await self._forward("/v1/completions", request, context)
 
-    async def chat(self, request: ChatRequest, context: Context | None) -> dict[str, Any] | AsyncIterator[str]:
+    async def chat(self, request: ChatRequest, context: Context | None) -> dict[str, Any] | EventStream:
         """The answer to a chat request, or the events of a stream. Raises: ApiError."""
         return await self._forward("/v1/chat/completions", request, context)
 
@@ -139,10 +139,10 @@ class VllmCompletions:
 
     async def _forward(
         self, path: str, request: SamplingRequest, context: Context | None
-    ) -> dict[str, Any] | AsyncIterator[str]:
-        body = request.model_dump(exclude_unset=True, exclude={"user"})
+    ) -> dict[str, Any] | EventStream:
+        body = request.model_dump(exclude_unset=True, exclude={"user"}) | self._stop_ids(request)
         if request.stream:
-            return self._events(path, body, request.model, context)
+            return EventStream(self._events(path, body, request.model, context))
         async with self._name(context) as name:
             try:
                 answer = await self._client.post(path, {**body, "model": name})
@@ -153,7 +153,16 @@ class VllmCompletions:
                 answer = await self._client.post(path, {**body, "model": name})
         return {**answer, "model": request.model}
 
-    async def _events(self, path: str, body: dict[str, Any], model: str, context: Context | None) -> AsyncIterator[str]:
+    def _stop_ids(self, request: SamplingRequest) -> dict[str, list[int]]:
+        """The stop texts that are special tokens, as vLLM finds them: by their ids."""
+        tokenizer, stops = self._model.tokenizer, request.stops()
+        special = {} if tokenizer is None or not stops else special_tokens(tokenizer)
+        found = [number for number, text in special.items() if text in stops]
+        return {"stop_token_ids": [*(request.stop_token_ids or ()), *found]} if found else {}
+
+    async def _events(
+        self, path: str, body: dict[str, Any], model: str, context: Context | None
+    ) -> AsyncGenerator[str, None]:
         """vLLM's events, with the model's name that the user knows."""
         try:
             async with self._name(context) as name:
@@ -194,12 +203,16 @@ class VllmCompletions:
     async def _register(self, name: str, context: Context) -> None:
         try:
             compact = await asyncio.wrap_future(self._contexts.adapter(context))
+            path = self._folder / name
+            await asyncio.to_thread(self._write, compact, path)
         except Exception as error:
             raise from_failure(error, context.id) from error
-        path = self._folder / name
-        await asyncio.to_thread(self._write, compact, path)
-        await self._client.load(name, path)
-        self._registered[name] = context
+        self._registered[name] = context  # before it is: if nobody waits any more, it is still taken back some day
+        try:
+            await self._client.load(name, path)
+        except ApiError:
+            del self._registered[name]
+            raise
 
     def _write(self, compact: CompactAdapter, path: Path) -> None:
         self._model.expand(compact).save_peft(path, for_vllm=True)

@@ -23,6 +23,8 @@ import pytest
         (["--host", "0.0.0.0"], "--api-keys"),
         (["--host", "example.org"], "--api-keys"),
         (["--api-keys", "nowhere.txt"], "nowhere.txt"),
+        (["--cors-origin", "https://app.example.org/"], "--cors-origin"),
+        (["--cors-origin", "app.example.org"], "--cors-origin"),
         (["--chat-template", "nowhere.txt"], "nowhere.txt"),
         (["--generator", "nowhere"], "nowhere"),
         (["--port", "http"], "--port"),

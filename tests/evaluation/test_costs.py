@@ -15,6 +15,7 @@ from gakernels.evaluation.cost import CostSettings, adapter_numbers, all_costs, 
 from gakernels.evaluation.cost import stream_state as stream_state_of
 from gakernels.evaluation.paper_costs import TABLE_1, table_1
 from gakernels.evaluation.shapes import SHAPES, ModelShape
+from gakernels.serving.key_values import cache_name
 
 MISTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000}
 PRETRAINED = {
@@ -58,7 +59,7 @@ def test_shapes_of_all_families(family: str) -> None:
     for tokens in (4, 9):  # fewer and more than the sliding windows reach back
         cache = DynamicCache(config=base.config)
         with torch.no_grad():
-            base(input_ids=random_ids(1, tokens), past_key_values=cache)
+            base(input_ids=random_ids(1, tokens), **{cache_name(base): cache})
         kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
         assert key_value_numbers(shape, tokens) == kept
     weights = sum(

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from gakernels import Adapter, GenerativeAdapter, InputError
 from gakernels.evaluation import decoding
 from gakernels.evaluation.decoding import Decoder, Row, plan_batches
-from gakernels.serving.scheduler import end_tokens
 
 
 def make(family: str = "llama") -> GenerativeAdapter:
@@ -50,7 +49,7 @@ def test_answers_of_a_batch_are_those_of_each_row_alone(family: str) -> None:
     decoder, rows = Decoder(model), rows_with_adapters(model, 6)
     expected = [
         decoder.tokenizer.decode(
-            greedy(merged(model, row.adapter), row.tokens, 7, end_tokens(model)), skip_special_tokens=True
+            greedy(merged(model, row.adapter), row.tokens, 7, model.end_tokens()), skip_special_tokens=True
         )
         for row in rows
     ]

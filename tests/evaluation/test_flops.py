@@ -20,6 +20,7 @@ from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, method_
 from gakernels.evaluation.flops import Flops, attention_pairs
 from gakernels.evaluation.shapes import ModelShape
 from gakernels.nn import CompactFactors
+from gakernels.serving.key_values import cache_name
 
 BASES = ("llama", "mistral", "qwen2", "gemma", "phi3", "gpt_neox")
 
@@ -39,7 +40,7 @@ def generate(base: PreTrainedModel, tokens: int, new: int, cache: DynamicCache |
     base.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{cache_name(base): cache},
         max_new_tokens=new,
         min_new_tokens=new,
         do_sample=False,
@@ -68,7 +69,7 @@ def test_reading_and_answering(family: str, method: str) -> None:
     cache = None
     if method == "prompt_cached":
         cache = DynamicCache(config=base.config)
-        found, _ = counted(lambda: base.get_decoder()(input_ids=random_ids(1, context), past_key_values=cache))
+        found, _ = counted(lambda: base.get_decoder()(input_ids=random_ids(1, context), **{cache_name(base): cache}))
         assert found == cost.contextualization.total
     else:
         assert cost.contextualization.total == 0

@@ -1,11 +1,21 @@
-"""A real server on the loopback interface, in a process of its own, which can be killed."""
+"""Real servers on the loopback interface: in a process of its own, which can be killed, and in a thread of this one."""
 
+import asyncio
 import os
+import queue
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
+
+from gakernels import GenerativeAdapter
+from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
+from gakernels.serving.server import Settings, serve
 
 
 class ServerProcess:
@@ -20,6 +30,10 @@ class ServerProcess:
         line = self._process.stdout.readline()
         assert line.startswith("serving on http://127.0.0.1:"), self.read_log()
         self.url = line.removeprefix("serving on ").strip()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def client(self, **options: object) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=60, trust_env=False, **options)
@@ -37,3 +51,20 @@ class ServerProcess:
     def read_log(self) -> str:
         self.log.seek(0)
         return self.log.read()
+
+
+@contextmanager
+def served(demo: GenerativeAdapter, folder: Path, **settings: Any) -> Iterator[str]:
+    """The address of a server that runs in a thread of this process."""
+    chosen = {"cpu_mebibytes": 1, "disk_mebibytes": 64, "threads": 1, "chat_template": DEMO_CHAT_TEMPLATE, **settings}
+    addresses: queue.Queue[str] = queue.Queue()
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+    server = serve(demo, Settings(folder, "demo", **chosen), "127.0.0.1", 0, addresses.put, stop)
+    thread = threading.Thread(target=loop.run_until_complete, args=[server])
+    thread.start()
+    try:
+        yield addresses.get(timeout=60)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+        loop.close()

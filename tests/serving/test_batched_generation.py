@@ -1,5 +1,6 @@
 """Rows with adapters of their own in one batch, against each row alone and against transformers' own decoding."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -197,3 +198,12 @@ def test_wrong_arguments_are_refused() -> None:
         generate(model, ["w3"], [None])
     with pytest.raises(FormatError):
         generate(model, [[3], [4]], [adapter, foreign])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_transformers_has_nothing_to_remark(family: str) -> None:
+    """Nor do those versions that call the cache by another name."""
+    model = make_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, [random_context(5), random_context(3)], [None, None], Sampling(3))

@@ -370,9 +370,8 @@ def test_a_damaged_context_is_told_without_its_path(client: TestClient, user: Us
     name = create(client, user)
     client.post(f"/v1/contexts/{name}/append", json={"text": "The pet"})
     path = tmp_path / "data" / "contexts" / f"{name}.safetensors"
-    data = path.read_bytes()
-    path.unlink()  # another file of that name: the server may still be looking into this one
-    path.write_bytes(data[:-5])
+    (tmp_path / "damaged").write_bytes(path.read_bytes()[:-5])
+    (tmp_path / "damaged").replace(path)  # another file: the server may still be looking into the one that is there
     response = client.post(f"/v1/contexts/{name}/append", json={"text": "The pet"})
     refused(response, 500, "log")
     assert str(tmp_path) not in response.text
@@ -399,6 +398,7 @@ def test_health_and_metrics(client: TestClient, user: User) -> None:
         f'gakernels_adapter_cache_used_bytes{{tier="cpu"}} {user.adapter.nbytes}',
         "gakernels_adapter_misses_total 1",
         'gakernels_request_seconds_count{route="/v1/completions"} 1',
+        'gakernels_requests_total{method="GET",route="/health",status="200"} 1',
     ):
         assert line in page.splitlines(), line
     assert name not in page

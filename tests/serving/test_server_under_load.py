@@ -1,36 +1,16 @@
 """Many requests at a time over real connections: no error, and each answer is that of its own context."""
 
 import asyncio
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import pytest
 from demo_users import User
+from loopback import served
 
 from benchmarks.serving import Load, Question, answers, run_load
 from gakernels import GenerativeAdapter
-from gakernels.serving.server import Settings, serve
-
-
-@contextmanager
-def served(demo: GenerativeAdapter, folder: Path) -> Iterator[str]:
-    """The address of a server that runs in a thread of this process."""
-    settings = Settings(folder, "demo", cpu_mebibytes=1, disk_mebibytes=64, threads=1)
-    addresses: queue.Queue[str] = queue.Queue()
-    loop, stop = asyncio.new_event_loop(), asyncio.Event()
-    server = serve(demo, settings, "127.0.0.1", 0, addresses.put, stop)
-    thread = threading.Thread(target=loop.run_until_complete, args=[server])
-    thread.start()
-    try:
-        yield addresses.get(timeout=60)
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
-        loop.close()
 
 
 def check(demo: GenerativeAdapter, users: list[User], requests: int, at_once: int, folder: Path) -> Load:
@@ -89,17 +69,3 @@ def test_appends_while_others_are_answered(
     assert revision == 8
     assert load.errors == []
     assert all(text == expected[user] for user, text in load.answers)
-
-
-def test_a_client_that_goes_away_frees_its_row(demo: GenerativeAdapter, tmp_path: Path) -> None:
-    body = {"model": "demo", "prompt": [5], "max_tokens": 1000, "stream": True, "temperature": 2}
-    with served(demo, tmp_path / "data") as url, httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
-        with client.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
-        for _ in range(500):
-            page = client.get("/metrics").text
-            if "gakernels_rows_running 0" in page:
-                break
-        generated = next(line for line in page.splitlines() if line.startswith("gakernels_new_tokens_total"))
-        assert "gakernels_rows_running 0" in page
-        assert float(generated.split()[1]) < 1000

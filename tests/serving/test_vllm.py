@@ -1,8 +1,10 @@
 """The bridge to vLLM, against a stub that keeps to what vLLM documents: the two calls, their refusals, and streams."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -137,6 +139,19 @@ def test_an_adapter_is_made_here_and_registered_there(
     assert vllm.calls == [f"load {name}-1"]
 
 
+def test_special_tokens_end_an_answer_of_vllm_by_their_ids(client: TestClient, vllm: VllmStub) -> None:
+    ask(client, BASE, stop=["<eos>", "."], stop_token_ids=[9])
+    assert (vllm.bodies[-1]["stop"], vllm.bodies[-1]["stop_token_ids"]) == (["<eos>", "."], [9, 2])
+    ask(client, BASE, stop="<bos>", skip_special_tokens=False)
+    assert (vllm.bodies[-1]["stop_token_ids"], vllm.bodies[-1]["skip_special_tokens"]) == ([1], False)
+    ask(client, BASE, stop=".", temperature=None, logit_bias=None)
+    assert {"stop_token_ids", "temperature", "logit_bias"}.isdisjoint(vllm.bodies[-1])
+    turns = [{"role": "developer", "content": "be short"}, {"role": "assistant", "content": "yes", "refusal": None}]
+    client.post("/v1/chat/completions", json={"model": BASE, "messages": turns})
+    plain = [{"role": "system", "content": "be short"}, {"role": "assistant", "content": "yes"}]
+    assert vllm.bodies[-1]["messages"] == plain
+
+
 def test_the_base_model_and_an_empty_context_need_no_adapter(client: TestClient, vllm: VllmStub) -> None:
     assert ask(client, BASE).json()["model"] == BASE
     empty = client.post("/v1/contexts", json={}).json()["id"]
@@ -214,6 +229,39 @@ def test_refusals_and_failures_are_told(client: TestClient, vllm: VllmStub) -> N
     assert "out of memory" in response.json()["error"]["message"]
     streamed = ask(client, name, stream=True)
     assert json.loads(streamed.text.removeprefix("data: "))["error"]["code"] == "engine_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_vllm_is_told_when_a_client_hangs_up(bridged: TestClient, vllm: VllmStub, stream: bool) -> None:
+    ended = []
+
+    async def hang_up() -> None:
+        asked, content = asyncio.Event(), json.dumps({"model": BASE, "prompt": "The", "stream": stream}).encode()
+        sent = iter([{"type": "http.request", "body": content}])
+
+        async def receive() -> dict[str, Any]:
+            for message in sent:
+                return message
+            await asyncio.wait_for(asked.wait(), 30)
+            return {"type": "http.disconnect"}
+
+        async def send(_: object) -> None:
+            pass
+
+        async def endless(_: Request) -> None:
+            asked.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append(True)
+
+        vllm.app.router.routes.clear()
+        vllm.app.add_api_route("/v1/completions", endless, methods=["POST"], response_model=None)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        await asyncio.wait_for(bridged.app(scope, receive, send), 30)
+
+    asyncio.run(hang_up())
+    assert ended == [True]
 
 
 def test_a_vllm_that_is_not_there_is_told(demo: GenerativeAdapter, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.chat_templates import chat_template
 from gakernels.errors import InputError
 from gakernels.training.instruction.records import Message
 
@@ -38,7 +39,8 @@ class ChatEncoder:
     behind that token is not part of it.
 
     Raises:
-        InputError: the tokenizer can't tell which characters a token covers (a slow one).
+        InputError: the tokenizer can't tell which characters a token covers (a slow one), or has several chat templates
+            and none named `default`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -48,7 +50,7 @@ class ChatEncoder:
                 f"but {type(tokenizer).__name__} is not"
             )
         self._tokenizer = tokenizer
-        self._template: str | None = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        self._template = chat_template(tokenizer) or PLAIN_TEMPLATE
         special = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token.strip()}
         names = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
         self._end_of_turn = re.compile(rf"\s*(?:{names})") if names else None
