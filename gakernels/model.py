@@ -36,6 +36,7 @@ from gakernels.compilation import uncompile_layers
 from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode, is_token
 from gakernels.contextualization import ContextPass
+from gakernels.encoding import encode_text
 from gakernels.errors import FormatError, InputError
 from gakernels.files import entry, read_tensors, replacing, write_tensors, write_text
 from gakernels.fingerprint import FingerprintCache, model_fingerprint, tensor_fingerprint
@@ -666,7 +667,7 @@ class GenerativeAdapter(nn.Module):
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompts must be one text or several, but they are {prompts!r:.60}")
         with self._tokenizing:
-            rows = [list(row) for row in self.tokenizer(texts)["input_ids"]] if texts else []
+            rows = [encode_text(self.tokenizer, text) for text in texts]
         if not all(rows) or not rows:
             raise InputError("prompts must be at least one prompt, each of at least one token")
         padding = next(

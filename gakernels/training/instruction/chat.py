@@ -9,6 +9,7 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.encoding import encode_text
 from gakernels.errors import InputError
 from gakernels.training.instruction.records import Message
 
@@ -76,7 +77,7 @@ class ChatEncoder:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that ask for the next answer of a conversation that ends with the user."""
         text = self._render(messages, True)
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode_text(self._tokenizer, text, begins=False)
 
     def _answer_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and where in it each answer begins and ends.

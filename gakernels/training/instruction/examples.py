@@ -8,6 +8,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.encoding import encode_text
 from gakernels.errors import InputError
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.instruction.chat import ChatEncoder, EncodedConversation
@@ -50,7 +51,7 @@ def encode_records(
 ) -> list[Example]:
     """The token ids of all records that fit.
 
-    The context is written as `GenerativeAdapter.adapt` writes a text, with the tokenizer's special tokens and without
+    The context is written as `GenerativeAdapter.adapt` writes a text, with the tokenizer's opening tokens and without
     the chat template, as it will be at inference. A conversation over its limit loses its oldest exchanges (a message
     of the system at its beginning stays); one whose last exchange alone is too long is left out.
 
@@ -70,7 +71,7 @@ def encode_records(
     examples = []
     for number, record in enumerate(tqdm(records, desc=f"tokenising {name}", unit="context", disable=not progress), 1):
         place = f"context {number} of {name}"
-        context = np.array(tokenizer(record.context, verbose=False)["input_ids"], dtype=np.int32)
+        context = np.array(encode_text(tokenizer, record.context), dtype=np.int32)
         if not 0 < len(context) <= limits.context:
             bad.add(f"context of more than {limits.context} tokens" if len(context) else "empty context", place)
             continue
