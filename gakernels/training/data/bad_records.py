@@ -17,11 +17,14 @@ class BadRecords:
     Attributes:
         counts: how many, by kind.
         places: where the first three of each kind stand.
+        records: how many were looked at, as far as a reader says so.
+        lost: how many of them are gone; of a record that lost a part of what it held, that share.
     """
 
     def __init__(self, strict: bool = False) -> None:
         self.counts: dict[str, int] = {}
         self.places: dict[str, list[str]] = {}
+        self.records, self.lost = 0, 0.0
         self._strict = strict
 
     def add(self, kind: str, place: str) -> None:
@@ -37,6 +40,12 @@ class BadRecords:
         if len(places) < _PLACES:
             places.append(place)
 
+    def merge(self, other: "BadRecords") -> None:
+        """Count what another one has."""
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            self.places[kind] = [*self.places.get(kind, []), *other.places[kind]][:_PLACES]
+
     @property
     def total(self) -> int:
         """All of them."""
@@ -45,6 +54,11 @@ class BadRecords:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {kind: {"count": count, "first": self.places[kind]} for kind, count in self.counts.items()}
+
+    @property
+    def share(self) -> float:
+        """What is lost of the records."""
+        return self.lost / self.records if self.records else 0.0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BadRecords":

@@ -78,8 +78,8 @@ def finetune(
         Scores of held-out answers.
 
     Raises:
-        InputError: the data can't be used, something in the recipe does not go together, or another run is in the
-            folder.
+        InputError: the data can't be used, or too much of it can't, something in the recipe does not go together, or
+            another run is in the folder.
         FormatError: the folder holds a run with other settings.
         FloatingPointError: the run diverged.
         TrainingStopped: a signal came; the same call goes on.
@@ -96,6 +96,8 @@ def finetune(
         recipe.seed,
         progress and ranks.rank == 0,
     )
+    if data.refusal is not None:
+        raise InputError(f"data: {data.refusal}")
     run = _Run(model, recipe, data, folder, progress and ranks.rank == 0, ranks)
     if run.progress and data.skipped.total:
         tqdm.write(f"left out: {data.skipped}", file=sys.stderr)

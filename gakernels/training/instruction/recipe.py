@@ -27,9 +27,11 @@ class InstructionDataConfig:
         held_out_path: a source for the held-out contexts alone.
         context_tokens: longer contexts are left out.
         strict: a record that can't be used is an error; if not, they are counted and reported.
+        allow_skipped: train on what is left, also where more than 5% of a source's rows can't be used.
 
     Raises:
-        InputError: there is neither a path nor sources, or both, or a limit below 2.
+        InputError: there is neither a path nor sources, or both, a limit is below 2, or skipped records are both
+            allowed and an error.
     """
 
     path: str | None = None
@@ -37,8 +39,11 @@ class InstructionDataConfig:
     held_out_path: str | None = None
     context_tokens: int = 8192
     strict: bool = False
+    allow_skipped: bool = False
 
     def __post_init__(self) -> None:
+        if self.strict and self.allow_skipped:
+            raise InputError("data.strict and data.allow_skipped must not both be true")
         if (self.path is None) == (not self.sources):
             raise InputError("data must have either a path or sources")
         if self.context_tokens < 2:

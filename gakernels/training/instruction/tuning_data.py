@@ -1,7 +1,7 @@
 """The examples of a run: what it trains on, and what is held out for its report."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,10 @@ from gakernels.errors import InputError
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.instruction.examples import Example, Limits, encode_records
 from gakernels.training.instruction.recipe import InstructionDataConfig
-from gakernels.training.instruction.sources import InstructionSource, read_source
+from gakernels.training.instruction.records import ContextRecord
+from gakernels.training.instruction.sources import FILE_FAULTS, InstructionSource, read_source
+
+MOST_LOST = 0.05  # of the rows of a source, unless the recipe allows more
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class TuningData:
         held_out: examples to score.
         skipped: what could not be used.
         shortened: conversations that lost their oldest exchanges.
+        refusal: in words, why a run stops unless the recipe allows it: too much of a source can't be used. None: it is
+            not so.
     """
 
     sources: Sequence[Sequence[Example]]
@@ -32,6 +37,7 @@ class TuningData:
     held_out: Sequence[Example]
     skipped: BadRecords
     shortened: BadRecords
+    refusal: str | None = None
 
     @property
     def contexts(self) -> int:
@@ -41,7 +47,7 @@ class TuningData:
     @property
     def conversations(self) -> int:
         """Conversations about them."""
-        return sum(len(example.conversations) for source in self.sources for example in source)
+        return sum(map(_conversations, self.sources))
 
     def fingerprint(self) -> str:
         """Of all tokens and answers that are trained on, in their order."""
@@ -90,15 +96,19 @@ def load_tuning_data(
         InputError: a source has no usable record or not enough of them, or its tokens are not in the vocabulary.
     """
     skipped, shortened = BadRecords(config.strict), BadRecords()
+    refusals: list[str] = []
     limits = Limits(config.context_tokens, window)
 
     def read(name: str, source: InstructionSource) -> list[Example]:
-        before = skipped.total
-        records = read_source(source, skipped, seed)
-        examples = encode_records(records, tokenizer, limits, skipped, shortened, name, progress)
+        bad = BadRecords(config.strict)
+        records = read_source(source, bad, seed)
+        examples = encode_records(records, tokenizer, limits, bad, shortened, name, progress)
         if not examples:
-            reasons = f": {skipped}" if skipped.total > before else ""
+            reasons = f": {bad}" if bad.total else ""
             raise InputError(f"data: {source.path} has no context with a conversation within the limits{reasons}")
+        if not config.allow_skipped:
+            refusals.extend(_refusals(source.path, bad, _conversations(examples) / _conversations(records)))
+        skipped.merge(bad)
         _check_vocabulary(examples, source.path, vocabulary)
         return examples
 
@@ -119,7 +129,27 @@ def load_tuning_data(
     for name, source in config.all_sources().items():
         sources[name] = _without(kept, sources[name], name, source.path, skipped)
     weights = [source.weight for source in config.all_sources().values()]
-    return TuningData(list(sources.values()), weights, kept, skipped, shortened)
+    refusal = "; ".join(refusals) or None
+    return TuningData(list(sources.values()), weights, kept, skipped, shortened, refusal)
+
+
+def _conversations(items: Sequence[ContextRecord] | Sequence[Example]) -> int:
+    return sum(len(item.conversations) for item in items)
+
+
+def _refusals(path: str, bad: BadRecords, encoded: float) -> Iterator[str]:
+    """In words, that more of a source is lost than may go unnoticed, if so.
+
+    Args:
+        path: of the source.
+        bad: what was left out.
+        encoded: the share of what was read that is within the limits.
+    """
+    lost = 1 - (1 - bad.share) * encoded
+    broken = any(kind in bad.counts for kind in FILE_FAULTS)
+    if broken or lost > MOST_LOST:
+        what = f"{path} can't be read whole" if broken else f"{lost:.1%} of the rows of {path} can't be used"
+        yield f"{what}: {bad}. With --allow-skipped (data.allow_skipped) a run trains on the rest"
 
 
 def _split(examples: list[Example], held_out: int, path: str) -> tuple[list[Example], list[Example]]:
