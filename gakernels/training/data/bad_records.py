@@ -5,6 +5,7 @@ from typing import Any
 
 from gakernels.errors import InputError
 
+HIDDEN = "file under a hidden name"  # left out on purpose, so no fault
 _PLACES = 3
 
 
@@ -33,7 +34,7 @@ class BadRecords:
         Raises:
             InputError: it is not to be tolerated.
         """
-        if self._strict:
+        if self._strict and kind != HIDDEN:
             raise InputError(f"data: {place}: {kind}")
         self.counts[kind] = self.counts.get(kind, 0) + 1
         places = self.places.setdefault(kind, [])
@@ -54,6 +55,11 @@ class BadRecords:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {kind: {"count": count, "first": self.places[kind]} for kind, count in self.counts.items()}
+
+    @property
+    def faults(self) -> int:
+        """All but what was left out on purpose."""
+        return self.total - self.counts.get(HIDDEN, 0)
 
     @property
     def share(self) -> float:

@@ -61,7 +61,7 @@ class FileSource:
 
     def documents(self, bad: BadRecords) -> Iterator[Document]:
         """The documents of all files, in the order of the files' names."""
-        for file in find_files(self.path):
+        for file in find_files(self.path, bad=bad):
             yield from file_documents(file, self.text_key, bad)
 
     def description(self) -> dict[str, Any]:

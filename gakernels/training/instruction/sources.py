@@ -75,17 +75,17 @@ def _records(source: InstructionSource, bad: BadRecords, seed: int) -> Iterator[
         if {"task", "input", "output"} <= entries.keys() and "instruction" not in entries:
             tasks.setdefault(str(entries["task"]), []).append(entries)
             continue
-        before = bad.total
+        before = bad.faults
         record = record_of(entries, row.place, bad)
-        parts = bad.total - before
+        parts = bad.faults - before
         bad.lost += 1 if record is None else parts / (parts + len(record.conversations))
         if record is not None:
             yield record
     for row in _demonstrations(source, tasks, seed):
-        before = bad.total
+        before = bad.faults
         record = record_of(row.entries, row.place, bad)
         items = len(row.entries["examples"]) + len(row.entries["queries"])
-        bad.lost += items if record is None else bad.total - before
+        bad.lost += items if record is None else bad.faults - before
         if record is not None:
             yield record
 
@@ -93,10 +93,10 @@ def _records(source: InstructionSource, bad: BadRecords, seed: int) -> Iterator[
 def _counted(rows: Iterator[Record], bad: BadRecords) -> Iterator[Record]:
     """The rows; they and what could not be read as one are counted."""
     while True:
-        before = bad.total
+        before = bad.faults
         row = next(rows, None)
-        bad.lost += bad.total - before
-        bad.records += bad.total - before + (row is not None)
+        bad.lost += bad.faults - before
+        bad.records += bad.faults - before + (row is not None)
         if row is None:
             return
         yield row
@@ -120,7 +120,7 @@ def _rows(path: str, bad: BadRecords) -> Iterator[Record]:
         assert isinstance(hub, HubSource)
         yield from hub.rows()
         return
-    for file in find_files(Path(path), _KINDS):
+    for file in find_files(Path(path), _KINDS, bad):
         yield from _json_rows(file, bad) if kind_of(file) in _JSON else read_records(file, bad)
 
 

@@ -429,6 +429,18 @@ def test_bad_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
         read_source(InstructionSource(str(tmp_path)), BadRecords(strict=True))
 
 
+def test_hidden_files_are_left_out_and_counted_but_are_no_loss(tmp_path: Path) -> None:
+    content = rows(4)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(lines(content))
+    (tmp_path / ".ipynb_checkpoints" / "a-checkpoint.jsonl").write_bytes(lines(rows(3)))
+    (tmp_path / ".b.json").write_text("[")
+    bad = BadRecords(strict=True)
+    assert read_source(InstructionSource(str(tmp_path)), bad) == [one(row) for row in content]
+    assert bad.counts == {"file under a hidden name": 2}
+    assert (bad.records, bad.lost, bad.faults) == (4, 0, 0)
+
+
 def test_a_source_without_a_usable_record_is_refused_with_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="data: there is no file or folder"):
         read_source(InstructionSource(str(tmp_path / "none")), BadRecords())
