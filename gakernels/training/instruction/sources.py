@@ -15,6 +15,7 @@ from gakernels.training.data.files import JSON_LINES, PARQUET, find_files
 from gakernels.training.data.records import UNREADABLE, Record, read_records
 from gakernels.training.data.sources import HUB, HubSource, source_of
 from gakernels.training.instruction.records import ContextRecord, record_of
+from gakernels.user_text import decode_user_text
 
 NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
 # Faults of whole files: nobody knows how many rows they cost.
@@ -128,7 +129,7 @@ def _json_rows(path: Path, bad: BadRecords) -> Iterator[Record]:
     """The rows of a JSON file: a list of them (also as its `data`), the paragraphs of SQuAD's form, or one a line."""
     try:
         with opened(path) as file:
-            content = json.loads(file.read().decode("utf-8-sig"))
+            content = json.loads(decode_user_text(file.read(), path))
     except OSError as error:
         bad.add(UNREADABLE, f"{path} ({error})")
         return
