@@ -9,6 +9,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,6 +195,8 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
 def _scalar(value: Any, kind: Any, key: str) -> Any:
     if kind in (str, Path) and isinstance(value, (str, Path)):
         return kind(value)
+    if kind is str and isinstance(value, date):  # YAML's own reading of 2026-01-31
+        return value.isoformat()
     plain = _parsed(value)
     number = _number(plain)
     if kind is bool and isinstance(plain, bool):

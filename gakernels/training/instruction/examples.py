@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,7 @@ def encode_records(
     shortened: BadRecords,
     name: str = "data",
     progress: bool = True,
+    clock: datetime | None = None,
 ) -> list[Example]:
     """The token ids of all records that fit.
 
@@ -63,11 +65,12 @@ def encode_records(
         shortened: counts conversations that lost exchanges.
         name: of the source, for places and the progress bar.
         progress: show a bar.
+        clock: see `ChatEncoder`.
 
     Raises:
         InputError: the tokenizer is a slow one.
     """
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, clock)
     examples = []
     for number, record in enumerate(tqdm(records, desc=f"tokenising {name}", unit="context", disable=not progress), 1):
         place = f"context {number} of {name}"

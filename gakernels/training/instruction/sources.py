@@ -21,7 +21,7 @@ NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of 
 # Faults of whole files: nobody knows how many rows they cost.
 FILE_FAULTS = (UNREADABLE, NO_JSON, NO_ROWS)
 _JSON = {".json"}
-_KINDS = JSON_LINES | PARQUET | _JSON
+KINDS = JSON_LINES | PARQUET | _JSON
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _rows(path: str, bad: BadRecords) -> Iterator[Record]:
         assert isinstance(hub, HubSource)
         yield from hub.rows()
         return
-    for file in find_files(Path(path), _KINDS, bad):
+    for file in find_files(Path(path), KINDS, bad):
         yield from _json_rows(file, bad) if kind_of(file) in _JSON else read_records(file, bad)
 
 

@@ -1,8 +1,9 @@
 """The examples of a run: what it trains on, and what is held out for its report."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.errors import InputError
 from gakernels.training.data.bad_records import BadRecords
+from gakernels.training.data.tokenizing import tokenizer_description
+from gakernels.training.instruction.chat import template_of
 from gakernels.training.instruction.examples import Example, Limits, encode_records
+from gakernels.training.instruction.given import source_given
 from gakernels.training.instruction.recipe import InstructionDataConfig
 from gakernels.training.instruction.records import ContextRecord
 from gakernels.training.instruction.sources import FILE_FAULTS, InstructionSource, read_source
@@ -30,6 +34,7 @@ class TuningData:
         shortened: conversations that lost their oldest exchanges.
         refusal: in words, why a run stops unless the recipe allows it: too much of a source can't be used. None: it is
             not so.
+        given: what all of it was made of, in JSON types (`instruction.given`).
     """
 
     sources: Sequence[Sequence[Example]]
@@ -38,6 +43,7 @@ class TuningData:
     skipped: BadRecords
     shortened: BadRecords
     refusal: str | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def contexts(self) -> int:
@@ -80,6 +86,7 @@ def load_tuning_data(
     held_out: int,
     seed: int = 0,
     progress: bool = True,
+    clock: datetime | None = None,
 ) -> TuningData:
     """Read and tokenise all sources.
 
@@ -91,6 +98,7 @@ def load_tuning_data(
         held_out: contexts to hold out.
         seed: of how the items of tasks are put together.
         progress: show bars.
+        clock: see `ChatEncoder`.
 
     Raises:
         InputError: a source has no usable record or not enough of them, or its tokens are not in the vocabulary.
@@ -98,17 +106,19 @@ def load_tuning_data(
     skipped, shortened = BadRecords(config.strict), BadRecords()
     refusals: list[str] = []
     limits = Limits(config.context_tokens, window)
+    given: dict[str, Any] = {}
 
     def read(name: str, source: InstructionSource) -> list[Example]:
         bad = BadRecords(config.strict)
         records = read_source(source, bad, seed)
-        examples = encode_records(records, tokenizer, limits, bad, shortened, name, progress)
+        examples = encode_records(records, tokenizer, limits, bad, shortened, name, progress, clock)
         if not examples:
             reasons = f": {bad}" if bad.total else ""
             raise InputError(f"data: {source.path} has no context with a conversation within the limits{reasons}")
         if not config.allow_skipped:
             refusals.extend(_refusals(source.path, bad, _conversations(examples) / _conversations(records)))
         skipped.merge(bad)
+        given[name] = source_given(source, records)
         _check_vocabulary(examples, source.path, vocabulary)
         return examples
 
@@ -130,7 +140,16 @@ def load_tuning_data(
         sources[name] = _without(kept, sources[name], name, source.path, skipped)
     weights = [source.weight for source in config.all_sources().values()]
     refusal = "; ".join(refusals) or None
-    return TuningData(list(sources.values()), weights, kept, skipped, shortened, refusal)
+    made_of = {
+        "sources": given,
+        "tokenizer": tokenizer_description(tokenizer)["fingerprint"],
+        "chat template": hashlib.sha256(template_of(tokenizer).encode()).hexdigest()[:32],
+        "clock": clock and clock.isoformat(),
+        "data.context_tokens": config.context_tokens,
+        "tokens of a conversation": window,
+        "evaluation.contexts": held_out,
+    }
+    return TuningData(list(sources.values()), weights, kept, skipped, shortened, refusal, made_of)
 
 
 def _conversations(items: Sequence[ContextRecord] | Sequence[Example]) -> int:
