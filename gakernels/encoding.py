@@ -1,6 +1,10 @@
 """Texts as token ids: one rule for contexts and prompts, wherever they are read."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
+
+from gakernels.errors import InputError
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = True) -> list[int]:
@@ -26,3 +30,18 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if 0 in encoded["special_tokens_mask"]:
             return list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
     return []
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: int, place: str) -> None:
+    """Whether the base model knows some tokens: a tokenizer may have more, as long as no text has them.
+
+    Raises:
+        InputError: one of the tokens is such a one.
+    """
+    largest = max(ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(int(largest))
+        raise InputError(
+            f"{place} has the token {token!r} ({largest}), but the base model's embedding has {rows} rows: it does not "
+            "know this token, or the tokenizer is that of another model"
+        )

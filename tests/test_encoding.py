@@ -12,10 +12,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import BertProcessing, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from gakernels import GenerativeAdapter
+from gakernels import GenerativeAdapter, InputError
 from gakernels.encoding import encode_text
+from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.asking import Asker
 from gakernels.evaluation.decoding import Decoder
+from gakernels.evaluation.records import Context, Dataset, Question, Skipped
+from gakernels.evaluation.runner import Runner
+from gakernels.evaluation.scenarios.docqa import docqa
 from gakernels.serving import Sampling, generate
 from gakernels.serving.api import create_app
 from gakernels.serving.server import Settings, assemble
@@ -143,3 +147,27 @@ def test_the_contexts_that_a_generator_is_tuned_on(model: GenerativeAdapter, ope
     (example,) = encode_records([record], model.tokenizer, Limits(50, 50), BadRecords(), BadRecords(), progress=False)
     assert example.context.tolist() == opening + ids(CONTEXT)
     assert example.conversations[0].tokens.tolist() == ids(f"{PROMPT} {MORE}")
+
+
+def test_prompts_with_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+    tokenizer = llama()
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # is not known either, and pads all the same
+    model = make_model(tokenizer=tokenizer)
+    with model.adapted(model.adapt(CONTEXT)):
+        both = model.generate([PROMPT, f"{PROMPT} {MORE}"], max_new_tokens=3)
+        assert both == [model.generate(text, max_new_tokens=3)[0] for text in (PROMPT, f"{PROMPT} {MORE}")]
+        with pytest.raises(InputError, match=r"prompt 2 has the token '<image>' \(64\), .* has 64 rows"):
+            model.generate([PROMPT, "w5 <image>"])
+    with pytest.raises(InputError, match=r"token ids must be between 0 and 63, but .*64 are there"):
+        model.adapt("w5 <image>")
+    question = Question("w5 <image>", ("w6",))
+    scenario = docqa(Dataset((Context(CONTEXT, (question,)),), Skipped()), len, [1])
+    runner = Runner(model, scenario, ["prompt"], AnswerLog(None, {}), progress=False)
+    with pytest.raises(InputError, match=r"case 0, question 0, has the token '<image>' \(64\)"):
+        runner.run()
+    settings = Settings(tmp_path, "tiny", cpu_mebibytes=64, disk_mebibytes=64, threads=1)
+    with TestClient(create_app(assemble(model, settings))) as client:
+        answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "w5 <image>"})
+        assert (answer.status_code, client.post("/v1/contexts", json={"text": "<image>"}).status_code) == (400, 400)
+    assert "token ids must be between 0 and 63" in answer.json()["error"]["message"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.encoding import check_tokens
 from gakernels.errors import InputError
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.data.tokenizing import tokenizer_description
@@ -119,7 +120,9 @@ def load_tuning_data(
             refusals.extend(_refusals(source.path, bad, _conversations(examples) / _conversations(records)))
         skipped.merge(bad)
         given[name] = source_given(source, records)
-        _check_vocabulary(examples, source.path, vocabulary)
+        for number, example in enumerate(examples, 1):
+            for tokens in (example.context, *(said.tokens for said in example.conversations)):
+                check_tokens(tokenizer, [int(tokens.max())], vocabulary, f"data: context {number} of {source.path}")
         return examples
 
     sources = {name: read(name, source) for name, source in config.all_sources().items()}
@@ -191,16 +194,3 @@ def _without(
     if not left:
         raise InputError(f"data: {path} has no context that is not held out: {skipped}")
     return left
-
-
-def _check_vocabulary(examples: Sequence[Example], path: str, vocabulary: int) -> None:
-    largest = max(
-        int(tokens.max())
-        for example in examples
-        for tokens in (example.context, *(said.tokens for said in example.conversations))
-    )
-    if largest >= vocabulary:
-        raise InputError(
-            f"data: the tokens of {path} go up to {largest}, but the base model's embedding has {vocabulary} rows: the "
-            "tokenizer is that of another model"
-        )

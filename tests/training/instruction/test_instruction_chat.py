@@ -212,7 +212,7 @@ def test_special_tokens_are_one_token_each() -> None:
 
 TIMED = [
     "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}",
-    '\n  {%- if strftime_now is defined %}\n  {{- strftime_now("%A, %-d %B %Y %H:%M") }}\n  {% endif %}\n|{{ messages[0] }}',
+    '\n  {%- if strftime_now is defined %}\n  {{- strftime_now("%A, %-d %B %Y %H:%M") }}\n  {% endif %}\n|{{ 1 }}',
     "   {% set year = strftime_now('%Y') | int + 1 %}{{ year }} {{ messages[0].content }}\n",
     "{% macro head() %}{{ strftime_now('%y' ~ '-%j') }}{% endmacro %}{{ head() }}{{ messages[0].content }}",
     "\n\n{{ messages[0].content }} has no time",
