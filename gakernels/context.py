@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from gakernels.adapter import Adapter
 from gakernels.compact import CompactAdapter
 from gakernels.composition import Part, scale_states, state_fingerprint, subtract_states, sum_states
+from gakernels.encoding import encode_text
 from gakernels.errors import FormatError, InputError
 from gakernels.files import count_entry, entry, read_tensors, write_tensors
 from gakernels.locks import OwnLock
@@ -43,7 +44,7 @@ class ContextStream:
 
         Args:
             context: text or token ids; cut into even chunks of at most the generator's chunk size. Text gets the
-                tokenizer's special tokens (BOS) only at the very start.
+                tokenizer's opening tokens (BOS) only at the very start, and never closing ones (EOS).
             chunks_per_pass: see `GenerativeAdapter.states`.
 
         Returns:
@@ -236,7 +237,7 @@ def is_token(value: object) -> bool:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[int], first: bool) -> list[int]:
-    """Token ids of a piece of context; text gets special tokens only where the context starts.
+    """Token ids of a piece of context; text gets opening tokens (BOS) only where the context starts.
 
     Raises:
         InputError: the context is empty, or no sequence of token ids, or it is a text and there is no tokenizer.
@@ -246,7 +247,7 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[in
             raise InputError("tokenizer is needed to turn text into tokens; pass one to GenerativeAdapter")
         if not context.strip():
             raise InputError("the context must have at least one token, but it is empty")
-        return list(tokenizer(context, add_special_tokens=first)["input_ids"])
+        return encode_text(tokenizer, context, first)
     try:
         tokens = [int(token) for token in context]
     except (TypeError, ValueError, RuntimeError) as error:

@@ -36,6 +36,7 @@ from gakernels.compilation import uncompile_layers
 from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode, is_token
 from gakernels.contextualization import ContextPass
+from gakernels.encoding import check_tokens, encode_text
 from gakernels.errors import FormatError, InputError
 from gakernels.files import entry, read_tensors, replacing, write_tensors, write_text
 from gakernels.fingerprint import FingerprintCache, model_fingerprint, tensor_fingerprint
@@ -666,12 +667,14 @@ class GenerativeAdapter(nn.Module):
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompts must be one text or several, but they are {prompts!r:.60}")
         with self._tokenizing:
-            rows = [list(row) for row in self.tokenizer(texts)["input_ids"]] if texts else []
+            rows = [encode_text(self.tokenizer, text) for text in texts]
         if not all(rows) or not rows:
             raise InputError("prompts must be at least one prompt, each of at least one token")
-        padding = next(
-            (token for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if token is not None), 0
-        )
+        known = self.base.get_input_embeddings().num_embeddings
+        for number, row in enumerate(rows, 1):
+            check_tokens(self.tokenizer, row, known, f"prompt {number}")
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        padding = next((token for token in candidates if token is not None and token < known), 0)
         ids, mask = (tensor.to(self.device) for tensor in pad_left(rows, padding))
         settings = {"do_sample": False, **self._length(ids.shape[1], options)} | options
         defaults = GenerationConfig(eos_token_id=list(self.end_tokens()) or None, pad_token_id=padding)

@@ -11,6 +11,7 @@ from gakernels.hub import is_repository_name
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter
 from gakernels.released import is_released
 from gakernels.training.parallel import Ranks
+from gakernels.user_text import read_user_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,16 +94,12 @@ def read_text(path: Path, option: str = "--document") -> str:
     """The text of a file.
 
     Raises:
-        InputError: it is missing, empty or not UTF-8 text.
+        InputError: it is missing, empty or no text.
     """
-    if not path.is_file():
-        raise InputError(f"{option}: there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{option}: {path} must be UTF-8 text, but it can't be read as such: {error}") from error
-    if "\0" in text:
-        raise InputError(f"{option}: {path} must be text, but it holds NUL bytes (a binary file?)")
+        text = read_user_text(path)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
     if not text.strip():
         raise InputError(f"{option}: {path} is empty")
     return text

@@ -34,6 +34,7 @@ FLAGS = {
     "held_out_data": ("data.held_out_path",),
     "context_tokens": ("data.context_tokens",),
     "strict": ("data.strict",),
+    "allow_skipped": ("data.allow_skipped",),
     "batch_size": ("batches.batch_size",),
     "conversations": ("batches.conversations",),
     "losses": ("batches.losses",),
@@ -79,6 +80,12 @@ def add_parser(commands: Any) -> None:
     data.add_argument("--held-out-data", help="file or folder to score (default: the end of --data)")
     data.add_argument("--context-tokens", type=int, help="longer contexts are left out (default: 8192)")
     data.add_argument("--strict", action="store_true", default=None, help="a record that can't be used is an error")
+    data.add_argument(
+        "--allow-skipped",
+        action="store_true",
+        default=None,
+        help="go on where more than 5%% of a source's rows can't be used",
+    )
     data.add_argument("--batch-size", type=int, help="contexts in a step (default: 32)")
     data.add_argument("--conversations", type=int, help="about each context in a step, at most (default: 16)")
     data.add_argument("--losses", help="answers, and reconstruction, completion beside it, with commas")
@@ -148,7 +155,10 @@ def _print_plan(plan: TuningPlan, tflops: float | None) -> None:
     table.add_column(justify="right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if data.refusal is not None:
+        console.print(f"A run stops: {data.refusal}", markup=False)
 
 
 def _counts(records: BadRecords) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gakernels.demo.people import Document, any_person_level, draw_document
 from gakernels.demo.questions import accuracy, answer
+from gakernels.encoding import encode_text
 from gakernels.evaluation.document_perplexity import document_loss
 from gakernels.model import GenerativeAdapter
 
@@ -133,7 +134,7 @@ def context_bytes(model: GenerativeAdapter, text: str) -> dict[str, int]:
     """What has to be kept in memory to answer about a document: the key-value cache of the prompt, or the adapter."""
     config = model.base.config.get_text_config()
     assert model.tokenizer is not None
-    tokens = len(model.tokenizer(text)["input_ids"])
+    tokens = len(encode_text(model.tokenizer, text))
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
     size = next(model.base.parameters()).element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.encoding import encode_text
 from gakernels.training.instruction.chat import ChatEncoder
 from gakernels.training.instruction.records import Message
 
@@ -27,14 +28,14 @@ class Asker:
         """The tokens behind which the answer begins."""
         if self._chat is not None:
             return self._chat.prompt([Message("user", text)])
-        return list(self._tokenizer(text)["input_ids"])
+        return encode_text(self._tokenizer, text)
 
     def answered(self, text: str, answer: str) -> tuple[list[int], int]:
         """The tokens of a question and an answer, and where the answer begins."""
         asked = self.question(text)
         if self._chat is not None:
-            return asked + list(self._tokenizer(answer, add_special_tokens=False)["input_ids"]), len(asked)
-        whole = list(self._tokenizer(f"{text} {answer}")["input_ids"])
+            return asked + encode_text(self._tokenizer, answer, begins=False), len(asked)
+        whole = encode_text(self._tokenizer, f"{text} {answer}")
         # A tokenizer may join the last characters of the question with the first of the answer.
         common = next((n for n, (one, other) in enumerate(zip(asked, whole, strict=False)) if one != other), len(asked))
         return whole, max(min(common, len(whole) - 1), 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from gakernels.adapter import Adapter, stack
+from gakernels.encoding import encode_text, opening_tokens
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.nn import LowRankFactors
@@ -88,12 +89,12 @@ class Decoder:
         self.limit: int | None = position_limit(settings)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens of a beginning included."""
-        return list(self.tokenizer(text)["input_ids"])
+        """Token ids of a text, opening tokens (BOS) included."""
+        return encode_text(self.tokenizer, text)
 
     def begin(self) -> list[int]:
-        """The special tokens of a beginning alone; none where the tokenizer has none."""
-        return self.encode("")
+        """The opening tokens alone; none where the tokenizer has none."""
+        return opening_tokens(self.tokenizer)
 
     @torch.inference_mode()
     def shared_start(self, rows: Sequence[Row]) -> SharedStart | None:

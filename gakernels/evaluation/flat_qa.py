@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from gakernels.errors import InputError
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped, csv_rows, dataset, open_text, text_of
+from gakernels.evaluation.records import Context, Dataset, Question, Skipped, csv_rows, dataset, text_of
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.data.compression import kind_of
 from gakernels.training.data.records import read_records
 from gakernels.training.data.sources import HUB, HubSource, source_of
+from gakernels.user_text import read_user_text
 
 COLUMNS = ("context", "question")
 Row = tuple[str, Mapping[str, Any]]
@@ -77,8 +78,9 @@ def _rows(name: str, skipped: Skipped) -> Iterator[Row]:
 
 
 def _json_rows(path: Path, skipped: Skipped) -> Iterator[Row]:
+    text = read_user_text(path)
     try:
-        rows = json.loads(open_text(path))
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON, but it is not: {error}") from error
     if not isinstance(rows, list):
@@ -93,9 +95,9 @@ def _json_rows(path: Path, skipped: Skipped) -> Iterator[Row]:
 
 def is_squad(path: Path) -> bool:
     """Whether a JSON file is an object, as SQuAD's, and no list of rows."""
-    return kind_of(path) == ".json" and open_text(path).lstrip().startswith("{")
+    return kind_of(path) == ".json" and read_user_text(path).lstrip().startswith("{")
 
 
 def is_streaming_qa(path: Path) -> bool:
     """Whether a CSV file has the column of StreamingQA's articles."""
-    return kind_of(path) == ".csv" and "text" in open_text(path).partition("\n")[0].strip().split(",")
+    return kind_of(path) == ".csv" and "text" in read_user_text(path).partition("\n")[0].strip().split(",")

@@ -9,7 +9,8 @@ from typing import Any
 
 from gakernels.errors import InputError
 from gakernels.evaluation.dialogue import conversation
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped, dataset, list_of, open_text, text_of
+from gakernels.evaluation.records import Context, Dataset, Question, Skipped, dataset, list_of, text_of
+from gakernels.user_text import read_user_text
 
 _SESSION = re.compile(r"session_(\d+)")
 
@@ -25,7 +26,7 @@ def read_locomo(path: Path) -> Dataset:
         InputError: there is no such file, it is no JSON of this form, or nothing is left of it.
     """
     try:
-        content = json.loads(open_text(path))
+        content = json.loads(read_user_text(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gakernels.errors import InputError
+from gakernels.user_text import read_user_text
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,14 @@ def _because(skipped: Skipped) -> str:
     return f": {skipped}" if skipped.total else ""
 
 
-def open_text(path: Path) -> str:
-    """The text of a data file, with or without a byte order mark.
-
-    Raises:
-        InputError: there is no such file, or it is not UTF-8 text.
-    """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text, but it can't be read as such: {error}") from error
-
-
 def json_lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSON-lines file, each with its place; lines that are no JSON object are counted.
 
     Raises:
-        InputError: as `open_text`.
+        InputError: as `read_user_text`.
     """
-    for number, line in enumerate(open_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
+    # Not splitlines: a text may hold other separators.
+    for number, line in enumerate(read_user_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -124,9 +112,9 @@ def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str
     """The rows of a CSV file with its columns by name, each with the line that it ends on; a short row has empty ends.
 
     Raises:
-        InputError: as `open_text`; a column is missing, or it is no CSV.
+        InputError: as `read_user_text`; a column is missing, or it is no CSV.
     """
-    reader = csv.DictReader(io.StringIO(open_text(path), newline=""), strict=True, restval="")
+    reader = csv.DictReader(io.StringIO(read_user_text(path), newline=""), strict=True, restval="")
     try:
         missing = [column for column in columns if column not in (reader.fieldnames or [])]
         if missing:

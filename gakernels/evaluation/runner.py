@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from gakernels.encoding import check_tokens
 from gakernels.errors import InputError
 from gakernels.evaluation.answer_log import AnswerLog, Entry
 from gakernels.evaluation.asking import Asker
@@ -120,6 +121,7 @@ class Runner:
             raise InputError(f"the generator reads chunks of {chunk} tokens, but the base model at most {limit}")
         if limit is not None and scenario.new_tokens >= limit:
             raise InputError(f"new_tokens must be below the model's limit of {limit}, but it is {scenario.new_tokens}")
+        self._known = model.base.get_input_embeddings().num_embeddings
         self.method_settings = method_settings or MethodSettings()
         self._asker = Asker(self.decoder.tokenizer, self.method_settings.chat)
         self.methods: dict[str, Method] = {
@@ -250,6 +252,7 @@ class Runner:
         text = request.adapted_prompt if adapted else request.prompt
         front = prepared.in_front(place, request.query)
         tokens, start, room = self._tokens(request, text, front)
+        check_tokens(self.decoder.tokenizer, tokens, self._known, f"case {request.case}, question {request.question},")
         cut = 0 if self.decoder.limit is None else max(len(tokens) - (self.decoder.limit - room), 0)
         return Row(tuple(tokens[cut:]), prepared.adapters[place], max(start - cut, 1), cut > 0)
 

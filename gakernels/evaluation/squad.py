@@ -15,10 +15,10 @@ from gakernels.evaluation.records import (
     Skipped,
     dataset,
     list_of,
-    open_text,
     text_of,
     texts_of,
 )
+from gakernels.user_text import read_user_text
 
 PARTS = ("all", "first_tenth")
 
@@ -33,7 +33,7 @@ def read_squad(path: Path) -> Dataset:
     Raises:
         InputError: there is no such file, it is no JSON of this form, or nothing is left of it.
     """
-    text = open_text(path)
+    text = read_user_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

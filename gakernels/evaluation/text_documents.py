@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.errors import InputError
 from gakernels.evaluation.records import Skipped, text_of
-
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+from gakernels.training.data.compression import opened
+from gakernels.user_text import decode_user_text, utf8_lines
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ def cut_documents(
 
     Args:
         path: JSON lines (`.jsonl`) with a `text` each, which are documents; or plain text, which is cut into pieces of
-            2 n tokens one after the other. Also compressed (`.gz`, `.xz`, `.bz2`).
+            2 n tokens one after the other. Also compressed (`.gz`, `.xz`, `.bz2`, `.zst`).
         tokenizer: of the model.
         tokens: n, at least 2.
         limit: most documents.
@@ -52,7 +48,7 @@ def cut_documents(
         The documents, and what was left out: records without text, documents that are too short.
 
     Raises:
-        InputError: n is below 2, the file is missing, no UTF-8 text, or has no document that is long enough.
+        InputError: n is below 2, the file is missing, no text, or has no document that is long enough.
     """
     if tokens < 2:
         raise InputError(f"tokens must be at least 2, but it is {tokens}")
@@ -85,25 +81,26 @@ def _texts(path: Path, skipped: Skipped) -> Iterator[tuple[str, str]]:
     """Names and texts."""
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    opener = _OPENERS.get(path.suffix, open)
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with opened(path) as file:
             if _is_plain(path):
-                yield path.name, file.read()
+                yield path.name, decode_user_text(file.read(), path)
                 return
-            for number, line in enumerate(file, 1):
-                text = _text_of_line(line)
+            for number, line in enumerate(utf8_lines(file), 1):
+                text = _text_of_line(line, f"{path}:{number}")
                 if text:
                     yield f"{path.name}:{number}", text
                 elif line.strip():
                     skipped.add("line without a text", f"{path}:{number}")
-    except (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError) as error:
+    except OSError as error:
         raise InputError(f"{path} can't be read: {error}") from error
 
 
-def _text_of_line(line: str) -> str:
+def _text_of_line(line: bytes, place: str) -> str:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place} must be UTF-8 text, but byte {error.start} of the line is wrong") from error
     except (ValueError, RecursionError):
         return ""
     return text_of(value.get("text")) if isinstance(value, dict) else ""

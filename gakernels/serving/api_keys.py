@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gakernels.errors import InputError
+from gakernels.user_text import read_user_text
 
 ANYONE = ""  # the owner of everything where there are no keys
 _SHORTEST = 16  # characters
@@ -35,11 +36,9 @@ class ApiKeys:
         """One key a line; empty lines and lines that begin with `#` don't count.
 
         Raises:
-            InputError: the file is missing, or has no key, or one of them is too short.
+            InputError: the file is missing or no text, or has no key, or one of them is too short.
         """
-        if not path.is_file():
-            raise InputError(f"there is no file {path} with API keys")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_user_text(path).splitlines()]
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise InputError(f"{path} must have at least one API key, but it has none")

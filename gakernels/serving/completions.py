@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from gakernels.chat_templates import chat_template
 from gakernels.compact import CompactAdapter
+from gakernels.encoding import encode_text
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.positions import position_limit
@@ -116,7 +117,7 @@ class LocalCompletions:
                 return prompt
             if tokenizer is None:
                 raise bad_request("this model has no tokenizer: prompts must be token ids", "prompt")
-            return list(tokenizer(prompt)["input_ids"])
+            return encode_text(tokenizer, prompt)
 
         return await self._contexts.with_text(lambda: [tokens(prompt) for prompt in prompts])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.compact import CompactAdapter
+from gakernels.encoding import encode_text
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.serving.decoding_batch import DecodingBatch
@@ -212,4 +213,4 @@ def _tokens(tokenizer: PreTrainedTokenizerBase | None, prompt: str | Sequence[in
         return list(prompt)
     if tokenizer is None:
         raise InputError("tokenizer is needed to turn text into tokens; pass one to GenerativeAdapter")
-    return list(tokenizer(prompt)["input_ids"])
+    return encode_text(tokenizer, prompt)

@@ -93,9 +93,14 @@ def load_base_model(
 
 
 def check_tokenizer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises: InputError: the tokenizer has tokens that the base model's embedding does not."""
+    """Whether a tokenizer fits its model. Tokens that were added to it count where a text has them (`check_tokens`).
+
+    Raises:
+        InputError: the vocabulary of the tokenizer is larger than the base model's embedding.
+    """
     rows = int(base.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    added = tokenizer.get_added_vocab()
+    largest = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=0)
     if largest >= rows:
         raise InputError(
             f"the tokenizer of {base.config.name_or_path} must be that of its model, but it gives token ids up to "

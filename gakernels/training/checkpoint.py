@@ -151,6 +151,17 @@ def newest_good(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
     return None, damage
 
 
+def saved_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in the newest checkpoint whose manifest is whole; None where there is none."""
+    for path in reversed(find_checkpoints(folder)):
+        try:
+            settings: dict[str, Any] = read_any_manifest(path)["settings"]
+        except (_DamagedError, KeyError):
+            continue
+        return settings
+    return None
+
+
 def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[int, dict[str, Any]]:
     """Restore what `save_checkpoint` kept, into the tensors that are there. All processes call this together.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.encoding import check_tokens
 from gakernels.errors import InputError
 from gakernels.evaluation.perplexity import HeldOutContexts
 from gakernels.training.data import (
@@ -141,10 +142,8 @@ def load_data(
     def read(source: SourceConfig) -> Corpus:
         cache = token_cache(source_of(source.path, source.text_key), tokenizer, config.cache, config.strict, progress)
         if cache.largest_token >= vocabulary:
-            raise InputError(
-                f"data: the tokens of {source.path} go up to {cache.largest_token}, but the base model's embedding has "
-                f"{vocabulary} rows: the tokenizer is that of another model"
-            )
+            number = cache.corpus.document_of(cache.largest_token) + 1
+            check_tokens(tokenizer, [cache.largest_token], vocabulary, f"data: document {number} of {source.path}")
         return cache.corpus
 
     return split(config, read, segment_tokens, held_out)

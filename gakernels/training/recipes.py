@@ -9,12 +9,14 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from gakernels.errors import InputError
+from gakernels.user_text import read_user_text
 
 CONFIGS = Path(__file__).parent.parent / "configs"  # the recipes that come with the package
 
@@ -86,10 +88,14 @@ class _Loader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        text = read_user_text(path)
+    except InputError as error:
+        raise InputError(f"config: {path} is no YAML: {error}") from error
+    try:
+        values = yaml.load(text, _Loader)
     except InputError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError is text that is no UTF-8, or a date like 2024-13-01
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date like 2024-13-01
         raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
         raise InputError(f"config: {path} must be a mapping of sections, but it is {_shown(values)}")
@@ -189,6 +195,8 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
 def _scalar(value: Any, kind: Any, key: str) -> Any:
     if kind in (str, Path) and isinstance(value, (str, Path)):
         return kind(value)
+    if kind is str and isinstance(value, date):  # YAML's own reading of 2026-01-31
+        return value.isoformat()
     plain = _parsed(value)
     number = _number(plain)
     if kind is bool and isinstance(plain, bool):

@@ -137,6 +137,59 @@ def test_the_plan_tells_data_steps_and_padding(
     assert "seconds" in row("time at 100 TFLOP/s")
 
 
+def stopped(outcome: Any) -> str:
+    """The last line of a run that found its data wanting; the bar of tokenising stands in front."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    return str(outcome.err.splitlines()[-1])
+
+
+def test_a_run_stops_where_too_much_of_its_data_can_not_be_used(
+    run: Callable[..., Any], refused: Callable[..., str], options: list[Any], data: Path, tmp_path: Path
+) -> None:
+    with data.open("a") as file:
+        file.write('{"context": "w5", "conversations": [{"from": "tool", "value": "w7"}]}\n')
+    message = stopped(run("finetune", *options))
+    assert f"data: 6.7% of the rows of {data} can't be used: 1 x message whose role is not system" in message
+    assert "--allow-skipped" in message
+    assert not (tmp_path / "out").exists()
+    plan = run("finetune", *options, "--dry-run")
+    assert plan.code == 0
+    assert "A run stops: 6.7% of the rows" in plan.out
+    allowed = run("finetune", *options, "--allow-skipped")
+    assert allowed.code == 0, allowed.err
+    assert "left out: 1 x message whose role is not system" in allowed.err
+    assert load_recipe(FinetuningRecipe, tmp_path / "out" / "recipe.yaml").data.allow_skipped
+    assert "must not both be true" in refused("finetune", *options, "--allow-skipped", "--strict")
+
+
+def test_few_rows_that_can_not_be_used_do_not_stop_a_run(
+    run: Callable[..., Any], options: list[Any], data: Path
+) -> None:
+    write_rows(data, 25)
+    with data.open("a") as file:
+        file.write('{"context": "w5"}\n')
+    outcome = run("finetune", *options)
+    assert outcome.code == 0, outcome.err
+    assert "left out: 1 x record of no known form" in outcome.err
+
+
+def test_limits_and_broken_files_stop_a_run_too(run: Callable[..., Any], options: list[Any], data: Path) -> None:
+    with data.open("a") as file:
+        file.write(
+            json.dumps({"context": "w9 " * 60, "qas": [{"question": f"w{n}", "answer": 7} for n in range(3, 7)]})
+        )
+    message = stopped(run("finetune", *options, "--context-tokens", 50))
+    assert f"data: 8.7% of the rows of {data} can't be used: 1 x context of more than 50 tokens" in message
+    assert run("finetune", *options).code == 0
+    folder = data.with_name("folder")
+    folder.mkdir()
+    data.rename(folder / "a.jsonl")
+    (folder / "b.json").write_text("[")
+    options[options.index(data)] = folder
+    assert f"data: {folder} can't be read whole: 1 x file that is no JSON" in stopped(run("finetune", *options))
+
+
 @pytest.mark.parametrize("name", ["mistral-7b-finetuning", "llama2-7b-finetuning", "cpu-small-finetuning"])
 def test_the_recipes_of_the_package_are_read(name: str) -> None:
     recipe = load_recipe(FinetuningRecipe, Path(name))

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from gakernels.adapter import Adapter
+from gakernels.encoding import encode_text
 from gakernels.errors import InputError
 from gakernels.evaluation.asking import Asker
 from gakernels.evaluation.cases import Case, Scenario
@@ -97,7 +98,7 @@ class TunedMethod(SimpleMethod):
         limit = self._limit()
         examples = []
         for text in texts:
-            tokens = list(tokenizer(text)["input_ids"])
+            tokens = encode_text(tokenizer, text)
             pieces = [tokens[start : start + limit] for start in range(0, len(tokens), limit)]
             examples += [Example(tuple(piece)) for piece in pieces if len(piece) > 1]
         return examples

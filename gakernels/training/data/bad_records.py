@@ -5,6 +5,7 @@ from typing import Any
 
 from gakernels.errors import InputError
 
+HIDDEN = "file under a hidden name"  # left out on purpose, so no fault
 _PLACES = 3
 
 
@@ -17,11 +18,14 @@ class BadRecords:
     Attributes:
         counts: how many, by kind.
         places: where the first three of each kind stand.
+        records: how many were looked at, as far as a reader says so.
+        lost: how many of them are gone; of a record that lost a part of what it held, that share.
     """
 
     def __init__(self, strict: bool = False) -> None:
         self.counts: dict[str, int] = {}
         self.places: dict[str, list[str]] = {}
+        self.records, self.lost = 0, 0.0
         self._strict = strict
 
     def add(self, kind: str, place: str) -> None:
@@ -30,12 +34,18 @@ class BadRecords:
         Raises:
             InputError: it is not to be tolerated.
         """
-        if self._strict:
+        if self._strict and kind != HIDDEN:
             raise InputError(f"data: {place}: {kind}")
         self.counts[kind] = self.counts.get(kind, 0) + 1
         places = self.places.setdefault(kind, [])
         if len(places) < _PLACES:
             places.append(place)
+
+    def merge(self, other: "BadRecords") -> None:
+        """Count what another one has."""
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            self.places[kind] = [*self.places.get(kind, []), *other.places[kind]][:_PLACES]
 
     @property
     def total(self) -> int:
@@ -45,6 +55,16 @@ class BadRecords:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {kind: {"count": count, "first": self.places[kind]} for kind, count in self.counts.items()}
+
+    @property
+    def faults(self) -> int:
+        """All but what was left out on purpose."""
+        return self.total - self.counts.get(HIDDEN, 0)
+
+    @property
+    def share(self) -> float:
+        """What is lost of the records."""
+        return self.lost / self.records if self.records else 0.0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BadRecords":

@@ -56,7 +56,7 @@ def token_cache(
                 write_cache(place, source, tokenizer, BadRecords(strict), progress)
                 cache = TokenCache.open(place)
     bad = cache.bad_records
-    if bad.total and strict:
+    if bad.faults and strict:
         raise InputError(f"data: {source.name} has records that can't be used: {bad}")
     if bad.total:
         logger.warning("data: left out of %s: %s", source.name, bad)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 
+_BLOCK = 1 << 22  # tokens that are read at once
+
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
@@ -59,6 +61,14 @@ class Corpus:
             return self.ids[place : place + count].astype(np.int64)
         half = int(self.offsets[(first + last + 1) // 2])
         return np.concatenate([self.read(start, half - start), self.read(half, end - half)])
+
+    def document_of(self, token: int) -> int:
+        """The number of the first document that has a token id, which must occur."""
+        for start in range(0, self.tokens, _BLOCK):
+            found = np.flatnonzero(self.read(start, min(_BLOCK, self.tokens - start)) == token)
+            if len(found):
+                return int(self.document_ids[np.searchsorted(self.offsets, start + found[0], side="right") - 1])
+        raise ValueError(f"no document has the token {token}")
 
     def select(self, kept: NDArray[np.bool_]) -> "Corpus":
         """The part made of some documents, without a copy of the tokens.

@@ -1,14 +1,14 @@
 """Documents: the texts of files and records, in pieces, so that a file larger than memory can be one document."""
 
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import TypeAlias
 
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.data.compression import kind_of, opened
 from gakernels.training.data.files import JSON_LINES, PARQUET
 from gakernels.training.data.records import UNREADABLE, Record, read_records
+from gakernels.user_text import as_text
 
 PIECE = 1 << 16  # characters; a tokenizer works on many pieces at once, and a text of gigabytes is never in memory
 
@@ -78,7 +78,7 @@ def _fault_of_text(path: Path) -> str | None:
     blank = True
     try:
         with opened(path) as file:
-            text = _as_text(file)
+            text = as_text(file)
             while block := text.read(PIECE):
                 if "\0" in block:
                     return "file with NUL bytes (not a text?)"
@@ -90,10 +90,6 @@ def _fault_of_text(path: Path) -> str | None:
 
 def _pieces_of_file(path: Path) -> Document:
     with opened(path) as file:
-        text = _as_text(file)
+        text = as_text(file)
         while piece := text.read(PIECE):
             yield piece + text.readline()
-
-
-def _as_text(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig")  # with or without a byte order mark; line ends become \n

@@ -4,18 +4,23 @@ from collections.abc import Set
 from pathlib import Path
 
 from gakernels.errors import InputError
+from gakernels.training.data.bad_records import HIDDEN, BadRecords
 from gakernels.training.data.compression import COMPRESSIONS, kind_of
 
 TEXT, JSON_LINES, PARQUET = {".txt", ".md", ".text"}, {".jsonl", ".ndjson"}, {".parquet"}
 KINDS = frozenset(TEXT | JSON_LINES | PARQUET)
 
 
-def find_files(path: Path, kinds: Set[str] = KINDS) -> list[Path]:
+def find_files(path: Path, kinds: Set[str] = KINDS, bad: BadRecords | None = None) -> list[Path]:
     """The files of some kinds in a folder and its subfolders, in the order of their names; or the one file, as it is.
+
+    A file is left out if its name, or that of a folder on the way to it from `path`, begins with a dot: tools keep old
+    states there (`.ipynb_checkpoints`, `.git`).
 
     Args:
         path: the folder or file.
         kinds: suffixes of the names, without that of a compression.
+        bad: counts the hidden files.
 
     Raises:
         InputError: the path does not exist or holds no such file.
@@ -24,8 +29,16 @@ def find_files(path: Path, kinds: Set[str] = KINDS) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"data: there is no file or folder {path}")
-    files = sorted(file for file in path.rglob("*") if kind_of(file) in kinds and file.is_file())
+    found = sorted(file for file in path.rglob("*") if kind_of(file) in kinds and file.is_file())
+    hidden = {file for file in found if any(part.startswith(".") for part in file.relative_to(path).parts)}
+    files = [file for file in found if file not in hidden]
     if not files:
         ends = ", ".join(sorted(kinds))
-        raise InputError(f"data: {path} holds no file that ends in {ends} (or {', '.join(COMPRESSIONS)} behind it)")
+        besides = f", but {len(hidden)} under hidden names" if hidden else ""
+        raise InputError(
+            f"data: {path} holds no file that ends in {ends} (or {', '.join(COMPRESSIONS)} behind it){besides}"
+        )
+    if bad is not None:
+        for file in sorted(hidden):
+            bad.add(HIDDEN, str(file))
     return files

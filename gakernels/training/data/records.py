@@ -1,6 +1,5 @@
 """Records of JSON-lines and Parquet files: what each line or row holds, by name."""
 
-import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from gakernels.errors import InputError
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.data.compression import kind_of, opened
 from gakernels.training.data.files import PARQUET
+from gakernels.user_text import utf8_lines
 
 UNREADABLE = "file that can't be read to its end"
 
@@ -29,7 +29,9 @@ class Record:
 
 
 def read_records(path: Path, bad: BadRecords, columns: Sequence[str] | None = None) -> Iterator[Record]:
-    """The records of a Parquet file, or of a file of JSON lines, one object a line (UTF-8, empty lines allowed).
+    """The records of a Parquet file, or of a file of JSON lines, one object a line.
+
+    JSON lines are UTF-8, or UTF-16 with a byte order mark; empty lines are allowed.
 
     Args:
         path: what ends in `.parquet` is read as Parquet, everything else as JSON lines, decompressed by its suffix.
@@ -48,9 +50,7 @@ def read_records(path: Path, bad: BadRecords, columns: Sequence[str] | None = No
 
 def _lines(path: Path, bad: BadRecords) -> Iterator[Record]:
     with opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(utf8_lines(file), 1):
             if not line.strip():
                 continue
             place = f"line {number} of {path}"

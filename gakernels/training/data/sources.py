@@ -61,12 +61,12 @@ class FileSource:
 
     def documents(self, bad: BadRecords) -> Iterator[Document]:
         """The documents of all files, in the order of the files' names."""
-        for file in find_files(self.path):
+        for file in find_files(self.path, bad=bad):
             yield from file_documents(file, self.text_key, bad)
 
     def description(self) -> dict[str, Any]:
         """Names, sizes, times of change and SHA-256 of the files; reads all of them."""
-        files = [{**described, "sha256": _sha256(file)} for file, described in self._files()]
+        files = [{**described, "sha256": file_sha256(file)} for file, described in self._files()]
         return {"kind": "files", "path": str(self.path), "text_key": self.text_key, "files": files}
 
     def change(self, description: Mapping[str, Any]) -> str | None:
@@ -80,7 +80,7 @@ class FileSource:
         for name, (file, described) in now.items():
             if described["size"] != before[name]["size"]:
                 return f"{name} has {described['size']} bytes instead of {before[name]['size']}"
-            if described["modified"] != before[name]["modified"] and _sha256(file) != before[name]["sha256"]:
+            if described["modified"] != before[name]["modified"] and file_sha256(file) != before[name]["sha256"]:
                 return f"{name} has other contents"
         return None
 
@@ -179,7 +179,8 @@ def _hub_loader() -> tuple[Callable[..., Any], tuple[type[Exception], ...]]:
     return datasets.load_dataset, (OSError, ValueError, datasets.exceptions.DatasetsError)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as it lies on the disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

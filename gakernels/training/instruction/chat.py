@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.chat_templates import chat_template
+from gakernels.encoding import encode_text
 from gakernels.errors import InputError
+from gakernels.training.instruction.clock import at_time
 from gakernels.training.instruction.records import Message
 
 PLAIN_TEMPLATE = (
@@ -31,6 +34,11 @@ class EncodedConversation:
     answers: npt.NDArray[np.bool_]
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template of a tokenizer, or `PLAIN_TEMPLATE` if it has none."""
+    return chat_template(tokenizer) or PLAIN_TEMPLATE
+
+
 class ChatEncoder:
     """Writes conversations as the tokenizer's chat template does, or as `PLAIN_TEMPLATE` if it has none.
 
@@ -38,19 +46,24 @@ class ChatEncoder:
     (`add_generation_prompt`) to the token that ends the turn, this one included. White space that the template puts
     behind that token is not part of it.
 
+    Args:
+        tokenizer: a fast one.
+        clock: the time that the template shows (`strftime_now`); None for the present.
+
     Raises:
         InputError: the tokenizer can't tell which characters a token covers (a slow one), or has several chat templates
             and none named `default`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: datetime | None = None) -> None:
         if not tokenizer.is_fast:
             raise InputError(
                 "tokenizer must be a fast one (of the tokenizers library), which tells the characters of each token, "
                 f"but {type(tokenizer).__name__} is not"
             )
         self._tokenizer = tokenizer
-        self._template = chat_template(tokenizer) or PLAIN_TEMPLATE
+        template = template_of(tokenizer)
+        self._template = template if clock is None else at_time(template, clock)
         special = {token for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()) if token.strip()}
         names = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
         self._end_of_turn = re.compile(rf"\s*(?:{names})") if names else None
@@ -78,7 +91,7 @@ class ChatEncoder:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that ask for the next answer of a conversation that ends with the user."""
         text = self._render(messages, True)
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode_text(self._tokenizer, text, begins=False)
 
     def _answer_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and where in it each answer begins and ends.

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.encoding import encode_text
 from gakernels.errors import InputError
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.instruction.chat import ChatEncoder, EncodedConversation
@@ -47,10 +49,11 @@ def encode_records(
     shortened: BadRecords,
     name: str = "data",
     progress: bool = True,
+    clock: datetime | None = None,
 ) -> list[Example]:
     """The token ids of all records that fit.
 
-    The context is written as `GenerativeAdapter.adapt` writes a text, with the tokenizer's special tokens and without
+    The context is written as `GenerativeAdapter.adapt` writes a text, with the tokenizer's opening tokens and without
     the chat template, as it will be at inference. A conversation over its limit loses its oldest exchanges (a message
     of the system at its beginning stays); one whose last exchange alone is too long is left out.
 
@@ -62,15 +65,16 @@ def encode_records(
         shortened: counts conversations that lost exchanges.
         name: of the source, for places and the progress bar.
         progress: show a bar.
+        clock: see `ChatEncoder`.
 
     Raises:
         InputError: the tokenizer is a slow one.
     """
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, clock)
     examples = []
     for number, record in enumerate(tqdm(records, desc=f"tokenising {name}", unit="context", disable=not progress), 1):
         place = f"context {number} of {name}"
-        context = np.array(tokenizer(record.context, verbose=False)["input_ids"], dtype=np.int32)
+        context = np.array(encode_text(tokenizer, record.context), dtype=np.int32)
         if not 0 < len(context) <= limits.context:
             bad.add(f"context of more than {limits.context} tokens" if len(context) else "empty context", place)
             continue

@@ -4,30 +4,48 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from gakernels.configuration import GeneratorConfig
-from gakernels.errors import InputError
+from gakernels.errors import FormatError, InputError
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.training.base_model import BaseConfig, check_tokenizer, load_base_model
-from gakernels.training.checkpoint import find_checkpoints
-from gakernels.training.generator_run import REPORT_FILE, precision_of, processes_of, save_generators, write_recipe
+from gakernels.training.checkpoint import find_checkpoints, saved_settings
+from gakernels.training.generator_run import (
+    RECIPE_FILE,
+    REPORT_FILE,
+    precision_of,
+    processes_of,
+    save_generators,
+    write_recipe,
+)
+from gakernels.training.instruction.chat import template_of
+from gakernels.training.instruction.clock import shows_time
 from gakernels.training.instruction.examples import Example
+from gakernels.training.instruction.given import changes
 from gakernels.training.instruction.losses import can_pack
 from gakernels.training.instruction.objective import InstructionObjective
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.instruction.report import AnswerReport, score_answers
 from gakernels.training.instruction.steps import InstructionSteps
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
-from gakernels.training.parallel import Ranks
+from gakernels.training.parallel import Parallel, Ranks
+from gakernels.training.recipes import load_recipe
 from gakernels.training.run_folder import only_run
 from gakernels.training.throughput import StepCost
 from gakernels.training.trainer import Trainer
+
+_NOT_SAID = (
+    "its tokens are others, and this run of an earlier version does not say why. If the chat template shows the date, "
+    "name the day on which the run began (--set clock=2026-01-31)"
+)
 
 
 def make_tuned_model(recipe: FinetuningRecipe, device: torch.device | str) -> GenerativeAdapter:
@@ -78,8 +96,8 @@ def finetune(
         Scores of held-out answers.
 
     Raises:
-        InputError: the data can't be used, something in the recipe does not go together, or another run is in the
-            folder.
+        InputError: the data can't be used, or too much of it can't, something in the recipe does not go together, or
+            another run is in the folder.
         FormatError: the folder holds a run with other settings.
         FloatingPointError: the run diverged.
         TrainingStopped: a signal came; the same call goes on.
@@ -87,6 +105,7 @@ def finetune(
     ranks = ranks or Ranks()
     if model.tokenizer is None:
         raise InputError("tokenizer is needed to tune on conversations; pass one to GenerativeAdapter")
+    recipe = _with_clock(recipe, model.tokenizer, folder, ranks)
     data = load_tuning_data(
         recipe.data,
         model.tokenizer,
@@ -95,7 +114,10 @@ def finetune(
         recipe.evaluation.contexts,
         recipe.seed,
         progress and ranks.rank == 0,
+        recipe.moment,
     )
+    if data.refusal is not None:
+        raise InputError(f"data: {data.refusal}")
     run = _Run(model, recipe, data, folder, progress and ranks.rank == 0, ranks)
     if run.progress and data.skipped.total:
         tqdm.write(f"left out: {data.skipped}", file=sys.stderr)
@@ -106,6 +128,21 @@ def finetune(
             values = {"answers": report.to_dict(), "data": data.to_dict()}
             write_text(folder / REPORT_FILE, json.dumps(values, indent=2) + "\n")
     return report
+
+
+def _with_clock(
+    recipe: FinetuningRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks
+) -> FinetuningRecipe:
+    """The recipe with the time that the run's chat template shows: as it says, as the run began, or now."""
+    if recipe.clock is not None or not shows_time(template_of(tokenizer)):
+        return recipe
+    clock = datetime.now().isoformat(timespec="seconds")
+    path = folder / RECIPE_FILE
+    if ranks.rank == 0 and find_checkpoints(folder / "checkpoints") and path.is_file():
+        # Runs of earlier versions kept no clock, but wrote their recipe just after they had read their data.
+        written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")
+        clock = load_recipe(FinetuningRecipe, path).clock or written
+    return replace(recipe, clock=Parallel(ranks).broadcast(clock))
 
 
 @dataclass(frozen=True)
@@ -122,7 +159,7 @@ class _Run:
     def train(self) -> None:
         """Train the generators and write them."""
         steps = tuning_steps(self.recipe, self.data, self.model.config.chunk_size, can_pack(self.model), self.ranks)
-        settings = self.settings()
+        settings = self._settings_to_resume()
         config = replace(self.recipe.trainer, steps=self.recipe.steps(self.data.contexts))
         parallel = processes_of(self)  # before the parameters are asked for: it may shard them
         trainer = Trainer(
@@ -148,13 +185,17 @@ class _Run:
             return score_answers(self.model, examples, self.recipe.evaluation.batch_size, progress)
 
     def settings(self) -> dict[str, Any]:
-        """What a run depends on, for its checkpoints. The data counts by its tokens, not by its path."""
+        """What a run depends on, for its checkpoints."""
         batches, base = asdict(self.recipe.batches), self.recipe.model
         del batches["positions"]  # changes rounding only
         return {
             "seed": self.recipe.seed,
             "batches": batches,
-            "data": {"tokens": self.data.fingerprint(), "weights": list(self.data.weights)},
+            "data": {
+                "tokens": self.data.fingerprint(),
+                "given": self.data.given,
+                "weights": list(self.data.weights),
+            },
             "start": self.model.generator_fingerprint(),
             "generator": self.model.config.to_dict(),
             "base": {
@@ -163,6 +204,28 @@ class _Run:
                 "quantization": base and base.quantization,
             },
         }
+
+    def _settings_to_resume(self) -> dict[str, Any]:
+        """The settings, with the data as the checkpoints in the folder describe it, where it is the same.
+
+        Data of the same tokens is the same, whatever it was made of; so is data made of the same things, should other
+        versions of the libraries write it otherwise.
+
+        Raises:
+            FormatError: it is not the same; the message says what has changed.
+        """
+        settings, refusal = self.settings(), None
+        saved = saved_settings(self.folder / "checkpoints") if self.ranks.rank == 0 else None
+        before, now = (saved or {}).get("data", {}), settings["data"]
+        if "tokens" in before:
+            changed = changes(before["given"], now["given"]) if "given" in before else [_NOT_SAID]
+            if before["tokens"] == now["tokens"] or not changed:
+                settings["data"] = {**before, "weights": now["weights"]}
+            else:
+                refusal = f"{self.folder} holds a run on other data: {'; '.join(changed)}. Use another folder"
+        if refusal := Parallel(self.ranks).broadcast(refusal):
+            raise FormatError(refusal)
+        return settings
 
     def _evaluate_some(self) -> dict[str, object]:
         return self.evaluate(self.data.held_out[: self.recipe.evaluation.contexts_at_intervals]).to_dict()

@@ -78,6 +78,7 @@ def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = T
         recipe.evaluation.contexts,
         recipe.seed,
         progress,
+        recipe.moment,
     )
     steps = recipe.steps(data.contexts)
     load = tuning_steps(recipe, data, config.chunk_size, ranks=Ranks(0, world)).load(min(16, steps))

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from gakernels.configuration import GeneratorConfig
 from gakernels.errors import InputError
 from gakernels.training.base_model import BaseConfig
+from gakernels.training.instruction.clock import parse_clock
 from gakernels.training.instruction.sources import InstructionSource
 from gakernels.training.instruction.steps import BatchConfig
 from gakernels.training.trainer_config import TrainerConfig
@@ -27,9 +29,11 @@ class InstructionDataConfig:
         held_out_path: a source for the held-out contexts alone.
         context_tokens: longer contexts are left out.
         strict: a record that can't be used is an error; if not, they are counted and reported.
+        allow_skipped: train on what is left, also where more than 5% of a source's rows can't be used.
 
     Raises:
-        InputError: there is neither a path nor sources, or both, or a limit below 2.
+        InputError: there is neither a path nor sources, or both, a limit is below 2, or skipped records are both
+            allowed and an error.
     """
 
     path: str | None = None
@@ -37,8 +41,11 @@ class InstructionDataConfig:
     held_out_path: str | None = None
     context_tokens: int = 8192
     strict: bool = False
+    allow_skipped: bool = False
 
     def __post_init__(self) -> None:
+        if self.strict and self.allow_skipped:
+            raise InputError("data.strict and data.allow_skipped must not both be true")
         if (self.path is None) == (not self.sources):
             raise InputError("data must have either a path or sources")
         if self.context_tokens < 2:
@@ -94,6 +101,8 @@ class FinetuningRecipe:
         evaluation: what is scored.
         seed: of everything that is drawn.
         parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
+        clock: the time that the chat template shows, where it shows one, as 2026-01-31T12:00:00; None for the time at
+            which the run begins. The recipe in the run's folder names it, and a resumed run keeps it.
 
     Raises:
         InputError: a value is out of range, or two do not go together.
@@ -109,6 +118,7 @@ class FinetuningRecipe:
     evaluation: AnswerEvaluationConfig = field(default_factory=AnswerEvaluationConfig)
     seed: int = 0
     parallel: str = "replicas"
+    clock: str | None = None
 
     def __post_init__(self) -> None:
         if self.start is None and self.model is None:
@@ -119,8 +129,15 @@ class FinetuningRecipe:
             raise InputError(f"epochs must be above 0, but it is {self.epochs}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be between 0 and 2^32 - 1, but it is {self.seed}")
+        if self.clock is not None:
+            parse_clock(self.clock)
         if self.parallel not in PARALLEL:
             raise InputError(f"parallel must be one of {', '.join(PARALLEL)}, but it is {self.parallel!r}")
+
+    @property
+    def moment(self) -> datetime | None:
+        """The clock."""
+        return None if self.clock is None else parse_clock(self.clock)
 
     def steps(self, contexts: int) -> int:
         """Optimizer steps of a run over so many contexts."""

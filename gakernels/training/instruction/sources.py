@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,9 +15,13 @@ from gakernels.training.data.files import JSON_LINES, PARQUET, find_files
 from gakernels.training.data.records import UNREADABLE, Record, read_records
 from gakernels.training.data.sources import HUB, HubSource, source_of
 from gakernels.training.instruction.records import ContextRecord, record_of
+from gakernels.user_text import decode_user_text
 
+NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
+# Faults of whole files: nobody knows how many rows they cost.
+FILE_FAULTS = (UNREADABLE, NO_JSON, NO_ROWS)
 _JSON = {".json"}
-_KINDS = JSON_LINES | PARQUET | _JSON
+KINDS = JSON_LINES | PARQUET | _JSON
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def read_source(source: InstructionSource, bad: BadRecords, seed: int = 0) -> li
 
     Args:
         source: what to read.
-        bad: counts what is left out.
+        bad: counts what is left out, and the rows of the source.
         seed: of the order in which the items of a task are put together.
 
     Raises:
@@ -67,15 +71,36 @@ def read_source(source: InstructionSource, bad: BadRecords, seed: int = 0) -> li
 
 def _records(source: InstructionSource, bad: BadRecords, seed: int) -> Iterator[ContextRecord]:
     tasks: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(source.path, bad):
+    for row in _counted(_rows(source.path, bad), bad):
         entries = {name: value for name, value in row.entries.items() if value is not None}  # columns have gaps
         if {"task", "input", "output"} <= entries.keys() and "instruction" not in entries:
             tasks.setdefault(str(entries["task"]), []).append(entries)
-        elif record := record_of(entries, row.place, bad):
+            continue
+        before = bad.faults
+        record = record_of(entries, row.place, bad)
+        parts = bad.faults - before
+        bad.lost += 1 if record is None else parts / (parts + len(record.conversations))
+        if record is not None:
             yield record
     for row in _demonstrations(source, tasks, seed):
-        if record := record_of(row.entries, row.place, bad):
+        before = bad.faults
+        record = record_of(row.entries, row.place, bad)
+        items = len(row.entries["examples"]) + len(row.entries["queries"])
+        bad.lost += items if record is None else bad.faults - before
+        if record is not None:
             yield record
+
+
+def _counted(rows: Iterator[Record], bad: BadRecords) -> Iterator[Record]:
+    """The rows; they and what could not be read as one are counted."""
+    while True:
+        before = bad.faults
+        row = next(rows, None)
+        bad.lost += bad.faults - before
+        bad.records += bad.faults - before + (row is not None)
+        if row is None:
+            return
+        yield row
 
 
 def _demonstrations(source: InstructionSource, tasks: dict[str, list[dict[str, Any]]], seed: int) -> Iterator[Record]:
@@ -96,35 +121,38 @@ def _rows(path: str, bad: BadRecords) -> Iterator[Record]:
         assert isinstance(hub, HubSource)
         yield from hub.rows()
         return
-    for file in find_files(Path(path), _KINDS):
+    for file in find_files(Path(path), KINDS, bad):
         yield from _json_rows(file, bad) if kind_of(file) in _JSON else read_records(file, bad)
 
 
 def _json_rows(path: Path, bad: BadRecords) -> Iterator[Record]:
-    """The rows of a JSON file: a list of them, or the paragraphs of SQuAD's form."""
+    """The rows of a JSON file: a list of them (also as its `data`), the paragraphs of SQuAD's form, or one a line."""
     try:
         with opened(path) as file:
-            content = json.loads(file.read().decode("utf-8-sig"))
+            content = json.loads(decode_user_text(file.read(), path))
     except OSError as error:
         bad.add(UNREADABLE, f"{path} ({error})")
         return
     except (ValueError, RecursionError) as error:
-        bad.add("file that is no JSON", f"{path} ({error})")
-        return
-    if isinstance(content, list):
-        yield from _numbered(content, f"row {{}} of {path}", bad)
-    elif isinstance(content, dict) and isinstance(content.get("data"), list):
-        for number, article in enumerate(content["data"], 1):
-            paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
-            place = f"paragraph {{}} of article {number} of {path}"
-            yield from _numbered(paragraphs if isinstance(paragraphs, list) else [], place, bad)
-    else:
-        bad.add("JSON file that is neither a list of rows nor of SQuAD's form", str(path))
-
-
-def _numbered(rows: Iterable[Any], place: str, bad: BadRecords) -> Iterator[Record]:
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            yield Record(row, place.format(number))
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # one value is whole, more follow
+            yield from read_records(path, bad)
         else:
-            bad.add("row that is no JSON object", place.format(number))
+            bad.add(NO_JSON, f"{path} ({error})")
+        return
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        bad.add(NO_ROWS, str(path))
+        return
+    for number, row in enumerate(rows, 1):
+        yield from _objects(row, f"row {number} of {path}", bad)
+
+
+def _objects(row: object, place: str, bad: BadRecords) -> Iterator[Record]:
+    """A row, or the paragraphs of one that is an article of SQuAD."""
+    if not isinstance(row, dict):
+        bad.add("row that is no JSON object", place)
+    elif isinstance(row.get("paragraphs"), list):
+        for number, paragraph in enumerate(row["paragraphs"], 1):
+            yield from _objects(paragraph, f"paragraph {number} of {place}", bad)
+    else:
+        yield Record(row, place)

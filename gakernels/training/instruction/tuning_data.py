@@ -1,18 +1,26 @@
 """The examples of a run: what it trains on, and what is held out for its report."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.encoding import check_tokens
 from gakernels.errors import InputError
 from gakernels.training.data.bad_records import BadRecords
+from gakernels.training.data.tokenizing import tokenizer_description
+from gakernels.training.instruction.chat import template_of
 from gakernels.training.instruction.examples import Example, Limits, encode_records
+from gakernels.training.instruction.given import source_given
 from gakernels.training.instruction.recipe import InstructionDataConfig
-from gakernels.training.instruction.sources import InstructionSource, read_source
+from gakernels.training.instruction.records import ContextRecord
+from gakernels.training.instruction.sources import FILE_FAULTS, InstructionSource, read_source
+
+MOST_LOST = 0.05  # of the rows of a source, unless the recipe allows more
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,9 @@ class TuningData:
         held_out: examples to score.
         skipped: what could not be used.
         shortened: conversations that lost their oldest exchanges.
+        refusal: in words, why a run stops unless the recipe allows it: too much of a source can't be used. None: it is
+            not so.
+        given: what all of it was made of, in JSON types (`instruction.given`).
     """
 
     sources: Sequence[Sequence[Example]]
@@ -32,6 +43,8 @@ class TuningData:
     held_out: Sequence[Example]
     skipped: BadRecords
     shortened: BadRecords
+    refusal: str | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def contexts(self) -> int:
@@ -41,7 +54,7 @@ class TuningData:
     @property
     def conversations(self) -> int:
         """Conversations about them."""
-        return sum(len(example.conversations) for source in self.sources for example in source)
+        return sum(map(_conversations, self.sources))
 
     def fingerprint(self) -> str:
         """Of all tokens and answers that are trained on, in their order."""
@@ -74,6 +87,7 @@ def load_tuning_data(
     held_out: int,
     seed: int = 0,
     progress: bool = True,
+    clock: datetime | None = None,
 ) -> TuningData:
     """Read and tokenise all sources.
 
@@ -85,21 +99,30 @@ def load_tuning_data(
         held_out: contexts to hold out.
         seed: of how the items of tasks are put together.
         progress: show bars.
+        clock: see `ChatEncoder`.
 
     Raises:
         InputError: a source has no usable record or not enough of them, or its tokens are not in the vocabulary.
     """
     skipped, shortened = BadRecords(config.strict), BadRecords()
+    refusals: list[str] = []
     limits = Limits(config.context_tokens, window)
+    given: dict[str, Any] = {}
 
     def read(name: str, source: InstructionSource) -> list[Example]:
-        before = skipped.total
-        records = read_source(source, skipped, seed)
-        examples = encode_records(records, tokenizer, limits, skipped, shortened, name, progress)
+        bad = BadRecords(config.strict)
+        records = read_source(source, bad, seed)
+        examples = encode_records(records, tokenizer, limits, bad, shortened, name, progress, clock)
         if not examples:
-            reasons = f": {skipped}" if skipped.total > before else ""
+            reasons = f": {bad}" if bad.total else ""
             raise InputError(f"data: {source.path} has no context with a conversation within the limits{reasons}")
-        _check_vocabulary(examples, source.path, vocabulary)
+        if not config.allow_skipped:
+            refusals.extend(_refusals(source.path, bad, _conversations(examples) / _conversations(records)))
+        skipped.merge(bad)
+        given[name] = source_given(source, records)
+        for number, example in enumerate(examples, 1):
+            for tokens in (example.context, *(said.tokens for said in example.conversations)):
+                check_tokens(tokenizer, [int(tokens.max())], vocabulary, f"data: context {number} of {source.path}")
         return examples
 
     sources = {name: read(name, source) for name, source in config.all_sources().items()}
@@ -119,7 +142,36 @@ def load_tuning_data(
     for name, source in config.all_sources().items():
         sources[name] = _without(kept, sources[name], name, source.path, skipped)
     weights = [source.weight for source in config.all_sources().values()]
-    return TuningData(list(sources.values()), weights, kept, skipped, shortened)
+    refusal = "; ".join(refusals) or None
+    made_of = {
+        "sources": given,
+        "tokenizer": tokenizer_description(tokenizer)["fingerprint"],
+        "chat template": hashlib.sha256(template_of(tokenizer).encode()).hexdigest()[:32],
+        "clock": clock and clock.isoformat(),
+        "data.context_tokens": config.context_tokens,
+        "tokens of a conversation": window,
+        "evaluation.contexts": held_out,
+    }
+    return TuningData(list(sources.values()), weights, kept, skipped, shortened, refusal, made_of)
+
+
+def _conversations(items: Sequence[ContextRecord] | Sequence[Example]) -> int:
+    return sum(len(item.conversations) for item in items)
+
+
+def _refusals(path: str, bad: BadRecords, encoded: float) -> Iterator[str]:
+    """In words, that more of a source is lost than may go unnoticed, if so.
+
+    Args:
+        path: of the source.
+        bad: what was left out.
+        encoded: the share of what was read that is within the limits.
+    """
+    lost = 1 - (1 - bad.share) * encoded
+    broken = any(kind in bad.counts for kind in FILE_FAULTS)
+    if broken or lost > MOST_LOST:
+        what = f"{path} can't be read whole" if broken else f"{lost:.1%} of the rows of {path} can't be used"
+        yield f"{what}: {bad}. With --allow-skipped (data.allow_skipped) a run trains on the rest"
 
 
 def _split(examples: list[Example], held_out: int, path: str) -> tuple[list[Example], list[Example]]:
@@ -142,16 +194,3 @@ def _without(
     if not left:
         raise InputError(f"data: {path} has no context that is not held out: {skipped}")
     return left
-
-
-def _check_vocabulary(examples: Sequence[Example], path: str, vocabulary: int) -> None:
-    largest = max(
-        int(tokens.max())
-        for example in examples
-        for tokens in (example.context, *(said.tokens for said in example.conversations))
-    )
-    if largest >= vocabulary:
-        raise InputError(
-            f"data: the tokens of {path} go up to {largest}, but the base model's embedding has {vocabulary} rows: the "
-            "tokenizer is that of another model"
-        )

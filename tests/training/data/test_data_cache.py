@@ -167,6 +167,20 @@ def test_bad_records_are_counted_kept_and_reported_each_time(
         made(FileSource(path), strict=True)
 
 
+def test_hidden_files_are_reported_and_never_an_error(
+    tmp_path: Path, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "texts"
+    write(folder / "a.jsonl", json_lines(texts))
+    hidden = write(folder / ".git" / "old.txt", b"w5 w6")
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            cache = made(FileSource(folder), strict=True)
+        assert tokens_of(cache) == [token for text in texts for token in token_ids(text)]
+        assert f"left out of {folder}: 1 x file under a hidden name (first: {hidden})" in caplog.text
+
+
 def test_with_strictness_the_first_bad_record_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json_lines(["w3"]) + b"no json\n")
     with pytest.raises(InputError, match=r"data: line 2 of .*a\.jsonl: line that is no JSON"):

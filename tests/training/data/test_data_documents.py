@@ -158,6 +158,38 @@ def test_a_file_given_directly_is_read_whatever_its_suffix(tmp_path: Path) -> No
         assert documents(path)[0] == [f"{name}\nw3"]
 
 
+HIDDEN = [".ipynb_checkpoints/a-checkpoint.txt", "sub/.git/objects/x.md", "sub/.draft.jsonl", ".old/deep/down/b.txt.gz"]
+
+
+def test_files_under_hidden_names_are_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ["a.txt", "sub/b.txt", *HIDDEN, ".DS_Store"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("w3")
+    bad = BadRecords(strict=True)  # they are no fault
+    assert find_files(tmp_path, bad=bad) == [tmp_path / "a.txt", tmp_path / "sub" / "b.txt"]
+    assert bad.counts == {"file under a hidden name": 4}
+    assert bad.places["file under a hidden name"] == [str(tmp_path / name) for name in sorted(HIDDEN)[:3]]
+
+
+def test_a_hidden_place_that_is_named_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ".hidden"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("sub/a.txt", ".b.txt"):
+        (folder / name).write_text("w3")
+    assert find_files(folder) == [folder / "sub" / "a.txt"]
+    assert find_files(folder / ".b.txt") == [folder / ".b.txt"]
+    monkeypatch.chdir(folder)
+    assert find_files(Path("../.hidden")) == [Path("../.hidden/sub/a.txt")]
+    assert find_files(Path()) == [Path("sub/a.txt")]
+
+
+def test_a_folder_with_nothing_but_hidden_files_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "a.txt").write_text("w3")
+    with pytest.raises(InputError, match=r"holds no file that ends in .* behind it\), but 1 under hidden names"):
+        find_files(tmp_path)
+
+
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data: there is no file or folder .*nowhere"):
         find_files(tmp_path / "nowhere")

@@ -1,8 +1,12 @@
 """Instruction tuning of the demo's base model on questions about invented people, from files to the report."""
 
+import hashlib
 import json
 import math
+import os
+import re
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from drawn_examples import drawn_example
 from regression import log_of
 from tiny import make_model
@@ -167,6 +172,154 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     rounded = replace(recipe, model=BaseConfig(str(ASSETS / "base"), quantization="fp8"))
     with pytest.raises(FormatError, match=r"base\.quantization was None and is 'fp8'"):
         finetune(start(rounded), rounded, tmp_path / "parts", progress=False)
+
+
+# A chat template that shows the date
+
+DAY = "{% if strftime_now is defined %}{{ ['Question', 'Answer'][strftime_now('%d') | int % 2] }} {% endif %}"
+DATED = TEMPLATE.replace("{% for", DAY + "{% for", 1)
+
+
+class Clock(datetime):
+    """As the clock of the machine, which the test sets."""
+
+    today = datetime(2031, 3, 4, 23, 59)
+
+    @classmethod
+    def now(cls, *_: Any) -> datetime:
+        return cls.today
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
+    monkeypatch.setattr(Clock, "today", Clock.today)
+    for module in (finetuning, transformers.utils.chat_template_utils):
+        monkeypatch.setattr(module, "datetime", Clock)
+    return Clock
+
+
+def dated(recipe: FinetuningRecipe) -> GenerativeAdapter:
+    model = make_tuned_model(recipe, "cpu")
+    model.tokenizer.chat_template = DATED
+    return model
+
+
+def begin(recipe: FinetuningRecipe, folder: Path) -> None:
+    """A run that ends in the middle."""
+    plain = finetuning.InstructionObjective.batches
+
+    def failing(self: finetuning.InstructionObjective, step: int) -> Any:
+        if step == 8:
+            raise InterruptionError
+        return plain(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning.InstructionObjective, "batches", failing)
+        with pytest.raises(InterruptionError):
+            finetune(dated(recipe), recipe, folder, progress=False)
+
+
+def test_a_run_that_is_resumed_after_midnight_keeps_its_clock(people: Path, tmp_path: Path, clock: type[Clock]) -> None:
+    recipe, whole = recipe_of(people), dated(recipe_of(people))
+    report = finetune(whole, recipe, tmp_path / "whole", progress=False)
+    begin(recipe, tmp_path / "parts")
+    clock.today += timedelta(days=1)
+    resumed = dated(recipe)
+    assert finetune(resumed, recipe, tmp_path / "parts", progress=False) == report
+    ours, expected = resumed.generator_tensors(), whole.generator_tensors()
+    assert all(ours[name].equal(expected[name]) for name in expected)
+    kept = load_recipe(FinetuningRecipe, tmp_path / "parts" / "recipe.yaml")
+    assert kept == replace(recipe, clock="2031-03-04T23:59:00")
+    # The recipe that was written repeats the run, on whatever day.
+    assert finetune(dated(kept), kept, tmp_path / "again", progress=False) == report
+
+
+def forget_what_was_given(folder: Path) -> None:
+    """Make a run one of an earlier version: no clock, and of its data only the tokens in its checkpoints."""
+    for path in (folder / "checkpoints").glob("*/manifest.json"):
+        manifest = json.loads(json.loads(path.read_text())["manifest"])
+        del manifest["settings"]["data"]["given"]
+        text = json.dumps(manifest)
+        path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(re.sub(r"\nclock:.*\n", "\n", recipe.read_text()))
+
+
+def test_a_run_of_an_earlier_version_is_resumed_with_the_day_on_which_it_began(
+    people: Path, tmp_path: Path, clock: type[Clock]
+) -> None:
+    recipe, began = recipe_of(people), clock.today.timestamp()
+    begin(recipe, tmp_path / "old")
+    forget_what_was_given(tmp_path / "old")
+    clock.today += timedelta(days=1)
+    with pytest.raises(FormatError, match=r"its tokens are others.*--set clock="):
+        finetune(dated(recipe), recipe, tmp_path / "old", progress=False)  # the file is not of that day
+    os.utime(tmp_path / "old" / "recipe.yaml", (began, began))
+    finetune(dated(recipe), recipe, tmp_path / "old", progress=False)
+    begin(recipe, tmp_path / "named")
+    forget_what_was_given(tmp_path / "named")
+    named = replace(recipe, clock="2031-03-05")
+    finetune(dated(named), named, tmp_path / "named", progress=False)
+
+
+def test_what_has_changed_in_the_data_is_named(people: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    people.rename(folder / "people.jsonl")
+    write_people(folder / "more.jsonl", 9, 3)
+    recipe, out = replace(recipe_of(folder), clock="2030-01-01"), tmp_path / "out"
+    begin(recipe, out)
+
+    def told(message: str, recipe: FinetuningRecipe = recipe, template: str = DATED) -> None:
+        model = make_tuned_model(recipe, "cpu")
+        model.tokenizer.chat_template = template
+        with pytest.raises(FormatError, match=message):
+            finetune(model, recipe, out, progress=False)
+
+    told(
+        r"out holds a run on other data: clock was '2030-01-01T00:00:00' and is '2031-01-02T00:00:00'\. Use",
+        replace(recipe, clock="2031-01-02"),
+    )
+    told("other data: chat template was '[0-9a-f]+' and is '[0-9a-f]+'", template=DATED.replace("Answer", "It is"))
+    few = replace(recipe, evaluation=AnswerEvaluationConfig(contexts=4))
+    told(r"other data: evaluation\.contexts was 6 and is 4\.", few)
+    content = (folder / "more.jsonl").read_text()
+    (folder / "more.jsonl").write_text(content.replace("Answer", "answer").replace(" is ", " was "))
+    told(r"other data: the source 'data' has other rows: the file more\.jsonl has other contents\.")
+    (folder / "more.jsonl").rename(folder / "third.jsonl")
+    told(r"other rows: the file more\.jsonl is missing; the file third\.jsonl is new")
+    (folder / "third.jsonl").unlink()
+    moved = folder.rename(tmp_path / "moved")
+    (moved / "a.jsonl").write_text(content)  # the first by name, as it was
+    elsewhere = recipe_of(moved)
+    finetune(dated(elsewhere), replace(elsewhere, clock=recipe.clock), out, progress=False)
+
+
+def test_data_that_other_versions_write_otherwise_is_the_same_data(people: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(people)
+    begin(recipe, tmp_path / "out")
+    for path in (tmp_path / "out" / "checkpoints").glob("*/manifest.json"):
+        manifest = json.loads(json.loads(path.read_text())["manifest"])
+        manifest["settings"]["data"]["tokens"] = "0" * 16
+        text = json.dumps(manifest)
+        path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}))
+    finetune(dated(recipe), recipe, tmp_path / "out", progress=False)
+
+
+def test_a_template_without_a_date_needs_no_clock(people: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(people)
+    finetune(start(recipe), recipe, tmp_path / "out", progress=False)
+    assert load_recipe(FinetuningRecipe, tmp_path / "out" / "recipe.yaml").clock is None
+
+
+@pytest.mark.parametrize("text", ["2031-03-04", "2031-03-04T05:06:07", "2031-03-04 05:06:07"])
+def test_a_clock_may_be_written_as_yaml_writes_times(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: {{path: x}}\nstart: y\nclock: {text}\n")
+    found = {load_recipe(FinetuningRecipe, path).moment, recipe_of(Path("x"), clock=text).moment}
+    assert found == {datetime.fromisoformat(text)}
+    with pytest.raises(InputError, match=r"clock must be a time like .*, but it is 'noon'"):
+        load_recipe(FinetuningRecipe, path, ["clock=noon"])
 
 
 def test_two_rounds_of_the_data_unless_fewer_steps_are_asked_for(people: Path) -> None:

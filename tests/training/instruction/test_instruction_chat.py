@@ -1,8 +1,11 @@
 """Which tokens of a conversation are answers, against pieces tokenised one by one and against characters."""
 
 from collections.abc import Callable
+from datetime import datetime
+from typing import Any
 
 import pytest
+import transformers
 from chats import (
     CHATML,
     LLAMA_2,
@@ -19,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gakernels import InputError
 from gakernels.training.instruction.chat import ChatEncoder, EncodedConversation
+from gakernels.training.instruction.clock import at_time
 from gakernels.training.instruction.records import Message
 
 Pieces = list[tuple[str, bool]]
@@ -201,3 +205,33 @@ def test_special_tokens_are_one_token_each() -> None:
     for tokenizer in (word_tokenizer(), byte_tokenizer(), piece_tokenizer()):
         for marker in MARKERS:
             assert len(tokenizer(marker, add_special_tokens=False)["input_ids"]) == 1
+
+
+# Templates that show the time
+
+
+TIMED = [
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    '\n  {%- if strftime_now is defined %}\n  {{- strftime_now("%A, %-d %B %Y %H:%M") }}\n  {% endif %}\n|{{ 1 }}',
+    "   {% set year = strftime_now('%Y') | int + 1 %}{{ year }} {{ messages[0].content }}\n",
+    "{% macro head() %}{{ strftime_now('%y' ~ '-%j') }}{% endmacro %}{{ head() }}{{ messages[0].content }}",
+    "\n\n{{ messages[0].content }} has no time",
+]
+
+
+@pytest.mark.parametrize("template", TIMED)
+def test_a_template_shows_a_given_time_as_transformers_would_at_that_moment(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = datetime(2031, 3, 4, 5, 6, 7)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, *_: Any) -> datetime:
+            return moment
+
+    messages = [{"role": "user", "content": " w3 "}]
+    tokenizer = word_tokenizer(template)
+    found = tokenizer.apply_chat_template(messages, chat_template=at_time(template, moment), tokenize=False)
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
+    assert found == tokenizer.apply_chat_template(messages, tokenize=False)

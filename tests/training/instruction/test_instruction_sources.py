@@ -82,6 +82,124 @@ def test_a_context_may_be_a_conversation() -> None:
     assert one(row).context == "User: hello\njust a line\nAnn B: hi\nx"
 
 
+# The forms of TRL, LlamaFactory and Axolotl
+
+
+TURNS = [("system", "s"), ("user", "hello"), ("assistant", "hi"), ("user", "how?"), ("assistant", "so")]
+SAID = tuple(Message(role, content) for role, content in TURNS)
+
+
+def turns(role: str, content: str, **names: str) -> list[Row]:
+    return [{role: names.get(who, who), content: said} for who, said in TURNS]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"messages": turns("role", "content")},
+        {"messages": turns("from", "value", user="human", assistant="gpt")},
+        {"conversations": turns("role", "content")},
+        {"conversations": turns("from", "value", user="human", assistant="gpt")},
+        {"conversations": turns("from", "value", user="Human", assistant="GPT")},
+        {"conversations": turns("from", "value")},
+        {"conversations": turns("from", "value", user="human", assistant="gpt")[1:], "system": " s "},
+        {"conversations": [turns("from", "value", user="human", assistant="gpt")]},
+        {"messages": turns("role", "content", system="developer", assistant="model")},
+        {"messages": [{**message, "from": None, "value": None} for message in turns("role", "content")]},
+        {"prompt": turns("role", "content")[:-1], "completion": turns("role", "content")[-1:]},
+        {"prompt": turns("role", "content")[:2], "completion": turns("role", "content")[2:], "system": "not this"},
+        {"prompt": turns("role", "content")[:-1], "completion": "so"},
+        {"system": "s", "history": [["hello", "hi"]], "instruction": "how?", "output": "so"},
+        {"system": "s", "history": [["hello", "hi"]], "instruction": "how?", "response": "so"},
+    ],
+)
+def test_conversations_in_the_forms_of_other_trainers(entries: Row) -> None:
+    assert one({"context": "c", **entries}) == ContextRecord("c", (SAID,))
+
+
+def test_prompts_and_completions_that_are_texts() -> None:
+    expected = ContextRecord("c", (asked("q", "a"),))
+    for name in ("completion", "response"):
+        assert one({"context": "c", "prompt": "q ", name: " a"}) == expected
+        assert one({"context": "c", "prompt": [{"type": "text", "text": "q"}], name: ["a"]}) == expected
+    with_system = ContextRecord("c", ((Message("system", "s"), *asked("q", "a")),))
+    assert one({"context": "c", "prompt": "q", "completion": "a", "system": "s"}) == with_system
+
+
+def test_what_an_instruction_goes_with() -> None:
+    row = {"instruction": "i", "input": "c", "output": "o", "history": [["q", "a"], ["r", "b"]], "system": "s"}
+    said = (*asked("q", "a"), *asked("r", "b"), *asked("i", "o"))
+    assert one(row) == ContextRecord("c", ((Message("system", "s"), *said),))
+    assert one({**row, "history": [], "system": " "}) == ContextRecord("c", (asked("i", "o"),))
+    assert one({**row, "history": None, "system": "", "input": "", "context": "d"}).context == "d"
+    both = one({"instruction": "i", "input": "n", "context": "c", "output": "o"})
+    assert both == ContextRecord("c", (asked("i\nn", "o"),))
+
+
+@pytest.mark.parametrize("number", [0, 42, -3.5, 10**20])
+def test_numbers_are_answers(number: float) -> None:
+    expected = ContextRecord("c", (asked("q", str(number)),))
+    for answers in ({"answer": number}, {"answers": [number, "x"]}, {"answers": {"text": [number]}}):
+        assert one({"context": "c", "question": "q", **answers}) == expected
+    assert one({"context": "c", "prompt": "q", "completion": number}) == expected
+    assert one({"instruction": "q", "input": "c", "output": number}) == expected
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": number}]
+    assert one({"context": "c", "messages": messages}) == expected
+    shown = one({"examples": [{"input": 1, "output": 2}, {"input": 3, "output": number}]})
+    assert shown == ContextRecord("Input: 1\nOutput: 2", (asked("Input: 3\nOutput:", str(number)),))
+
+
+def test_content_in_parts() -> None:
+    def parts(*texts: str) -> list[Row]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    messages = [{"role": "user", "content": parts("q", "r ")}, {"role": "assistant", "content": parts("a")}]
+    assert one({"context": parts("c", "d"), "messages": messages}) == ContextRecord("c\nd", (asked("q\nr", "a"),))
+    turns = [{"role": "user", "content": parts("x", "y")}, {"from": "gpt", "value": "z"}]
+    assert one({"context": turns, "question": "q", "answer": "a"}).context == "User: x\ny\nAssistant: z"
+
+
+IMAGE = [{"type": "text", "text": "see"}, {"type": "image", "url": "x.png"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": "a"}]},
+            "message whose content is no text",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None}]},
+            "message without content",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "q"}]}, "message whose role is not system, .*"),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]},
+            "conversation that does not begin with the user",
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, "a"]}, "conversation that is no list of messages"),
+        ({"prompt": "q", "completion": " "}, "message without content"),
+        ({"prompt": {"q": 1}, "completion": "a"}, "message whose content is no text"),
+        ({"question": "q", "answer": True}, "answer that is neither text nor number"),
+        ({"question": "q", "answer": float("nan")}, "question without answers"),
+        ({"question": ["q", 3], "answer": "a"}, "question that is no text"),
+        ({"instruction": "i", "output": {"o": 1}}, "answer that is neither text nor number"),
+        ({"instruction": "i", "output": "o", "history": "before"}, "history that is no list of .*"),
+        ({"instruction": "i", "output": "o", "history": [["q"]]}, "history that is no list of .*"),
+        ({"instruction": "i", "output": "o", "system": {"s": 1}}, "system message that is no text"),
+        ({"examples": [{"input": "a", "output": "b"}, {"input": "c"}, {"input": "d", "output": "e"}]}, "example .*"),
+    ],
+)
+def test_what_is_wrong_with_them_is_said(row: Row, kind: str) -> None:
+    bad = BadRecords()
+    record = record_of({"context": "c", **row}, "line 3", bad)
+    ((found, count),) = bad.counts.items()
+    assert re.fullmatch(kind, found)
+    assert (count, bad.places[found]) == (1, ["line 3"])
+    assert (record is None) == ("examples" not in row)
+
+
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
@@ -221,6 +339,44 @@ def test_a_squad_file_is_read_as_the_evaluation_reads_it(tmp_path: Path) -> None
     assert {record.context: list(record.conversations) for record in records} == expected
 
 
+@pytest.mark.parametrize("separator", ["\n", "\n\n"])
+def test_a_json_file_may_have_one_row_a_line(tmp_path: Path, separator: str) -> None:
+    content = rows(5)
+    (tmp_path / "train.json").write_text(separator.join(map(json.dumps, content)))
+    assert read_source(InstructionSource(str(tmp_path)), BadRecords(strict=True)) == [one(row) for row in content]
+
+
+def test_a_json_file_may_have_its_rows_under_data(tmp_path: Path) -> None:
+    content, paragraph = rows(3), {"context": "c", "qas": [{"question": "q", "answer": "a"}]}
+    (tmp_path / "train {0}.json").write_text(json.dumps({"data": [*content, {"paragraphs": [paragraph, 3]}, 4]}))
+    bad = BadRecords()
+    assert read_source(InstructionSource(str(tmp_path)), bad) == [one(row) for row in (*content, paragraph)]
+    ((kind, places),) = bad.places.items()
+    assert kind == "row that is no JSON object"
+    assert [place.split(" of ")[:-1] for place in places] == [["paragraph 2", "row 4"], ["row 5"]]
+
+
+@pytest.mark.parametrize("bad_rows", [0, 1, 2, 7])
+def test_what_is_lost_of_a_source_is_counted_in_rows(tmp_path: Path, bad_rows: int) -> None:
+    questions = [{"question": "q", "answer": "a"}, {"question": "r"}, {"question": "s"}, {"question": "t"}]
+    broken: list[Row] = [{"context": "c", "qas": questions}, {"text": "x"}] * 4
+    (tmp_path / "a.jsonl").write_bytes(lines(rows(12)) + lines(broken[:bad_rows]) + b"[]\n")
+    bad = BadRecords()
+    read_source(InstructionSource(str(tmp_path)), bad)
+    partly = (bad_rows + 1) // 2
+    assert bad.records == 13 + bad_rows
+    assert bad.lost == pytest.approx(1 + 0.75 * partly + bad_rows - partly)
+
+
+def test_what_is_lost_of_tasks_is_counted_in_items(tmp_path: Path) -> None:
+    items = [{"task": "t", "input": n, "output": "x" if n % 5 else ""} for n in range(20)]
+    (tmp_path / "a.jsonl").write_bytes(lines([*items, {"task": "alone", "input": "i", "output": "o"}]))
+    bad = BadRecords()
+    read_source(InstructionSource(str(tmp_path), shots=4, queries=2), bad)
+    assert (bad.records, bad.lost) == (21, 5)
+    assert bad.counts == {"example without input or output": 4, "record without context": 1}
+
+
 def test_conversations_about_the_same_context_come_together(tmp_path: Path) -> None:
     content = rows(3)
     more = [{**content[1], "question": "another"}, content[1]]
@@ -271,6 +427,18 @@ def test_bad_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     assert bad.counts["JSON file that is neither a list of rows nor of SQuAD's form"] == 1
     with pytest.raises(InputError, match=r"data: line 3 of .*a\.jsonl: "):
         read_source(InstructionSource(str(tmp_path)), BadRecords(strict=True))
+
+
+def test_hidden_files_are_left_out_and_counted_but_are_no_loss(tmp_path: Path) -> None:
+    content = rows(4)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(lines(content))
+    (tmp_path / ".ipynb_checkpoints" / "a-checkpoint.jsonl").write_bytes(lines(rows(3)))
+    (tmp_path / ".b.json").write_text("[")
+    bad = BadRecords(strict=True)
+    assert read_source(InstructionSource(str(tmp_path)), bad) == [one(row) for row in content]
+    assert bad.counts == {"file under a hidden name": 2}
+    assert (bad.records, bad.lost, bad.faults) == (4, 0, 0)
 
 
 def test_a_source_without_a_usable_record_is_refused_with_the_reasons(tmp_path: Path) -> None:

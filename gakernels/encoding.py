@@ -1,0 +1,47 @@
+"""Texts as token ids: one rule for contexts and prompts, wherever they are read."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from gakernels.errors import InputError
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = True) -> list[int]:
+    """Token ids of a text behind which something may follow.
+
+    What the tokenizer puts in front of a text (BOS, CLS) stands in front; what it puts behind one (EOS, SEP) would say
+    that the text has ended, and is left out.
+
+    Args:
+        tokenizer: of the base model.
+        text: a context, a piece of one, or a prompt.
+        begins: whether the text stands at the beginning; a later piece has nothing in front.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return opening_tokens(tokenizer) + ids if begins else ids
+
+
+def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text; none where it puts none."""
+    # A special token always becomes a token, which texts need not: a vocabulary may lack their characters.
+    for text in (*tokenizer.all_special_tokens, "a"):
+        encoded = tokenizer(text, return_special_tokens_mask=True)
+        if 0 in encoded["special_tokens_mask"]:
+            return list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
+    return []
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: int, place: str) -> None:
+    """Whether the base model knows some tokens: a tokenizer may have more, as long as no text has them.
+
+    Raises:
+        InputError: one of the tokens is such a one.
+    """
+    largest = max(ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(int(largest))
+        raise InputError(
+            f"{place} has the token {token!r} ({largest}), but the base model's embedding has {rows} rows: it does not "
+            "know this token, or the tokenizer is that of another model"
+        )
