@@ -37,7 +37,7 @@ from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode, is_token
 from gakernels.contextualization import ContextPass
 from gakernels.errors import FormatError, InputError
-from gakernels.files import entry, read_tensors, replacing, write_tensors, write_text
+from gakernels.files import entry, read_tensors, replacing_folder, write_tensors, write_text
 from gakernels.fingerprint import FingerprintCache, model_fingerprint, tensor_fingerprint
 from gakernels.hub import local_folder
 from gakernels.locks import OwnLock
@@ -619,7 +619,7 @@ class GenerativeAdapter(nn.Module):
         """
         adapter = self._expanded(adapter)
         self._check_mergeable(adapter)
-        with self._in_use(), torch.no_grad(), replacing(Path(folder)) as temporary:
+        with self._in_use(), torch.no_grad(), replacing_folder(Path(folder)) as temporary:
             weights = self.base.state_dict()
             for site in self._sites:
                 weights[f"{site.name}.weight"] = _merged_weight(site.linear, adapter.delta(site.name))

@@ -9,6 +9,7 @@ import torch
 from gakernels.errors import InputError
 from gakernels.hub import is_repository_name
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter
+from gakernels.paths import expanded, user_path
 from gakernels.released import is_released
 from gakernels.training.parallel import Ranks
 
@@ -28,10 +29,22 @@ def add_command(commands: Any, name: str, run: Any, summary: str, example: str) 
     return parser
 
 
+def output_file(name: str) -> Path:
+    """An argument that names a file to write."""
+    path = user_path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"it must be a file, but {path} is a folder")
+    return path
+
+
 def add_model_options(parser: argparse.ArgumentParser, generator_required: bool = True) -> None:
     """--generator, --model, --allow-other-base, --device and --dtype."""
-    parser.add_argument("--generator", type=Path, required=generator_required, help="folder or hub name of a generator")
-    parser.add_argument("--model", help="base model, a folder or hub name (default: the one the generator names)")
+    parser.add_argument(
+        "--generator", type=user_path, required=generator_required, help="folder or hub name of a generator"
+    )
+    parser.add_argument(
+        "--model", type=expanded, help="base model, a folder or hub name (default: the one the generator names)"
+    )
     add_other_base_option(parser)
     add_device_options(parser)
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from gakernels.errors import InputError
 from gakernels.evaluation.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.model import load_base
+from gakernels.paths import expand_fields
 from gakernels.quantized_base import QUANTIZATIONS, quantize_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +67,7 @@ class BaseConfig:
     shape: str | LlamaSizes | None = None
 
     def __post_init__(self) -> None:
+        expand_fields(self, "name")
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype must be one of {', '.join(DTYPES)}, but it is {self.dtype!r}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:

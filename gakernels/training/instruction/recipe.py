@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from gakernels.configuration import GeneratorConfig
 from gakernels.errors import InputError
+from gakernels.paths import expand_fields
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.instruction.sources import InstructionSource
 from gakernels.training.instruction.steps import BatchConfig
@@ -39,6 +40,7 @@ class InstructionDataConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        expand_fields(self, "path", "held_out_path")
         if (self.path is None) == (not self.sources):
             raise InputError("data must have either a path or sources")
         if self.context_tokens < 2:
@@ -111,6 +113,7 @@ class FinetuningRecipe:
     parallel: str = "replicas"
 
     def __post_init__(self) -> None:
+        expand_fields(self, "start")
         if self.start is None and self.model is None:
             raise InputError("model.name is needed where there is no generator to start from (start)")
         if self.start is not None and self.generator is not None:
