@@ -49,7 +49,7 @@ def recipe_file(path: Path) -> Path:
     Raises:
         InputError: there is neither.
     """
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a file, or what a shell makes of <(...)
         return path
     ours = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
     if len(path.parts) == 1 and ours.is_file():

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.errors import InputError
 from gakernels.files import write_text
+from gakernels.paths import CACHE_VARIABLE
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.data.cache import DESCRIPTION, DOCUMENTS, FORMAT_VERSION, OFFSET, TOKENS, read_description
 from gakernels.training.data.sources import Source
@@ -57,12 +58,21 @@ def write_cache(
         }
         write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
     except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # What a full disk raises names no file.
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+        # What a full disk raises names no file; what goes wrong with a source names it, or has no number.
+        is_ours = error.errno is not None if error.filename is None else folder in Path(error.filename).parents
+        if is_ours:
+            raise unwritable(folder, error) from error
+        raise
     finally:
         _remove_others(folder)
+
+
+def unwritable(folder: Path, error: OSError) -> OSError:
+    """The error of a token cache that can't be kept there, with the way out."""
+    return OSError(
+        f"the token cache can't be written to {folder}: {error.strerror or error}; data.cache names another folder for "
+        f"it, and {CACHE_VARIABLE} another one for all caches"
+    )
 
 
 def _write_tokens(

@@ -386,7 +386,7 @@ def test_an_error_while_writing_leaves_the_old_cache_and_nothing_else(monkeypatc
         plain(*arguments)
 
     monkeypatch.setattr(cache_writing._Writer, "add", full)
-    with pytest.raises(OSError, match=f"No space left on device: '{folder}'"):
+    with pytest.raises(OSError, match=f"written to {folder}: No space left on device; data.cache"):
         made(Invented(2000, version=1))
     assert files_of(folder) == before
 
