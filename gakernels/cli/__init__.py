@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,9 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         try:
-            return _run(parser.parse_args(arguments))
-        finally:
+            options = parser.parse_args(arguments)
+        except SystemExit:
             _flush()
+            raise
+        return _run(options)
     except BrokenPipeError:
         return BROKEN_PIPE
     except OSError as error:  # also help needs a place to go to
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(end.__context__, BrokenPipeError):  # rich's way
             return BROKEN_PIPE
         raise
+    finally:
+        with suppress(OSError):
+            _flush()
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -64,7 +69,7 @@ def _mistake(command: str, error: Exception) -> int:
 
 
 def _flush() -> None:
-    """Write what is still to be written; when Python does it at its end, it has no good way to say what goes wrong."""
+    """Write what is still to be written: Python does it at its end, and has no good way then to say what goes wrong."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
