@@ -890,7 +890,7 @@ def load_base(
     name = tokenizer_name or name
     try:
         return base, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the package tokenizers raises nothing narrower
         if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
             raise InputError(f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
         return base, None

@@ -84,7 +84,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(adapter: Adapter, tmp_path
     second.symlink_to("a.st")
     link.symlink_to(Path("..") / "far" / "link")
     adapter.save(link)
-    assert (os.readlink(link), os.readlink(second)) == ("../far/link", "a.st")
+    assert (str(link.readlink()), str(second.readlink())) == ("../far/link", "a.st")
     assert same_adapters(Adapter.load(target), adapter)
     assert not there or mode(target) == 0o640
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.st", "a.st", "link"]

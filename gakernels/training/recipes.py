@@ -39,7 +39,13 @@ def load_recipe(kind: type[Recipe], path: Path | None = None, overrides: Sequenc
         if not equals or not key.strip():
             raise InputError(f"an override must be of the form section.name=value, but it is {override!r}")
         _put(values, key.strip().split("."), _Text(text.strip()))
-    recipe: Recipe = _convert(values, kind, "")
+    try:
+        recipe: Recipe = _convert(values, kind, "")
+    except InputError as error:
+        settings = [override.partition("=")[0].strip().rpartition(".")[2] for override in overrides]
+        if path is None or any(name in str(error) for name in settings):
+            raise
+        raise InputError(f"{path}: {error}") from error
     return recipe
 
 
@@ -80,15 +86,15 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
-            raise InputError(f"config: the key {twice!r} stands twice in one section (line {node.start_mark.line + 1})")
+            raise InputError(f"the key {twice!r} stands twice in one section (line {node.start_mark.line + 1})")
         return super().construct_mapping(node, deep)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is text that is no UTF-8, or a date like 2024-13-01
         raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):

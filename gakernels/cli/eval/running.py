@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gakernels.evaluation.tables import ReportTable
 from gakernels.model import GenerativeAdapter
 from gakernels.paths import user_path
 from gakernels.training.parallel import Ranks, process_group
+from gakernels.training.run_folder import only_process
 from gakernels.training.static_lora import STATIC_LORA_FILE
 
 DEFAULT_METHODS = "closed_book,prompt,retrieval,adapter"
@@ -114,7 +116,7 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
     for file in files:
         if not file.exists():
             raise InputError(f"there is no file {file}")
-    with process_group(options.device) as ranks:
+    with process_group(options.device) as ranks, _only_evaluation(options.json, ranks):
         model = load_generator(options)
         names, static_lora, notes = _methods(options)
         scenario = make(model)
@@ -127,6 +129,12 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
         if ranks.rank == 0:
             _finish(runner, settings, notes, options.json, ranks)
     return 0
+
+
+def _only_evaluation(report: Path | None, ranks: Ranks) -> AbstractContextManager[None]:
+    if report is None or ranks.rank > 0:
+        return nullcontext()
+    return only_process(report.with_suffix(".lock"), f"another evaluation writes to {report}", "choose another --json")
 
 
 def _methods(options: argparse.Namespace) -> tuple[list[str], Path | None, list[str]]:

@@ -16,7 +16,15 @@ from gakernels.errors import InputError
 from gakernels.files import write_text
 from gakernels.paths import CACHE_VARIABLE
 from gakernels.training.data.bad_records import BadRecords
-from gakernels.training.data.cache import DESCRIPTION, DOCUMENTS, FORMAT_VERSION, OFFSET, TOKENS, read_description
+from gakernels.training.data.cache import (
+    DESCRIPTION,
+    DOCUMENTS,
+    FORMAT_VERSION,
+    OFFSET,
+    TOKENS,
+    fingerprint_of,
+    read_description,
+)
 from gakernels.training.data.sources import Source
 from gakernels.training.data.tokenizing import TokenBlock, token_blocks, tokenizer_description
 from gakernels.version import __version__
@@ -115,13 +123,12 @@ class _Writer:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-        together = "".join(digest.hexdigest() for digest in self._digests)
         return {
             "dtype": self._dtype.str,
             "tokens": self.tokens,
             "documents": self._documents,
             "largest_token": self._largest,
-            "fingerprint": hashlib.sha256(together.encode()).hexdigest()[:32],
+            "fingerprint": fingerprint_of([digest.hexdigest() for digest in self._digests]),
         }
 
     def _append(self, index: int, values: NDArray[Any]) -> None:

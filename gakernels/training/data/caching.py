@@ -77,6 +77,7 @@ def _usable(folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, na
         cache = TokenCache.open(folder)
         cache.check_tokenizer(tokenizer)
         cache.check_source(source)
+        cache.check_numbers()
     except InputError:
         if named:
             raise
