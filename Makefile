@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The oldest Triton that is supported: the tests compile the kernels with it too. It exists for Linux on x86-64 only.
 export GAKERNELS_OLDEST_TRITON := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(abspath $(VENV))/triton-3.6.0)
 
-.PHONY: demo test test-all lint clean
+.PHONY: audit demo test test-all lint clean
 
 # The pinned versions of requirements.txt are what is tested; pyproject.toml has the ranges that the library accepts.
 $(VENV)/ready: requirements.txt pyproject.toml
@@ -35,6 +35,11 @@ test: lint $(GAKERNELS_OLDEST_TRITON)
 
 test-all: lint $(GAKERNELS_OLDEST_TRITON)
 	$(BIN)/pytest -m "not gpu" --numprocesses 2
+
+# Licences of what is installed, from its metadata (the allowed ones: pyproject.toml), and known vulnerabilities.
+audit: $(VENV)/ready
+	$(BIN)/pip-licenses --format csv --output-file $(VENV)/licenses.csv
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

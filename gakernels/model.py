@@ -5,11 +5,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -36,7 +34,7 @@ from gakernels.compilation import uncompile_layers
 from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode, is_token
 from gakernels.contextualization import ContextPass
-from gakernels.errors import FormatError, InputError
+from gakernels.errors import FormatError, InputError, first_line
 from gakernels.files import entry, read_tensors, replacing_folder, write_tensors, write_text
 from gakernels.fingerprint import FingerprintCache, model_fingerprint, tensor_fingerprint
 from gakernels.hub import local_folder
@@ -877,8 +875,12 @@ def load_base(
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:  # a pickle with more in it than tensors
-        raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever transformers trips over in a damaged folder, or a pickle with more than tensors
+        raise InputError(f"base model {name!r} can't be loaded: {first_line(error)}") from error
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(
             f"base model {name!r} is a PEFT adapter (adapter_config.json) on top of a base model; merge it first and "
@@ -892,7 +894,7 @@ def load_base(
         return base, AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the package tokenizers raises nothing narrower
         if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
-            raise InputError(f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+            raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
         return base, None
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import AutoConfig, PreTrainedConfig
 
 from gakernels.cli.common import DTYPES
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.evaluation.shapes import SHAPES
 from gakernels.paths import user_path
 from gakernels.planned_calls import Call, PlannedCalls, llama_config
@@ -84,8 +84,8 @@ def _configuration(model: BaseConfig) -> PreTrainedConfig:
         return llama_config(base_shape(model))
     try:
         return AutoConfig.from_pretrained(model.name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--model must be a folder or hub name of a model, or one of {', '.join(SHAPES)}, but the configuration of "
-            f"{model.name!r} can't be read: {str(error).splitlines()[0]}"
+            f"{model.name!r} can't be read: {first_line(error)}"
         ) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.hub import is_repository_name
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter
 from gakernels.paths import expanded, user_path
@@ -69,7 +69,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"--device must be a device of this machine, but {device!r} is not: {reason}") from error
 
 

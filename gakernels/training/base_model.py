@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.evaluation.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.model import load_base
 from gakernels.paths import expand_fields
@@ -117,9 +117,9 @@ def base_shape(config: BaseConfig) -> ModelShape:
         return SHAPES[config.shape]
     try:
         values = AutoConfig.from_pretrained(config.name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"model.name: the configuration of {config.name!r} can't be read: {str(error).splitlines()[0]} "
+            f"model.name: the configuration of {config.name!r} can't be read: {first_line(error)} "
             "(model.shape can stand for it in a plan)"
         ) from error
     return ModelShape.from_config(values, config.name)

@@ -42,8 +42,8 @@ def load_recipe(kind: type[Recipe], path: Path | None = None, overrides: Sequenc
     try:
         recipe: Recipe = _convert(values, kind, "")
     except InputError as error:
-        settings = [override.partition("=")[0].strip().rpartition(".")[2] for override in overrides]
-        if path is None or any(name in str(error) for name in settings):
+        keys = [override.partition("=")[0].strip() for override in overrides]
+        if path is None or str(error).startswith((*keys, *(key.rpartition(".")[2] for key in keys))):
             raise
         raise InputError(f"{path}: {error}") from error
     return recipe

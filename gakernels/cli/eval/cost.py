@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from gakernels.cli.common import DTYPES, add_command, output_file
 from gakernels.configuration import GeneratorConfig
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, all_costs, stream_state
 from gakernels.evaluation.paper_costs import QUERY_TOKENS, TableRow, table_1
 from gakernels.evaluation.shapes import SHAPES, ModelShape
@@ -94,10 +94,8 @@ def _contexts(text: str) -> list[int]:
 def _read_shape(name: str) -> ModelShape:
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--model: the configuration of {name!r} can't be read: {str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--model: the configuration of {name!r} can't be read: {first_line(error)}") from error
     return ModelShape.from_config(config, name)
 
 

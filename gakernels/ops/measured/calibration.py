@@ -71,13 +71,16 @@ def read(gpu: Gpu) -> dict[str, Any] | None:
 
 
 def _check(record: Any) -> None:
-    from gakernels.ops.measured import measurements
+    from gakernels.ops.measured import costs, measurements
 
     if record["kind"] != KIND or not isinstance(record["versions"], dict):
         raise ValueError("its kind is another")
     if not all(type(verdict) is str for verdict in record["checks"].values()):
         raise TypeError("its checks are others")
-    measurements(record, calibrated=True)
+    for row in measurements(record, calibrated=True):
+        times = min(*row.forward_ms, *row.backward_ms, row.gemm_flops)
+        if not (times >= 0 and min(row.copy_bytes, costs.operations(row.operation, row.sizes)) > 0):
+            raise ValueError("its rows are others")
 
 
 def obstacle(gpu: Gpu, operation: str, backend: str, verified: bool) -> str | None:
