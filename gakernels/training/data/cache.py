@@ -61,7 +61,7 @@ class TokenCache:
             raise FormatError(f"{self.folder / DESCRIPTION} is damaged: its entry {name!r} can't be read") from error
 
     def check_numbers(self) -> None:
-        """Read all of it, about a second a gigabyte. Raises: FormatError: it is not as it was written."""
+        """Read all of it, one to two seconds a gigabyte. Raises: FormatError: it is not as it was written."""
         digests = [_sha256(numbers) for numbers in (self.corpus.ids, self.corpus.offsets)]
         if fingerprint_of(digests) != self.corpus.fingerprint:
             raise FormatError(

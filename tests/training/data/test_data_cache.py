@@ -391,6 +391,22 @@ def test_an_error_while_writing_leaves_the_old_cache_and_nothing_else(monkeypatc
     assert files_of(folder) == before
 
 
+@pytest.mark.parametrize("suffix", [".tokens", ".documents"])
+def test_numbers_that_have_changed_on_the_disk_are_never_used(tmp_path: Path, suffix: str) -> None:
+    """In a named folder they are an error, in the automatic one they are made again."""
+    for folder in (tmp_path / "named", None):
+        cache = made(Invented(300), folder)
+        right, (path,) = tokens_of(cache), cache.folder.glob(f"*{suffix}")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1 << drawn(0, 7)
+        path.write_bytes(data)
+        if folder is None:
+            assert tokens_of(made(Invented(300))) == right
+        else:
+            with pytest.raises(FormatError, match=f"{cache.folder} is damaged: its numbers do not have the checksum"):
+                made(Invented(300), folder)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_cache_that_can_not_be_written_says_what_to_do(tmp_path: Path, home: Path, named: bool) -> None:
     """Where the folder of the caches can't be made, whoever one is."""
