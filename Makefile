@@ -16,7 +16,7 @@ OLDEST ?= $(VENV)-oldest
 OLDEST_TESTS ?= tests
 NEWEST ?= $(VENV)-newest
 
-.PHONY: demo test test-all test-oldest test-newest test-matrix lint clean
+.PHONY: audit demo test test-all test-oldest test-newest test-matrix lint clean
 
 # The pinned versions of requirements.txt are what is tested; pyproject.toml has the ranges that the library accepts.
 $(VENV)/ready: requirements.txt pyproject.toml
@@ -70,6 +70,11 @@ matrix-%:
 	rm -rf $(VENV)-$*-oldest
 	$(MAKE) test-newest PYTHON=$(call find-python,$*) NEWEST=$(VENV)-$*-newest
 	rm -rf $(VENV)-$*-newest
+
+# Licences of what is installed, from its metadata (the allowed ones: pyproject.toml), and known vulnerabilities.
+audit: $(VENV)/ready
+	$(BIN)/pip-licenses --format csv --output-file $(VENV)/licenses.csv
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,3 +11,9 @@ class FormatError(InputError):
 
 class BackendError(RuntimeError):
     """The implementation that `GAKERNELS_BACKEND` asks for can't run here."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says about a failure, short enough for a line of ours."""
+    text = repr(error) if isinstance(error, KeyError) else str(error).strip()
+    return next(iter(text.splitlines()), type(error).__name__)

@@ -1,11 +1,15 @@
 """Reading and writing this library's files: safetensors with a JSON description in the header, replaced atomically."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,31 +26,73 @@ from gakernels.version import __version__
 FORMAT_VERSION = 1
 _HEADER_KEY = "gakernels"
 _HEADER_CHECKSUM_KEY = "gakernels_header_sha256"  # missing in the files of early versions
+_STANDARD = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; when the block ends well, what it wrote there takes the place of `path`.
+    """Yield a temporary name beside `path`; when the block ends well, the file that it wrote there takes its place.
 
-    Whatever happens in between, the file that was there before stays as it was. Where the block made a folder, its
-    files go into the folder `path`, each in one step; other files that are there are left alone.
+    Whatever happens in between, the file that was there before stays as it was. Its mode stays; a new file has the one
+    that the umask gives. A symbolic link stays, and what it leads to is written. A pipe, a device, and an open file of
+    this process (`/dev/stdout`) are written to when the block has ended, and never replaced.
 
     Raises:
-        InputError: a folder is to be written where there is a file, or a file where there is a folder.
+        InputError: there is a folder of that name.
         OSError: the block could not write, for instance because no space is left; nothing is left behind.
     """
-    path = path.resolve() if path.is_dir() else path
+    path = _target(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, so no file can be written under that name")
+    if _descriptor(path) is not None or (path.exists() and not path.is_file()):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            _pour(Path(folder) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _beside(path)
     try:
+        temporary.touch()
+        mode = _mode(path if path.exists() else temporary)
+        temporary.chmod(mode | 0o600)  # now already: nobody may read on the way what he may not read in the end
         yield temporary
         _flush(temporary)
-        if path.exists() and path.is_dir() != temporary.is_dir():
-            there, here = ("folder", "file") if path.is_dir() else ("file", "folder")
-            raise InputError(f"{path} is a {there}, so no {here} can be written under that name")
+        temporary.chmod(mode)  # some writers make a file of their own, which nobody else may read
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _named(error, temporary, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: yields an empty one.
+
+    Where there is a folder already, each file goes into it in one step; other files that are there are left alone.
+
+    Raises:
+        InputError: there is something of that name that is no folder.
+        OSError: as `replacing`.
+    """
+    path = _target(path)
+    if path.exists() and not path.is_dir():
+        kind = "file" if path.is_file() else "device or pipe"
+        raise InputError(f"{path} is a {kind}, so no folder can be written under that name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        files = sorted((file for file in temporary.rglob("*") if file.is_file()), reverse=True)
+        for file in files:
+            _flush(file)
+            file.chmod(_mode(temporary) & 0o666)  # as `replacing`
         if path.is_dir():
-            for file in sorted(temporary.iterdir(), reverse=True):
-                file.replace(path / file.name)
+            for file in files:
+                _move(file, path / file.relative_to(temporary))
             _flush_folder(path)
         else:
             temporary.replace(path)
@@ -54,13 +100,24 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _named(error, temporary, path) from error
     finally:
-        _remove(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file; it is on the disk when this returns. A failure may leave a part of it."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -214,10 +271,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _save(temporary: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary.touch()
-    mode = temporary.stat().st_mode  # save_file lets only the owner read, whatever the umask says
     save_file(contiguous, temporary, metadata=metadata)
-    temporary.chmod(mode)
 
 
 def _named(error: OSError | SafetensorError, temporary: Path, path: Path) -> OSError:
@@ -228,11 +282,57 @@ def _named(error: OSError | SafetensorError, temporary: Path, path: Path) -> OSE
     return OSError(message if str(path) in message else f"{path} could not be written: {message}")
 
 
+def _target(path: Path) -> Path:
+    """What is written under a name: links stay, and `.` gets a name."""
+    if _descriptor(path) is not None or not (path.is_symlink() or path.is_dir()):
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file of this process that a name stands for: opened anew, it would begin at its start."""
+    found = _DESCRIPTOR.fullmatch(_STANDARD.get(str(path), str(path)))
+    return int(found[1]) if found else None
+
+
+def _beside(path: Path) -> Path:
+    """A new name; not much longer than that of the file, whose name may be as long as the file system allows."""
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _pour(file: Path, path: Path) -> None:
+    """Write a file into what is no file."""
+    number = _descriptor(path)
+    try:
+        with file.open("rb") as source, path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as sink:
+            shutil.copyfileobj(source, sink)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _move(file: Path, target: Path) -> None:
+    """Put a file that is written into a folder that is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        with replacing(target) as temporary:  # which may be on another disk
+            shutil.copyfile(file, temporary)
+        return
+    if target.exists():
+        file.chmod(_mode(target))
+    file.replace(target)
+
+
 def _flush(path: Path) -> None:
-    """Bring a file, or each file of a folder, to the disk before it gets its name."""
-    for file in [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    """Bring a file to the disk before it gets its name."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _flush_folder(path: Path) -> None:
@@ -242,10 +342,3 @@ def _flush_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

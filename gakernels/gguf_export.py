@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,8 +50,7 @@ def write_gguf(adapter: Adapter, path: Path) -> None:
         target = _tensor_name(gguf, architecture, adapter, name)
         tensors[f"{target}.lora_a"] = adapter.lora_a[name]
         tensors[f"{target}.lora_b"] = _llama_cpp_rows(adapter, architecture, name, adapter.lora_b[name] * adapter.scale)
-    with replacing(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, architecture)
+    with replacing(path) as temporary, closing(gguf.GGUFWriter(temporary, architecture)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
@@ -60,7 +61,14 @@ def write_gguf(adapter: Adapter, path: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
+
+
+class _Array(np.ndarray[Any, Any]):
+    """NumPy's own `tofile` says nothing when the disk is full and less than its buffer was left to write."""
+
+    def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
+        """As the package gguf calls it."""
+        file.write(self.tobytes())
 
 
 def _import_gguf() -> Any:
@@ -107,6 +115,7 @@ def _add_tensor(gguf: Any, writer: Any, name: str, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:  # NumPy has no such type
         kind = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind).view(_Array), raw_dtype=kind)
     else:
-        writer.add_tensor(name, (tensor if tensor.dtype == torch.float16 else tensor.float()).numpy())
+        numbers = tensor if tensor.dtype == torch.float16 else tensor.float()
+        writer.add_tensor(name, numbers.numpy().view(_Array))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 
 # Data only. Pickles (*.bin, *.pt) and code are never fetched.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -30,5 +30,5 @@ def local_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(PATTERNS)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"there is no folder {name}, and the hub did not give one: {reason}") from error

@@ -5,11 +5,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -37,8 +35,8 @@ from gakernels.configuration import GeneratorConfig
 from gakernels.context import ContextStream, encode, is_token
 from gakernels.contextualization import ContextPass
 from gakernels.encoding import check_tokens, encode_text
-from gakernels.errors import FormatError, InputError
-from gakernels.files import entry, read_tensors, replacing, write_tensors, write_text
+from gakernels.errors import FormatError, InputError, first_line
+from gakernels.files import entry, read_tensors, replacing_folder, write_tensors, write_text
 from gakernels.fingerprint import FingerprintCache, model_fingerprint, tensor_fingerprint
 from gakernels.hub import local_folder
 from gakernels.locks import OwnLock
@@ -620,7 +618,7 @@ class GenerativeAdapter(nn.Module):
         """
         adapter = self._expanded(adapter)
         self._check_mergeable(adapter)
-        with self._in_use(), torch.no_grad(), replacing(Path(folder)) as temporary:
+        with self._in_use(), torch.no_grad(), replacing_folder(Path(folder)) as temporary:
             weights = self.base.state_dict()
             for site in self._sites:
                 weights[f"{site.name}.weight"] = _merged_weight(site.linear, adapter.delta(site.name))
@@ -880,8 +878,12 @@ def load_base(
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:  # a pickle with more in it than tensors
-        raise InputError(f"base model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever transformers trips over in a damaged folder, or a pickle with more than tensors
+        raise InputError(f"base model {name!r} can't be loaded: {first_line(error)}") from error
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(
             f"base model {name!r} is a PEFT adapter (adapter_config.json) on top of a base model; merge it first and "
@@ -893,9 +895,9 @@ def load_base(
     name = tokenizer_name or name
     try:
         return base, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the package tokenizers raises nothing narrower
         if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
-            raise InputError(f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+            raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
         return base, None
 
 

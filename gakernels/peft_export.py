@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 
 from gakernels.errors import InputError
-from gakernels.files import replacing, write_plain_tensors
+from gakernels.files import replacing_folder, write_plain_tensors
 
 if TYPE_CHECKING:
     from gakernels.adapter import Adapter
@@ -29,8 +29,7 @@ def write_peft(adapter: Adapter, folder: Path, for_vllm: bool) -> None:
     tensors = {f"base_model.model.{name}.lora_A.weight": factor for name, factor in adapter.lora_a.items()}
     for name, factor in adapter.lora_b.items():
         tensors[f"base_model.model.{name}.lora_B.weight"] = factor * adapter.scale
-    with replacing(folder) as temporary:
-        temporary.mkdir()
+    with replacing_folder(folder) as temporary:
         write_plain_tensors(temporary / "adapter_model.safetensors", tensors)
         (temporary / "adapter_config.json").write_text(json.dumps(_config(adapter), indent=2) + "\n")
 

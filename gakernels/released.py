@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from gakernels.attachment import unwrapped
 from gakernels.configuration import GeneratorConfig
 from gakernels.errors import FormatError, InputError
-from gakernels.files import entry, read_plain_tensors, replacing, write_plain_tensors
+from gakernels.files import entry, read_plain_tensors, replacing_folder, write_plain_tensors
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter, load_base, locate
 
 CONFIG_FILE = "adapter_config.json"
@@ -138,8 +138,7 @@ def save_released(model: GenerativeAdapter, folder: str | Path, base_name: str |
             tensor = tensor.mT if parameter == _TRANSPOSED else tensor
             tensors[f"base_model.model.{prefix}.{number}.base_layer.{linear}.{part}.weight"] = tensor
     base_name = model.base.config.name_or_path if base_name is None else base_name
-    with replacing(Path(folder)) as temporary:
-        temporary.mkdir()
+    with replacing_folder(Path(folder)) as temporary:
         write_plain_tensors(temporary / WEIGHTS_FILE, tensors)
         (temporary / CONFIG_FILE).write_text(json.dumps(_config(model.config, base_name), indent=2) + "\n")
 

@@ -17,7 +17,7 @@ def read_user_text(path: Path) -> str:
     Raises:
         InputError: there is no such file, or it is no text; the message names the first wrong byte, counted from 0.
     """
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # a pipe is read like a file
         raise InputError(f"there is no file {path}")
     return decode_user_text(path.read_bytes(), path)
 

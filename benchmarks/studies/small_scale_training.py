@@ -15,7 +15,7 @@ import torch
 
 from gakernels.configuration import GeneratorConfig
 from gakernels.demo.people import ATTRIBUTES, Document, Fact, Split, draw_people
-from gakernels.files import replacing
+from gakernels.files import replacing_folder
 from gakernels.model import GenerativeAdapter, load_base
 from gakernels.training.objective import WindowObjective
 from gakernels.training.objectives import Loss, WindowBatch, window_losses
@@ -153,7 +153,7 @@ def train(folder: Path, base: Path, name: str, seed: int, steps: int, documents:
     parameters = dict(trained.named_parameters())
     Trainer(config, parameters, objective, folder / "runs" / target.name, settings, progress=False).run()
     if static:
-        with replacing(target) as temporary:
+        with replacing_folder(target) as temporary:
             static_adapter(model, lora.factors()).save(temporary / STATIC_LORA_FILE)
     else:
         model.save_pretrained(target, base_name=str(base))

@@ -4,33 +4,78 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from gakernels.version import __version__
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+STANDARD_OUTPUT = {Path(name) for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 for success, 2 for a user's mistake, 130 when interrupted.
+    """Run a command; returns the exit code: 0 for success, 2 for a user's mistake, 130 when interrupted, and 141 where
+    nobody reads the output any more (`gakernels ... | head`).
 
-    Mistakes are told in one line; anything else is a defect and shows its traceback.
+    Mistakes are told in one line; anything else is a defect and shows its traceback. Where the file to write is the
+    standard output, what a command says besides goes to the standard error.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    try:
+        try:
+            options = parser.parse_args(arguments)
+        except SystemExit:
+            _flush()
+            raise
+        return _run(options)
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    except OSError as error:  # also help needs a place to go to
+        return _mistake(parser.prog, error)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich's way
+            return BROKEN_PIPE
+        raise
+    finally:
+        with suppress(OSError):
+            _flush()
+
+
+def _run(options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from gakernels.errors import BackendError, InputError
 
+    command = f"gakernels {options.command}"
+    is_output = any(value in STANDARD_OUTPUT for value in vars(options).values() if isinstance(value, Path))
     try:
         _quiet_libraries()
-        code: int = options.run(options)
+        with redirect_stdout(sys.stderr) if is_output else nullcontext():
+            code: int = options.run(options)
+        _flush()
         return code
+    except BrokenPipeError:
+        raise
     except (InputError, BackendError, OSError, FloatingPointError) as error:
-        print(f"gakernels {options.command}:", *str(error).split("\n"), file=sys.stderr)
-        return USER_ERROR
+        return _mistake(command, error)
     except KeyboardInterrupt:
-        print(f"gakernels {options.command}: interrupted", file=sys.stderr)
+        print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _mistake(command: str, error: Exception) -> int:
+    print(f"{command}:", *str(error).split("\n"), file=sys.stderr)
+    return USER_ERROR
+
+
+def _flush() -> None:
+    """Write what is still to be written: Python does it at its end, and has no good way then to say what goes wrong."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would try once more
+            raise
 
 
 class _Parser(argparse.ArgumentParser):

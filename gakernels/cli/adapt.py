@@ -2,12 +2,12 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
-from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
+from gakernels.cli.common import add_command, add_model_options, load_generator, output_file, read_text
 from gakernels.context import ContextStream
 from gakernels.errors import InputError
+from gakernels.paths import user_path
 
 
 def add_parser(commands: Any) -> None:
@@ -21,11 +21,15 @@ def add_parser(commands: Any) -> None:
     )
     add_model_options(parser)
     parser.add_argument(
-        "--document", type=Path, action="append", required=True, help="text file; repeat for several, read in order"
+        "--document",
+        type=user_path,
+        action="append",
+        required=True,
+        help="text file; repeat for several, read in order",
     )
-    parser.add_argument("--output", type=Path, required=True, help="adapter file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="adapter file to write")
     parser.add_argument(
-        "--state", type=Path, help="state file: gone on from if it exists, and written, to add more later"
+        "--state", type=output_file, help="state file: gone on from if it exists, and written, to add more later"
     )
     parser.add_argument("--chunks-per-pass", type=int, default=8, help="bounds the memory (default: %(default)s)")
 

@@ -2,12 +2,12 @@
 
 import argparse
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from gakernels.adapter import Adapter
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
 from gakernels.errors import InputError
+from gakernels.paths import user_path
 
 
 def add_parser(commands: Any) -> None:
@@ -21,8 +21,8 @@ def add_parser(commands: Any) -> None:
     )
     add_model_options(parser)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue")
-    parser.add_argument("--adapter", type=Path, help="adapter file that `gakernels adapt` wrote")
-    parser.add_argument("--document", type=Path, help="text file to adapt to now, instead of --adapter")
+    parser.add_argument("--adapter", type=user_path, help="adapter file that `gakernels adapt` wrote")
+    parser.add_argument("--document", type=user_path, help="text file to adapt to now, instead of --adapter")
     parser.add_argument("--no-adapter", action="store_true", help="the base model alone, for comparison")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
 

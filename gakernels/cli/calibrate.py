@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from gakernels.errors import InputError
 from gakernels.files import write_text
 from gakernels.ops import dispatch, gpus
 from gakernels.ops.measured import calibration
+from gakernels.paths import CACHE_VARIABLE
 from gakernels.planned_calls import Call
 
 TINY = {"batch": 2, "tokens": 20, "hidden": 32, "state": 32, "rank": 16, "in": 32, "out": 48}
@@ -46,19 +49,37 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("an NVIDIA GPU is needed, but this torch can use none (--device cpu only rehearses)")
     stages = planned_calls(recipe_of_calls(options))
     calls = [call for stage in stages.values() for call in stage]
+    gpu = None if rehearsal else gpus.gpu_of("cuda", None)
+    path = None if gpu is None else _place(gpu)
     target: calibrating.Device = calibrating.CpuDevice() if rehearsal else calibrating.GpuDevice()
     findings = calibrating.calibrate(_tiny(calls) if rehearsal else calls, target, options.seconds, print)
     _tell(findings)
-    if rehearsal:
+    if gpu is None or path is None:
         print("rehearsed on the CPU: nothing is kept")
         return 0
-    gpu = gpus.gpu_of("cuda", None)
-    assert gpu is not None
-    path = calibration.path_of(gpu)
     write_text(path, json.dumps(findings.record(gpu), indent=1) + "\n")
     dispatch.forget()
     print(f"kept in {path}")
     return 0
+
+
+def _place(gpu: gpus.Gpu) -> Path:
+    """Where the record will be; whether it can be written is better known before the minute than after it.
+
+    Raises:
+        InputError: it can't.
+    """
+    path = calibration.path_of(gpu)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the record of this GPU can't be kept in {path.parent}: {error.strerror or error}; {CACHE_VARIABLE} names "
+            "another place for caches"
+        ) from error
+    return path
 
 
 def _tiny(calls: list[Call]) -> list[Call]:

@@ -2,13 +2,13 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from gakernels.cli.common import DTYPES
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.evaluation.shapes import SHAPES
+from gakernels.paths import user_path
 from gakernels.planned_calls import Call, PlannedCalls, llama_config
 from gakernels.training.base_model import BaseConfig, base_shape
 from gakernels.training.pretraining_recipe import PretrainingRecipe
@@ -23,7 +23,7 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(SHAPES)
     parser.add_argument("--model", help=f"base model: a folder, a hub name, or one of {names}")
     parser.add_argument(
-        "--config", type=Path, help="recipe of pretraining: a YAML file, or the name of one that is there"
+        "--config", type=user_path, help="recipe of pretraining: a YAML file, or the name of one that is there"
     )
     parser.add_argument(
         "--set",
@@ -84,8 +84,8 @@ def _configuration(model: BaseConfig) -> PreTrainedConfig:
         return llama_config(base_shape(model))
     try:
         return AutoConfig.from_pretrained(model.name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--model must be a folder or hub name of a model, or one of {', '.join(SHAPES)}, but the configuration of "
-            f"{model.name!r} can't be read: {str(error).splitlines()[0]}"
+            f"{model.name!r} can't be read: {first_line(error)}"
         ) from error

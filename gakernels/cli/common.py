@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.hub import is_repository_name
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter
+from gakernels.paths import expanded, user_path
 from gakernels.released import is_released
 from gakernels.training.parallel import Ranks
 from gakernels.user_text import read_user_text
@@ -29,10 +30,22 @@ def add_command(commands: Any, name: str, run: Any, summary: str, example: str) 
     return parser
 
 
+def output_file(name: str) -> Path:
+    """An argument that names a file to write."""
+    path = user_path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"it must be a file, but {path} is a folder")
+    return path
+
+
 def add_model_options(parser: argparse.ArgumentParser, generator_required: bool = True) -> None:
     """--generator, --model, --allow-other-base, --device and --dtype."""
-    parser.add_argument("--generator", type=Path, required=generator_required, help="folder or hub name of a generator")
-    parser.add_argument("--model", help="base model, a folder or hub name (default: the one the generator names)")
+    parser.add_argument(
+        "--generator", type=user_path, required=generator_required, help="folder or hub name of a generator"
+    )
+    parser.add_argument(
+        "--model", type=expanded, help="base model, a folder or hub name (default: the one the generator names)"
+    )
     add_other_base_option(parser)
     add_device_options(parser)
 
@@ -57,7 +70,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"--device must be a device of this machine, but {device!r} is not: {reason}") from error
 
 

@@ -1,11 +1,11 @@
 """`gakernels convert-checkpoint`: checkpoints of earlier versions, which hold a pickle, as ones of this version."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from gakernels.cli.common import add_command
 from gakernels.errors import InputError
+from gakernels.paths import user_path
 from gakernels.training.old_checkpoint import convert
 
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "code is in it: convert only checkpoints that you made or whose maker you trust.",
         "  gakernels convert-checkpoint runs/my-generator --trust",
     )
-    parser.add_argument("folder", type=Path, help="a checkpoint, or the folder of a run")
+    parser.add_argument("folder", type=user_path, help="a checkpoint, or the folder of a run")
     parser.add_argument("--trust", action="store_true", help="you trust whoever made it: its pickle is read")
 
 

@@ -13,7 +13,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gakernels.cli.common import add_command, add_device_options, add_other_base_option, load_generator, read_text
+from gakernels.cli.common import (
+    add_command,
+    add_device_options,
+    add_other_base_option,
+    load_generator,
+    output_file,
+    read_text,
+)
 from gakernels.demo.experiment import (
     WAYS,
     DemoResult,
@@ -28,6 +35,7 @@ from gakernels.demo.questions import answer
 from gakernels.errors import InputError
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
+from gakernels.paths import expanded, user_path
 
 LABELS = {
     "closed_book": "closed-book",
@@ -50,12 +58,14 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the people and facts (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=200, help="at least so many a row (default: %(default)s)")
-    parser.add_argument("--document", type=Path, help="a document of your own, instead of invented people")
+    parser.add_argument("--document", type=user_path, help="a document of your own, instead of invented people")
     parser.add_argument("--question", action="append", default=[], help="a prompt about --document; repeat for several")
-    parser.add_argument("--generator", type=Path, help="folder of a generator (default: the one in the package)")
-    parser.add_argument("--model", help="base model, a folder or hub name (default: the one the generator names)")
+    parser.add_argument("--generator", type=user_path, help="folder of a generator (default: the one in the package)")
+    parser.add_argument(
+        "--model", type=expanded, help="base model, a folder or hub name (default: the one the generator names)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=16, help="with --document (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=output_file, help="also write the results to this file")
     add_other_base_option(parser)
     add_device_options(parser)
 

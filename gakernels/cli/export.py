@@ -1,12 +1,12 @@
 """`gakernels export`: an adapter in the formats of other programs."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from gakernels.adapter import Adapter
 from gakernels.cli.common import add_command, add_device_options, add_other_base_option, load_generator
 from gakernels.errors import InputError
+from gakernels.paths import expanded, user_path
 
 FORMATS = ("peft", "vllm", "gguf", "merged")
 
@@ -22,11 +22,13 @@ def add_parser(commands: Any) -> None:
         "  gakernels export --adapter report.safetensors --format peft --output report-lora\n"
         "  gakernels export --adapter report.safetensors --format gguf --output report.gguf",
     )
-    parser.add_argument("--adapter", type=Path, required=True, help="adapter file that `gakernels adapt` wrote")
+    parser.add_argument("--adapter", type=user_path, required=True, help="adapter file that `gakernels adapt` wrote")
     parser.add_argument("--format", choices=FORMATS, default="peft", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write (for --format gguf: file)")
-    parser.add_argument("--generator", type=Path, help="folder of the generator (for --format merged)")
-    parser.add_argument("--model", help="base model (for --format merged; default: the one the generator names)")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write (for --format gguf: file)")
+    parser.add_argument("--generator", type=user_path, help="folder of the generator (for --format merged)")
+    parser.add_argument(
+        "--model", type=expanded, help="base model (for --format merged; default: the one the generator names)"
+    )
     add_other_base_option(parser)
     add_device_options(parser)
 
@@ -35,9 +37,10 @@ def run(options: argparse.Namespace) -> int:
     """Convert the adapter."""
     adapter = Adapter.load(options.adapter)
     kind = "file" if options.format == "gguf" else "folder"
-    if options.output.exists() and options.output.is_file() != (kind == "file"):
-        other = "file" if kind == "folder" else "folder"
-        raise InputError(f"--output must be a {kind}, but {options.output} is a {other}")
+    if options.output.exists() and options.output.is_dir() != (kind == "folder"):
+        raise InputError(
+            f"--output must be a {kind}, but {options.output} is {'no' if kind == 'folder' else 'a'} folder"
+        )
     if options.format == "gguf":
         adapter.save_gguf(options.output)
     elif options.format == "merged":

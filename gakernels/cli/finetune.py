@@ -1,7 +1,6 @@
 """`gakernels finetune`: instruction tuning of a generator on conversations about contexts."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +17,7 @@ from gakernels.cli.recipe_options import (
     planned_processes,
     recipe_of,
 )
+from gakernels.paths import user_path
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.instruction.finetuning import finetune, make_tuned_model
 from gakernels.training.instruction.plan import TuningPlan, plan_finetuning
@@ -74,7 +74,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--data", help="file or folder of .jsonl, .json and .parquet (also .gz, .xz, .bz2, .zst), or hub:NAME"
     )
-    parser.add_argument("--output", type=Path, help="folder for generator, log, checkpoints and report")
+    parser.add_argument("--output", type=user_path, help="folder for generator, log, checkpoints and report")
     add_recipe_options(parser)
     data = parser.add_argument_group("data and batches")
     data.add_argument("--held-out-data", help="file or folder to score (default: the end of --data)")

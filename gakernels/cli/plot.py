@@ -1,10 +1,10 @@
 """`gakernels plot`: curves of training runs."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from gakernels.cli.common import add_command
+from gakernels.cli.common import add_command, output_file
+from gakernels.paths import user_path
 from gakernels.plots.curves import plot_runs
 from gakernels.plots.run_series import read_runs
 
@@ -19,8 +19,8 @@ def add_parser(commands: Any) -> None:
         "held-out contexts. Also while a run goes on.",
         "  gakernels plot my-generator --output curves.png\n  gakernels plot first-try second-try --output curves.svg",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", type=Path, required=True, help="file that ends in .png, .svg or .pdf")
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", type=output_file, required=True, help="file that ends in .png, .svg or .pdf")
 
 
 def run(options: argparse.Namespace) -> int:

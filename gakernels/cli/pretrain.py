@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from gakernels.cli.recipe_options import (
 )
 from gakernels.evaluation.perplexity import PerplexityReport, TaskPerplexity
 from gakernels.nn.adapter_generator import NORMS
+from gakernels.paths import user_path
 from gakernels.training.objectives import RECONSTRUCTIONS
 from gakernels.training.parallel import process_group
 from gakernels.training.plan import plan_pretraining
@@ -74,7 +74,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--data", help="folder of .txt, .jsonl and .parquet files (also .gz, .xz, .bz2, .zst), or hub:NAME"
     )
-    parser.add_argument("--output", type=Path, help="folder for generator, log, checkpoints and report")
+    parser.add_argument("--output", type=user_path, help="folder for generator, log, checkpoints and report")
     add_recipe_options(parser)
     generator = parser.add_argument_group("generator")
     generator.add_argument("--linears", help="linear layers to adapt, with commas (default: o_proj)")

@@ -9,6 +9,7 @@ import torch
 
 from gakernels.cli.common import DTYPES
 from gakernels.errors import InputError
+from gakernels.paths import user_path
 from gakernels.training.parallel import Ranks
 from gakernels.training.recipes import load_recipe
 
@@ -18,7 +19,9 @@ Recipe = TypeVar("Recipe")
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """--config, --set, --dry-run, --processes and --tflops."""
     recipe = parser.add_argument_group("recipe (docs/configuration.md)")
-    recipe.add_argument("--config", type=Path, help="YAML file, or the name of a recipe that comes with the package")
+    recipe.add_argument(
+        "--config", type=user_path, help="YAML file, or the name of a recipe that comes with the package"
+    )
     recipe.add_argument(
         "--set",
         action="append",

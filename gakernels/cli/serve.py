@@ -11,6 +11,7 @@ from typing import Any
 
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
 from gakernels.errors import InputError
+from gakernels.paths import user_path
 from gakernels.serving.api_keys import ApiKeys
 from gakernels.serving.limits import Limits
 
@@ -35,12 +36,16 @@ def add_parser(commands: Any) -> None:
         "  curl 127.0.0.1:8100/v1/contexts -H 'Content-Type: application/json' -d '{\"text\": \"...\"}'",
     )
     add_model_options(parser, generator_required=False)
-    parser.add_argument("--folder", type=Path, required=True, help="where contexts are kept; made if it is not there")
+    parser.add_argument(
+        "--folder", type=user_path, required=True, help="where contexts are kept; made if it is not there"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8100, help="0 for any that is free (default: %(default)s)")
     parser.add_argument("--name", help="name of the base model in requests (default: from its folder)")
-    parser.add_argument("--api-keys", type=Path, help="file with one API key a line; each sees its own contexts only")
-    parser.add_argument("--chat-template", type=Path, help="Jinja template (default: the tokenizer's)")
+    parser.add_argument(
+        "--api-keys", type=user_path, help="file with one API key a line; each sees its own contexts only"
+    )
+    parser.add_argument("--chat-template", type=user_path, help="Jinja template (default: the tokenizer's)")
     parser.add_argument(
         "--cors-origin",
         action="append",
@@ -80,7 +85,7 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding by a vLLM server")
     group.add_argument("--engine", choices=("local", "vllm"), default="local", help="default: %(default)s")
     group.add_argument("--url", help="of the vLLM server: http://127.0.0.1:8000")
-    group.add_argument("--vllm-key", type=Path, help="file with the API key of the vLLM server")
+    group.add_argument("--vllm-key", type=user_path, help="file with the API key of the vLLM server")
     group.add_argument("--vllm-adapters", type=int, default=64, help="most registered there (default: %(default)s)")
 
 

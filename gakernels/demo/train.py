@@ -19,8 +19,9 @@ from gakernels.demo.experiment import DemoResult
 from gakernels.demo.experiment import run as run_experiment
 from gakernels.demo.generator_training import GeneratorRecipe, generator_losses
 from gakernels.demo.tokenizer import build_tokenizer
-from gakernels.files import replacing, write_text
+from gakernels.files import replacing_folder, write_text
 from gakernels.model import GenerativeAdapter
+from gakernels.paths import user_path
 from gakernels.training.objectives import Loss
 from gakernels.training.trainer import Trainer, TrainerConfig
 
@@ -44,7 +45,7 @@ def train_base(folder: Path, recipe: BaseRecipe) -> LlamaForCausalLM:
 
     settings = {"recipe": asdict(recipe)}
     Trainer(config, dict(model.named_parameters()), objective, folder / "base_training", settings).run()
-    with replacing(folder / "base") as temporary:
+    with replacing_folder(folder / "base") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return model
@@ -85,7 +86,7 @@ def train_generator(folder: Path, base: LlamaForCausalLM, recipe: GeneratorRecip
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train both and print the accuracies on new people."""
     parser = argparse.ArgumentParser(prog="python -m gakernels.demo.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for models and logs")
+    parser.add_argument("--output", type=user_path, required=True, help="folder for models and logs")
     parser.add_argument("--base-steps", type=int, default=BaseRecipe.steps, help="default: %(default)s")
     parser.add_argument("--generator-steps", type=int, default=GeneratorRecipe.steps, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -11,6 +11,7 @@ from typing import Any
 
 from gakernels.errors import InputError
 from gakernels.evaluation.cases import Answer
+from gakernels.files import append_line
 
 Key = tuple[int, int, int]
 
@@ -72,14 +73,11 @@ class AnswerLog:
         self._entries.append(entry)
         if self._path is None:
             return
-        line = json.dumps({"method": entry.method, "answers": entry.answers, **entry.facts}) + "\n"
+        line = json.dumps({"method": entry.method, "answers": entry.answers, **entry.facts})
         if not self._path.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"settings": self._settings}) + "\n" + line
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, line)
 
     def _files(self) -> list[Path]:
         assert self._report is not None

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.evaluation.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.model import load_base
+from gakernels.paths import expand_fields
 from gakernels.quantized_base import QUANTIZATIONS, quantize_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +67,7 @@ class BaseConfig:
     shape: str | LlamaSizes | None = None
 
     def __post_init__(self) -> None:
+        expand_fields(self, "name")
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype must be one of {', '.join(DTYPES)}, but it is {self.dtype!r}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
@@ -120,9 +122,9 @@ def base_shape(config: BaseConfig) -> ModelShape:
         return SHAPES[config.shape]
     try:
         values = AutoConfig.from_pretrained(config.name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"model.name: the configuration of {config.name!r} can't be read: {str(error).splitlines()[0]} "
+            f"model.name: the configuration of {config.name!r} can't be read: {first_line(error)} "
             "(model.shape can stand for it in a plan)"
         ) from error
     return ModelShape.from_config(values, config.name)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from gakernels.errors import FormatError
-from gakernels.files import replacing
+from gakernels.files import replacing_folder
 from gakernels.training.parallel import Parallel
 from gakernels.version import __version__
 
@@ -188,13 +188,12 @@ def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[in
 
 @contextmanager
 def _one_writes(path: Path, parallel: Parallel) -> Iterator[Path]:
-    """A temporary folder for all processes, which takes the name `path` when all have written; see `replacing`."""
+    """A temporary folder for all processes, which takes the name `path` when all have written (`replacing_folder`)."""
     if parallel.ranks.rank > 0:
         yield parallel.broadcast(path)
         parallel.gather(None)
         return
-    with replacing(path) as temporary:
-        temporary.mkdir()
+    with replacing_folder(path) as temporary:
         parallel.broadcast(temporary)
         yield temporary
     parallel.gather(None)  # nobody goes on before it has its name

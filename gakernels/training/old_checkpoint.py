@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from gakernels.errors import FormatError, InputError
-from gakernels.files import replacing
+from gakernels.files import replacing_folder
 from gakernels.training.checkpoint import (
     LAST_WITH_PICKLE,
     MANIFEST,
@@ -58,8 +58,7 @@ def _convert(path: Path) -> None:
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     load(tensors, storage_reader=reader, no_dist=True)
     before = path.with_name(path.name + ".converted")
-    with replacing(path.with_name(path.name + ".new")) as temporary:
-        temporary.mkdir()
+    with replacing_folder(path.with_name(path.name + ".new")) as temporary:
         write_whole(temporary, tensors, manifest)
     path.rename(before)
     path.with_name(path.name + ".new").rename(path)

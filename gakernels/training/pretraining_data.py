@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gakernels.encoding import check_tokens
 from gakernels.errors import InputError
 from gakernels.evaluation.perplexity import HeldOutContexts
+from gakernels.paths import expand_fields
 from gakernels.training.data import (
     Corpus,
     JoinedSegments,
@@ -43,6 +44,9 @@ class SourceConfig:
     path: str
     weight: float = 1.0
     text_key: str = "text"
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class DataConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        expand_fields(self, "path", "held_out_path", "cache")
         if (self.path is None) == (not self.sources):
             raise InputError("data must have either a path or sources")
         if self.held_out_path is not None and self.held_out_every is not None:

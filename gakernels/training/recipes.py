@@ -41,7 +41,13 @@ def load_recipe(kind: type[Recipe], path: Path | None = None, overrides: Sequenc
         if not equals or not key.strip():
             raise InputError(f"an override must be of the form section.name=value, but it is {override!r}")
         _put(values, key.strip().split("."), _Text(text.strip()))
-    recipe: Recipe = _convert(values, kind, "")
+    try:
+        recipe: Recipe = _convert(values, kind, "")
+    except InputError as error:
+        keys = [override.partition("=")[0].strip() for override in overrides]
+        if path is None or str(error).startswith((*keys, *(key.rpartition(".")[2] for key in keys))):
+            raise
+        raise InputError(f"{path}: {error}") from error
     return recipe
 
 
@@ -51,7 +57,7 @@ def recipe_file(path: Path) -> Path:
     Raises:
         InputError: there is neither.
     """
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a file, or what a shell makes of <(...)
         return path
     ours = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
     if len(path.parts) == 1 and ours.is_file():
@@ -82,7 +88,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
-            raise InputError(f"config: the key {twice!r} stands twice in one section (line {node.start_mark.line + 1})")
+            raise InputError(f"the key {twice!r} stands twice in one section (line {node.start_mark.line + 1})")
         return super().construct_mapping(node, deep)
 
 
@@ -93,8 +99,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"config: {path} is no YAML: {error}") from error
     try:
         values = yaml.load(text, _Loader)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date like 2024-13-01
         raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):

@@ -4,8 +4,9 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from gakernels.errors import InputError
 from gakernels.training.parallel import Ranks
@@ -17,32 +18,62 @@ LOCK = "lock"
 def only_run(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Keep every other run out of a folder, which is made if it is not there, and goes if it stays empty.
 
-    The lock is the operating system's, so it goes with its process, however that ends: a file that was left behind
-    means nothing. On network file systems it holds as far as they pass locks on (NFS from version 4).
-
     Raises:
         InputError: another run is there.
     """
     if ranks.rank > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise InputError(
-                f"another run writes to {folder} ({file.read().strip() or 'process unknown'}); wait for its end, or "
-                "name another folder"
-            ) from error
+    try:
+        with only_process(folder / LOCK, f"another run writes to {folder}", "name another folder"):
+            yield
+    finally:
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+
+
+@contextmanager
+def only_process(lock: Path, taken: str, instead: str) -> Iterator[None]:
+    """Keep every other process out that asks for the same lock, a file that is made for it and removed in the end.
+
+    The lock is the operating system's, so it goes with its process, however that ends: a file that was left behind
+    means nothing. On network file systems it holds as far as they pass locks on (NFS from version 4).
+
+    Args:
+        lock: the file.
+        taken: what to say of another process.
+        instead: what the user could do besides waiting for its end.
+
+    Raises:
+        InputError: another process has it.
+        OSError: the file can't be written or locked.
+    """
+    with _locked(lock, taken, instead) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            if not any(folder.iterdir()):  # the run refused to begin
-                folder.rmdir()
+            lock.unlink(missing_ok=True)
+
+
+def _locked(path: Path, taken: str, instead: str) -> IO[str]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "process unknown"
+            raise InputError(f"{taken} ({holder}); wait for its end, or {instead}") from error
+        except OSError as error:
+            file.close()
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        # Whoever had it until now may have removed the file since it was opened: then it keeps nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()

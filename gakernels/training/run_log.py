@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gakernels.errors import InputError
-from gakernels.files import write_text
+from gakernels.files import append_line, write_text
 
 LOG_FILE = "log.jsonl"
 
@@ -50,7 +50,7 @@ class RunLog:
     def write(self, line: Mapping[str, Any]) -> None:
         """One line, on the disk when this returns."""
         if self._path:
-            _append(self._path, json.dumps(finite(line), allow_nan=False))
+            append_line(self._path, json.dumps(finite(line), allow_nan=False))
         for report in self._reports:
             report.write(line["step"], flat_numbers(line))
 
@@ -136,16 +136,6 @@ REPORTS: dict[str, Callable[..., Report]] = {"tensorboard": _TensorBoard, "wandb
 
 def _missing(package: str) -> InputError:
     return InputError(f"reports: {package!r} needs the package {package}, which is not installed")
-
-
-def _append(path: Path, line: str) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _cut(path: Path, step: int) -> None:

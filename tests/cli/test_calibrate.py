@@ -193,6 +193,36 @@ def test_a_rehearsal_checks_everything_and_keeps_nothing(run: Callable[..., Any]
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_a_cache_that_can_not_be_written_is_told_before_anything_is_measured(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpus, "gpu_of", lambda kind, index: GPU)
+    monkeypatch.setattr(calibrating, "calibrate", lambda *arguments: pytest.fail("it measures"))
+    line = refused("calibrate")
+    assert f"can't be kept in {tmp_path / 'file'}" in line
+    assert "XDG_CACHE_HOME names another place" in line
+    assert calibration.read(GPU) is None  # nor is there one to read
+
+
+def test_a_record_that_can_not_be_read_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = calibration.path_of(GPU)
+    path.mkdir(parents=True)  # which no one can read as a file
+    with pytest.warns(UserWarning, match=f"{path} can't be read .*; kernels are chosen as if it were not there"):
+        assert calibration.read(GPU) is None
+
+
+def test_a_user_without_a_home_has_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert calibration.read(GPU) is None
+
+
 def test_it_keeps_what_it_found(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stand-in for a GPU, whose kernels are interpreted at tiny sizes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

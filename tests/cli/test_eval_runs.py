@@ -19,6 +19,7 @@ from invented import random_text
 from gakernels import GenerativeAdapter
 from gakernels.demo.people import draw_document
 from gakernels.evaluation.decoding import Decoder
+from gakernels.training.run_folder import only_process
 
 BARE = ["--style", "bare", "--adapted-style", "bare", "--new-tokens", 4]
 
@@ -318,3 +319,17 @@ def test_docqa_reads_flat_rows_each_context_by_itself(run: Callable[..., Any], f
     found = json.loads(path.read_text())["results"]
     assert {row["cell"]["length"] for row in found} == {"own"}
     assert {"f1", "exact_match"} <= {row["metric"] for row in found}
+
+
+def test_a_second_evaluation_into_the_same_report_is_refused(
+    run: Callable[..., Any], files: Any, tmp_path: Path
+) -> None:
+    data, path = squad(tmp_path / "d.json"), tmp_path / "r.json"
+    command = ["eval", "docqa", *files.model, "--data", data, "--lengths", "15", "--methods", "closed_book", *BARE]
+    with only_process(tmp_path / "r.lock", "another evaluation", "go"):
+        outcome = run(*command, "--json", path)
+        assert outcome.code == 2
+        assert f"another evaluation writes to {path} (process {os.getpid()} on " in outcome.err
+        assert not path.exists()
+    assert run(*command, "--json", path).code == 0
+    assert not (tmp_path / "r.lock").exists()

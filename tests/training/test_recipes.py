@@ -1,6 +1,7 @@
 """Recipes from YAML and overrides, and every mistake in them named by its key."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,14 +145,17 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
         ("a: [", [], r"^config: .*recipe\.yaml is no YAML: "),
         ("name: 2024-13-01", [], r"^config: .*recipe\.yaml is no YAML: month must be in 1"),
         ("", ["optimiser.steps=2024-13-01"], r"^optimiser\.steps must be an integer, but it is '2024-13-01'$"),
-        ("name: a\nname: b", [], r"^config: the key 'name' stands twice in one section \(line 1\)$"),
+        ("name: a\nname: b", [], r"^the key 'name' stands twice in one section \(line 1\)$"),
         ("", ["optimiser.steps"], r"must be of the form section\.name=value, but it is 'optimiser\.steps'$"),
         ("", ["=3"], r"must be of the form section\.name=value, but it is '=3'$"),
     ],
 )
 def test_a_mistake_is_named_by_its_key(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    """And the file, where it stands there."""
+    with pytest.raises(InputError) as error:
         load(tmp_path, text, *overrides)
+    assert re.search(message, str(error.value).removeprefix(f"{tmp_path / 'recipe.yaml'}: "))
+    assert overrides or str(tmp_path / "recipe.yaml") in str(error.value)
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

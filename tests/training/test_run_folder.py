@@ -1,5 +1,7 @@
 """One run at a time in a folder."""
 
+import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -47,3 +49,21 @@ def test_it_is_free_after_a_failure(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with only_run(tmp_path, Ranks()):
         pass
+
+
+def test_a_removed_lock_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment between opening the file and locking it, in which its owner ends and removes it."""
+    plain, removed = fcntl.flock, []
+
+    def flock(file: object, how: int) -> None:
+        if not removed:
+            (tmp_path / LOCK).unlink()
+            removed.append(True)
+        plain(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with only_run(tmp_path, Ranks()):
+        assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+        with pytest.raises(InputError, match="another run writes"), only_run(tmp_path, Ranks()):
+            pass
+    assert removed

@@ -2,21 +2,21 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from gakernels.cli.common import DTYPES, add_command
+from gakernels.cli.common import DTYPES, add_command, output_file
 from gakernels.configuration import GeneratorConfig
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, all_costs, stream_state
 from gakernels.evaluation.paper_costs import QUERY_TOKENS, TableRow, table_1
 from gakernels.evaluation.shapes import SHAPES, ModelShape
 from gakernels.evaluation.tables import short_count
 from gakernels.files import write_text
+from gakernels.paths import expanded
 from gakernels.version import __version__
 
 
@@ -31,7 +31,9 @@ def add_task(tasks: Any) -> None:
         "  gakernels eval cost --shape mistral-7b --table-1",
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="base model: a folder, its config.json, or a hub name; no weights are loaded")
+    model.add_argument(
+        "--model", type=expanded, help="base model: a folder, its config.json, or a hub name; no weights are loaded"
+    )
     model.add_argument("--shape", choices=SHAPES, help="or the shape of a well-known one")
     parser.add_argument("--context", default="1024,8192", help="tokens, with commas (default: %(default)s)")
     parser.add_argument("--linears", default="o_proj", help="adapted linear layers, with commas (default: %(default)s)")
@@ -49,7 +51,7 @@ def add_task(tasks: Any) -> None:
     parser.add_argument("--epochs", type=int, default=defaults.epochs, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what is kept (default: %(default)s)")
     parser.add_argument("--table-1", action="store_true", help="also show table 1 of the paper beside our count of it")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", type=output_file, help="also write the results to this file")
 
 
 def run_cost(options: argparse.Namespace) -> int:
@@ -92,10 +94,8 @@ def _contexts(text: str) -> list[int]:
 def _read_shape(name: str) -> ModelShape:
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--model: the configuration of {name!r} can't be read: {str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--model: the configuration of {name!r} can't be read: {first_line(error)}") from error
     return ModelShape.from_config(config, name)
 
 

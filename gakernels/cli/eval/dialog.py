@@ -12,6 +12,7 @@ from gakernels.evaluation.cases import Scenario
 from gakernels.evaluation.records import Dataset
 from gakernels.evaluation.scenarios.dialog import dialog
 from gakernels.model import GenerativeAdapter
+from gakernels.paths import user_path
 
 QUESTIONS = tuple(dict.fromkeys((*msc.QUESTIONS, *persona_chat.QUESTIONS)))
 
@@ -27,7 +28,7 @@ def add_task(tasks: Any) -> None:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=user_path,
         required=True,
         help="LoCoMo (.json), Synthetic-Persona-Chat (.csv), else Multi-Session Chat or MSC-Self-Instruct (JSON lines)",
     )

@@ -14,6 +14,7 @@ from gakernels.evaluation.scenarios.docqa import docqa
 from gakernels.evaluation.squad import PARTS, read_squad
 from gakernels.evaluation.streaming_qa import read_streaming_qa
 from gakernels.model import GenerativeAdapter
+from gakernels.paths import expanded
 from gakernels.training.data.sources import HUB
 
 
@@ -29,6 +30,7 @@ def add_task(tasks: Any) -> None:
     )
     parser.add_argument(
         "--data",
+        type=expanded,
         required=True,
         help="SQuAD or StreamingQA file, or rows {context, question, answer}: .json, .jsonl, .parquet, .csv, hub:NAME",
     )

@@ -11,6 +11,7 @@ from gakernels.evaluation.cases import Scenario
 from gakernels.evaluation.metaicl import SEEDS, SHOTS, TEST_TASKS, read_task, task_file
 from gakernels.evaluation.scenarios.icl import TaskData, icl
 from gakernels.model import GenerativeAdapter
+from gakernels.paths import user_path
 
 
 def add_task(tasks: Any) -> None:
@@ -23,7 +24,9 @@ def add_task(tasks: Any) -> None:
         "  gakernels eval icl --generator my-generator --data MetaICL/data --shots 1,16 --json results.json\n"
         "  gakernels eval icl --generator my-generator --data test.jsonl --train train.jsonl",
     )
-    parser.add_argument("--data", type=Path, required=True, help="MetaICL's folder, or a task file of items to ask")
+    parser.add_argument(
+        "--data", type=user_path, required=True, help="MetaICL's folder, or a task file of items to ask"
+    )
     parser.add_argument("--tasks", help="of the folder, with commas (default: MetaICL's 26 that are there)")
     parser.add_argument("--shots", default=",".join(map(str, SHOTS)), help="demonstrations (default: %(default)s)")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of their draw (default: %(default)s)")

@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from gakernels.cli.common import add_command
@@ -12,6 +11,7 @@ from gakernels.evaluation.decoding import Decoder
 from gakernels.evaluation.scenarios.perplexity import perplexity
 from gakernels.evaluation.text_documents import cut_documents
 from gakernels.model import GenerativeAdapter
+from gakernels.paths import user_path
 
 ONLY_FOR_QUESTIONS = ("retrieval", "adapter_retrieval", "sft_lora", "sft_full", "few_shot_lora", "few_shot_full")
 
@@ -26,7 +26,7 @@ def add_task(tasks: Any) -> None:
         "  gakernels eval perplexity --generator my-generator --data validation.jsonl --json results.json",
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="text, or JSON lines with a `text` (also .gz, .xz, .bz2)"
+        "--data", type=user_path, required=True, help="text, or JSON lines with a `text` (also .gz, .xz, .bz2)"
     )
     parser.add_argument(
         "--tokens", type=int, default=1024, help="of the context, and of what follows (default: %(default)s)"

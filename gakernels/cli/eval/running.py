@@ -3,13 +3,14 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gakernels.cli.common import add_model_options, load_generator
+from gakernels.cli.common import add_model_options, load_generator, output_file
 from gakernels.errors import InputError
 from gakernels.evaluation import report as reports
 from gakernels.evaluation.answer_log import AnswerLog
@@ -22,7 +23,9 @@ from gakernels.evaluation.runner import Runner, RunSettings
 from gakernels.evaluation.scenarios.docqa import AskSettings
 from gakernels.evaluation.tables import ReportTable
 from gakernels.model import GenerativeAdapter
+from gakernels.paths import user_path
 from gakernels.training.parallel import Ranks, process_group
+from gakernels.training.run_folder import only_process
 from gakernels.training.static_lora import STATIC_LORA_FILE
 
 DEFAULT_METHODS = "closed_book,prompt,retrieval,adapter"
@@ -48,12 +51,14 @@ def add_run_options(
     parser.add_argument("--limit", type=int, help="questions or documents, of each cell of the results (default: all)")
     parser.add_argument(
         "--json",
-        type=Path,
+        type=output_file,
         help="write the report here, and .md, .html and plots beside it; answers are kept there too",
     )
     parser.add_argument("--seed", type=int, default=0, help="of fine-tuning (default: %(default)s)")
     parser.add_argument(
-        "--static-lora", type=Path, help=f"trained static LoRA (default: {STATIC_LORA_FILE} of the generator's folder)"
+        "--static-lora",
+        type=user_path,
+        help=f"trained static LoRA (default: {STATIC_LORA_FILE} of the generator's folder)",
     )
     parser.add_argument("--learning-rate", type=float, help="of fine-tuned methods (default: docs/evaluation.md)")
     parser.add_argument("--epochs", type=int, help="of fine-tuned methods, at most (default: docs/evaluation.md)")
@@ -62,7 +67,9 @@ def add_run_options(
 
 def add_question_options(parser: argparse.ArgumentParser) -> None:
     """Options of evaluations that ask questions."""
-    parser.add_argument("--train", type=Path, help="questions of the same form to tune on, for the sft and cpt methods")
+    parser.add_argument(
+        "--train", type=user_path, help="questions of the same form to tune on, for the sft and cpt methods"
+    )
     parser.add_argument("--passages", type=int, default=1, help="of 100 words, for retrieval (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, help="most tokens of an answer (default: the paper's)")
     parser.add_argument(
@@ -109,7 +116,7 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
     for file in files:
         if not file.exists():
             raise InputError(f"there is no file {file}")
-    with process_group(options.device) as ranks:
+    with process_group(options.device) as ranks, _only_evaluation(options.json, ranks):
         model = load_generator(options)
         names, static_lora, notes = _methods(options)
         scenario = make(model)
@@ -122,6 +129,12 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
         if ranks.rank == 0:
             _finish(runner, settings, notes, options.json, ranks)
     return 0
+
+
+def _only_evaluation(report: Path | None, ranks: Ranks) -> AbstractContextManager[None]:
+    if report is None or ranks.rank > 0:
+        return nullcontext()
+    return only_process(report.with_suffix(".lock"), f"another evaluation writes to {report}", "choose another --json")
 
 
 def _methods(options: argparse.Namespace) -> tuple[list[str], Path | None, list[str]]:

@@ -5,12 +5,13 @@ The record lies in the user's cache folder, one for each kind of GPU. It goes fo
 
 import importlib.metadata
 import json
-import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-from gakernels.errors import FormatError
+from gakernels.errors import FormatError, InputError
 from gakernels.ops.gpus import Gpu, slug
+from gakernels.paths import cache_folder
 from gakernels.version import __version__
 
 KIND = "gakernels calibration"
@@ -18,10 +19,12 @@ COMMAND = "gakernels calibrate"
 
 
 def path_of(gpu: Gpu) -> Path:
-    """`$XDG_CACHE_HOME/gakernels/calibration/<gpu>.json`, by default in `~/.cache`."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(home) if home else Path.home() / ".cache"
-    return folder / "gakernels" / "calibration" / f"{slug(gpu.name)}.json"
+    """`$XDG_CACHE_HOME/gakernels/calibration/<gpu>.json`, by default in `~/.cache`.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
+    return cache_folder("calibration") / f"{slug(gpu.name)}.json"
 
 
 def versions() -> dict[str, str]:
@@ -37,18 +40,26 @@ def _version(package: str) -> str:
 
 
 def stored(gpu: Gpu) -> dict[str, Any] | None:
-    """The record of a GPU, whatever its versions, or None.
+    """The record of a GPU, whatever its versions, or None; where it can't be read, a warning says so.
 
     Raises:
         FormatError: the file of that name is no record.
     """
-    path = path_of(gpu)
+    try:
+        path = path_of(gpu)
+    except InputError:  # no place, no record
+        return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         _check(record)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        warnings.warn(
+            f"{path} can't be read ({error.strerror}); kernels are chosen as if it were not there", stacklevel=2
+        )
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path} must be a calibration record, but it is not; run `{COMMAND}` again") from error
     return dict(record)
 
@@ -60,13 +71,16 @@ def read(gpu: Gpu) -> dict[str, Any] | None:
 
 
 def _check(record: Any) -> None:
-    from gakernels.ops.measured import measurements
+    from gakernels.ops.measured import costs, measurements
 
     if record["kind"] != KIND or not isinstance(record["versions"], dict):
         raise ValueError("its kind is another")
     if not all(type(verdict) is str for verdict in record["checks"].values()):
         raise TypeError("its checks are others")
-    measurements(record, calibrated=True)
+    for row in measurements(record, calibrated=True):
+        times = min(*row.forward_ms, *row.backward_ms, row.gemm_flops)
+        if not (times >= 0 and min(row.copy_bytes, costs.operations(row.operation, row.sizes)) > 0):
+            raise ValueError("its rows are others")
 
 
 def obstacle(gpu: Gpu, operation: str, backend: str, verified: bool) -> str | None:

@@ -1,7 +1,9 @@
 """A token cache: the tokens of a source in files that are mapped into memory (docs/data.md)."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ FORMAT_VERSION = 1
 DESCRIPTION = "cache.json"  # names the other files, so a cache is whole as soon as this one has been put in place
 TOKENS, DOCUMENTS = ".tokens", ".documents"
 OFFSET = np.dtype("<i8")
+_BLOCK = 1 << 22  # numbers
 _DTYPES = ("<u2", "<u4")
 
 
@@ -49,10 +52,28 @@ class TokenCache:
         description = read_description(folder)
         return cls(folder, description, _corpus(folder, description))
 
+    @contextmanager
+    def _described(self, name: str) -> Iterator[Any]:
+        """An entry of the description, of which a block may expect what was written there."""
+        try:
+            yield self.description[name]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{self.folder / DESCRIPTION} is damaged: its entry {name!r} can't be read") from error
+
+    def check_numbers(self) -> None:
+        """Read all of it, one to two seconds a gigabyte. Raises: FormatError: it is not as it was written."""
+        digests = [_sha256(numbers) for numbers in (self.corpus.ids, self.corpus.offsets)]
+        if fingerprint_of(digests) != self.corpus.fingerprint:
+            raise FormatError(
+                f"the token cache {self.folder} is damaged: its numbers do not have the checksum that {DESCRIPTION} "
+                "names; remove it, and it is made again"
+            )
+
     @property
     def bad_records(self) -> BadRecords:
         """What of the source could not be used."""
-        return BadRecords.from_dict(self.description["bad_records"])
+        with self._described("bad_records") as counts:
+            return BadRecords.from_dict(counts)
 
     @property
     def largest_token(self) -> int:
@@ -61,16 +82,18 @@ class TokenCache:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises: InputError: the tokens are those of another tokenizer."""
-        ours, given = self.description["tokenizer"], tokenizer_description(tokenizer)
-        if ours["fingerprint"] != given["fingerprint"]:
-            raise InputError(
-                f"the token cache {self.folder} is of another tokenizer: of {_in_words(ours)}, but the model has "
-                f"{_in_words(given)}; remove it or name another folder"
-            )
+        given = tokenizer_description(tokenizer)
+        with self._described("tokenizer") as ours:
+            if ours["fingerprint"] != given["fingerprint"]:
+                raise InputError(
+                    f"the token cache {self.folder} is of another tokenizer: of {_in_words(ours)}, but the model has "
+                    f"{_in_words(given)}; remove it or name another folder"
+                )
 
     def check_source(self, source: Source) -> None:
         """Raises: InputError: the tokens are those of another source, or it has changed."""
-        change = source.change(self.description["source"])
+        with self._described("source") as described:
+            change = source.change(described)
         if change is not None:
             raise InputError(
                 f"the token cache {self.folder} is not of {source.name} as it is now: {change}; remove it or name "
@@ -110,6 +133,18 @@ def _corpus(folder: Path, description: Mapping[str, Any]) -> Corpus:
     if offsets[0] != 0 or offsets[-1] != len(ids):
         raise FormatError(f"{folder / name}{DOCUMENTS} is damaged: it must lead from 0 to {len(ids)}")
     return Corpus(ids, offsets[:-1], offsets, np.arange(documents), fingerprint)
+
+
+def fingerprint_of(digests: Sequence[str]) -> str:
+    """Of a cache, from the SHA-256 of its two files."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+
+
+def _sha256(numbers: NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(numbers), _BLOCK):
+        digest.update(numbers[start : start + _BLOCK].data)
+    return digest.hexdigest()
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:

@@ -14,8 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.errors import InputError
 from gakernels.files import write_text
+from gakernels.paths import CACHE_VARIABLE
 from gakernels.training.data.bad_records import BadRecords
-from gakernels.training.data.cache import DESCRIPTION, DOCUMENTS, FORMAT_VERSION, OFFSET, TOKENS, read_description
+from gakernels.training.data.cache import (
+    DESCRIPTION,
+    DOCUMENTS,
+    FORMAT_VERSION,
+    OFFSET,
+    TOKENS,
+    fingerprint_of,
+    read_description,
+)
 from gakernels.training.data.sources import Source
 from gakernels.training.data.tokenizing import TokenBlock, token_blocks, tokenizer_description
 from gakernels.version import __version__
@@ -57,12 +66,21 @@ def write_cache(
         }
         write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
     except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # What a full disk raises names no file.
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+        # What a full disk raises names no file; what goes wrong with a source names it, or has no number.
+        is_ours = error.errno is not None if error.filename is None else folder in Path(error.filename).parents
+        if is_ours:
+            raise unwritable(folder, error) from error
+        raise
     finally:
         _remove_others(folder)
+
+
+def unwritable(folder: Path, error: OSError) -> OSError:
+    """The error of a token cache that can't be kept there, with the way out."""
+    return OSError(
+        f"the token cache can't be written to {folder}: {error.strerror or error}; data.cache names another folder for "
+        f"it, and {CACHE_VARIABLE} another one for all caches"
+    )
 
 
 def _write_tokens(
@@ -105,13 +123,12 @@ class _Writer:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-        together = "".join(digest.hexdigest() for digest in self._digests)
         return {
             "dtype": self._dtype.str,
             "tokens": self.tokens,
             "documents": self._documents,
             "largest_token": self._largest,
-            "fingerprint": hashlib.sha256(together.encode()).hexdigest()[:32],
+            "fingerprint": fingerprint_of([digest.hexdigest() for digest in self._digests]),
         }
 
     def _append(self, index: int, values: NDArray[Any]) -> None:

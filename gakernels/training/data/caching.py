@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.errors import InputError
+from gakernels.paths import cache_folder
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.data.cache import DESCRIPTION, TokenCache
-from gakernels.training.data.cache_writing import write_cache
+from gakernels.training.data.cache_writing import unwritable, write_cache
 from gakernels.training.data.sources import Source
 from gakernels.training.data.tokenizing import tokenizer_description
 
@@ -65,31 +65,37 @@ def token_cache(
 
 def automatic_folder(source: Source, tokenizer: PreTrainedTokenizerBase) -> Path:
     """The folder for a source and a tokenizer in `$XDG_CACHE_HOME/gakernels/tokens` or `~/.cache/gakernels/tokens`."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = f"{source.identity} {tokenizer_description(tokenizer)['fingerprint']}"
-    return home / "gakernels" / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    return cache_folder("tokens") / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 def _usable(folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, named: bool) -> TokenCache | None:
     """The cache that is there. None if there is none, or, unless the user named the folder, if it can't be used."""
-    if not (folder / DESCRIPTION).is_file():
-        return None
     try:
+        if not (folder / DESCRIPTION).is_file():
+            return None
         cache = TokenCache.open(folder)
         cache.check_tokenizer(tokenizer)
         cache.check_source(source)
+        cache.check_numbers()
     except InputError:
         if named:
             raise
         return None
+    except PermissionError as error:  # not even looked into
+        raise unwritable(folder, error) from error
     return cache
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time. The lock of a process that is killed is gone with it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gakernels.configuration import GeneratorConfig
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
 from gakernels.evaluation import flops
 from gakernels.files import entry, read_description
 from gakernels.hub import local_folder
@@ -113,6 +113,6 @@ def _models(recipe: FinetuningRecipe) -> tuple[BaseConfig, GeneratorConfig]:
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer of {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the package tokenizers raises nothing narrower
+        raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
     return tokenizer

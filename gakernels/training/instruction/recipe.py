@@ -7,6 +7,7 @@ from datetime import datetime
 
 from gakernels.configuration import GeneratorConfig
 from gakernels.errors import InputError
+from gakernels.paths import expand_fields
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.instruction.clock import parse_clock
 from gakernels.training.instruction.sources import InstructionSource
@@ -46,6 +47,7 @@ class InstructionDataConfig:
     def __post_init__(self) -> None:
         if self.strict and self.allow_skipped:
             raise InputError("data.strict and data.allow_skipped must not both be true")
+        expand_fields(self, "path", "held_out_path")
         if (self.path is None) == (not self.sources):
             raise InputError("data must have either a path or sources")
         if self.context_tokens < 2:
@@ -121,6 +123,7 @@ class FinetuningRecipe:
     clock: str | None = None
 
     def __post_init__(self) -> None:
+        expand_fields(self, "start")
         if self.start is None and self.model is None:
             raise InputError("model.name is needed where there is no generator to start from (start)")
         if self.start is not None and self.generator is not None:

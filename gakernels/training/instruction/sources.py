@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 from gakernels.errors import InputError
+from gakernels.paths import expand_fields
 from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.data.compression import kind_of, opened
 from gakernels.training.data.files import JSON_LINES, PARQUET, find_files
@@ -42,6 +43,7 @@ class InstructionSource:
     queries: int = 4
 
     def __post_init__(self) -> None:
+        expand_fields(self, "path")
         if self.weight is not None and not 0 < self.weight < math.inf:
             raise InputError(f"weight must be above 0, but it is {self.weight}")
         for name in ("shots", "queries"):

@@ -400,9 +400,58 @@ def test_an_error_while_writing_leaves_the_old_cache_and_nothing_else(monkeypatc
         plain(*arguments)
 
     monkeypatch.setattr(cache_writing._Writer, "add", full)
-    with pytest.raises(OSError, match=f"No space left on device: '{folder}'"):
+    with pytest.raises(OSError, match=f"written to {folder}: No space left on device; data.cache"):
         made(Invented(2000, version=1))
     assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("suffix", [".tokens", ".documents"])
+def test_numbers_that_have_changed_on_the_disk_are_never_used(tmp_path: Path, suffix: str) -> None:
+    """In a named folder they are an error, in the automatic one they are made again."""
+    for folder in (tmp_path / "named", None):
+        cache = made(Invented(300), folder)
+        right, (path,) = tokens_of(cache), cache.folder.glob(f"*{suffix}")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1 << drawn(0, 7)
+        path.write_bytes(data)
+        if folder is None:
+            assert tokens_of(made(Invented(300))) == right
+        else:
+            with pytest.raises(FormatError, match=f"{cache.folder} is damaged: its numbers do not have the checksum"):
+                made(Invented(300), folder)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_cache_that_can_not_be_written_says_what_to_do(tmp_path: Path, home: Path, named: bool) -> None:
+    """Where the folder of the caches can't be made, whoever one is."""
+    home.write_text("no folder")
+    folder = home / "mine" if named else None
+    with pytest.raises(OSError, match=f"token cache can't be written to {home}/.*data.cache.*XDG_CACHE_HOME") as error:
+        made(Invented(3), folder)
+    assert "\n" not in str(error.value)
+    assert made(Invented(3), tmp_path / "elsewhere").corpus.tokens  # as the message says
+
+
+def test_a_user_without_a_home_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(InputError, match="no home folder for the cache of tokens; XDG_CACHE_HOME"):
+        made(Invented(3))
+    assert made(Invented(3), tmp_path / "elsewhere").corpus.tokens
+
+
+def test_what_goes_wrong_with_the_source_is_not_said_of_the_cache(tmp_path: Path) -> None:
+    class Vanishing(Invented):
+        def documents(self, bad: Any) -> Any:
+            yield from Invented(3).documents(bad)
+            (tmp_path / "gone.txt").read_text()
+
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt") as error:
+        made(Vanishing(3))
+    assert "token cache" not in str(error.value)
 
 
 def test_of_several_processes_one_writes_and_the_others_wait(tmp_path: Path) -> None:

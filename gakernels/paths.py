@@ -1,0 +1,40 @@
+"""Paths as users name them, and the folder for what is kept between runs."""
+
+import os
+from pathlib import Path
+
+from gakernels.errors import InputError
+
+CACHE_VARIABLE = "XDG_CACHE_HOME"
+
+
+def expanded(name: str) -> str:
+    """A path with the home folder in place of `~`; other names as they are. Shells leave `--output=~/x` to programs."""
+    return os.path.expanduser(name)  # noqa: PTH111 (Path's own raises where there is no such user)
+
+
+def user_path(name: str) -> Path:
+    """The path that a user names."""
+    return Path(expanded(name))
+
+
+def expand_fields(config: object, *names: str) -> None:
+    """Expand `~` in fields of a frozen dataclass, from its `__post_init__`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            object.__setattr__(config, name, type(value)(expanded(str(value))))
+
+
+def cache_folder(kind: str) -> Path:
+    """`$XDG_CACHE_HOME/gakernels/<kind>`, by default in `~/.cache`.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
+    given = os.environ.get(CACHE_VARIABLE)
+    try:
+        home = Path(given) if given else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise InputError(f"there is no home folder for the cache of {kind}; {CACHE_VARIABLE} must name one") from error
+    return home / "gakernels" / kind
