@@ -221,16 +221,19 @@ def test_mistakes_are_told_in_one_line(
     assert "is a file" in refused("finetune", *options, "--output", data)
 
 
-def test_a_tokenizer_of_another_model_is_refused(
-    refused: Callable[..., str], options: list[Any], files: Any, tmp_path: Path
+def test_a_token_that_the_model_does_not_know_is_refused_where_it_is_used(
+    run: Callable[..., Any], options: list[Any], files: Any, data: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "base"
     shutil.copytree(files.base, other)
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(other)
-    message = refused("finetune", *options, "--model", other)
-    assert f"it gives token ids up to {VOCABULARY}, and the embedding has {VOCABULARY} rows" in message
+    first, *rows = data.read_text().splitlines()
+    data.write_text("\n".join([json.dumps({**json.loads(first), "context": "w5 more"}), *rows]))
+    outcome = run("finetune", *options, "--model", other)
+    assert outcome.code == 2
+    assert f"has the token 'more' ({VOCABULARY}), but the base model's embedding has {VOCABULARY} rows" in outcome.err
 
 
 @pytest.mark.slow

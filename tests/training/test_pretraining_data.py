@@ -141,7 +141,7 @@ def test_text_is_read_through_a_token_cache(tmp_path: Path) -> None:
     data = load_data(config, make_tokenizer(), 64, LENGTH, HeldOutSize(4, LENGTH), progress=False)
     assert len(data.segments) == (302 - 8 * LENGTH) // LENGTH
     assert cached_segments(config, make_tokenizer(), LENGTH) == 302 // LENGTH
-    with pytest.raises(InputError, match=r"the tokens of .*a\.txt go up to \d+, but .* has 5 rows"):
+    with pytest.raises(InputError, match=r"document 1 of .*a\.txt has the token 'w\d+' \(\d+\), but .* has 5 rows"):
         load_data(config, make_tokenizer(), 5, LENGTH, HeldOutSize(4, LENGTH), progress=False)
     with pytest.raises(InputError, match="is of another tokenizer"):
         load_data(config, make_tokenizer(bos=False), 64, LENGTH, HeldOutSize(4, LENGTH), progress=False)
