@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from lora_models import D_IN, D_OUT, Calls, assert_same, everything, lora_layer, one_layer, randomise, with_adapters
-from tiny import make_base, random_ids
+from tiny import add_lora, make_base, random_ids
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -232,7 +232,7 @@ def test_restore_gives_back_the_bits_and_the_class(calls: Calls) -> None:
 
 def test_an_adapter_that_transformers_added(calls: Calls) -> None:
     model, ids = make_base().double(), random_ids(2, 7)
-    model.add_adapter(peft.LoraConfig(**LLAMA))
+    add_lora(model, peft.LoraConfig(**LLAMA))
     randomise(model)
     model.double()
     wanted = model(input_ids=ids).logits
