@@ -28,7 +28,7 @@ def test_floors_take_no_more_than_is_foretold() -> None:
     for contender in train_step.measure(Settings(SMALL, names, CPU, steps=1)):
         foretold = estimated_bytes(contender.name, SMALL, CPU)
         assert foretold is not None
-        assert contender.runners[0].peak <= 1.1 * foretold  # the estimate is good to a tenth
+        assert contender.runners[0].peak <= 1.03 * foretold  # an estimate within a few percent of the measured peak
 
 
 def test_what_is_not_counted_is_not_foretold() -> None:

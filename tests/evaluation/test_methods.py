@@ -104,13 +104,13 @@ def test_tuned_models_learn_and_leave_the_base_as_it_was(name: str) -> None:
     model = make()
     asked = scenario(2, training=[Question(text(4), ("w9 w9 w9",)) for _ in range(30)])
     before = {key: value.clone() for key, value in model.base.state_dict().items()}
-    settings = MethodSettings(learning_rate=0.02, epochs=20)
+    settings = MethodSettings(learning_rate=0.02, epochs=40)
     method = METHODS[name](model, asked, settings)
     method.fit()
     prepared, base = method.prepare(asked.cases), METHODS["closed_book"](model, asked, settings).prepare(asked.cases)
     pairs = method.pairs(asked.training)
     assert all(pair.tokens[pair.start :] == (9, 9, 9, 2) for pair in pairs)
-    assert losses(model, prepared, 1, pairs) < 0.9 * losses(model, base, 1, pairs)
+    assert losses(model, prepared, 1, pairs) < 0.8 * losses(model, base, 1, pairs)
     assert all(torch.equal(value, before[key]) for key, value in model.base.state_dict().items())
 
 
