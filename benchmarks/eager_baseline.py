@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from benchmarks.parts import part
-from gakernels.attachment import decoder_layers, lean_modules
+from gakernels.model.attachment import decoder_layers, lean_modules
 from gakernels.nn import AdapterGenerator
 
 GUARD = 1e-7  # singular values that come closer, relative or absolute, make the released code drop the matrix

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.parts import part
 from benchmarks.presets import Preset
-from gakernels.token_loss import token_loss
+from gakernels.nn.token_loss import token_loss
 
 
 class DenseLora(nn.Module):

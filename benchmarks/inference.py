@@ -16,8 +16,8 @@ from benchmarks.operations import SEED
 from benchmarks.providers import with_backend
 from benchmarks.rows import FLOOR, OK, OTHER
 from gakernels import Adapter, GenerativeAdapter, GeneratorConfig
-from gakernels.serving.key_values import cache_name
-from gakernels.serving.row_adapters import RowAdapters, SharedMaps
+from gakernels.generation.row_adapters import RowAdapters, SharedMaps
+from gakernels.model.attachment import cache_name
 
 # Errors add up over the layers of a model, and the norm answers to the small directions of a state.
 MODEL_TOLERANCE = 10

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gakernels import GenerativeAdapter, GeneratorConfig
-from gakernels.quantized_base import quantize_base
-from gakernels.training.objectives import WindowBatch, pretraining_windows
+from gakernels.model.quantized_base import quantize_base
+from gakernels.model.window_losses import WindowBatch, pretraining_windows
 
 FAMILIES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config"}
 

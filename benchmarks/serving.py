@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.measure import percentile
 from gakernels import CompactAdapter, GenerativeAdapter
-from gakernels.demo.people import draw_document
-from gakernels.serving import Sampling, generate
+from gakernels.data.people import draw_document
+from gakernels.generation import Sampling, generate
 
 NEW_TOKENS = 8
 
@@ -124,7 +124,7 @@ def batch_against_one_by_one(
 
 async def under_load(model: GenerativeAdapter, contexts: int, requests: int, at_once: int, seed: int) -> Load:
     """A server on loopback in this process, and clients in the same event loop."""
-    from gakernels.serving.server import Settings, serve
+    from gakernels.server.server import Settings, serve
 
     questions, adapters = drawn(model, contexts, seed)
     expected = answers(model, adapters, questions)

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 
 from benchmarks.presets import Preset
-from gakernels.evaluation.flops import adapted_layers, adapted_linears
-from gakernels.evaluation.shapes import ModelShape
-from gakernels.training.memory import StepSetting, StepShape, estimate_memory, recomputable_layers
+from gakernels.cost.flops import adapted_layers, adapted_linears
+from gakernels.cost.memory import StepSetting, StepShape, estimate_memory, recomputable_layers
+from gakernels.cost.shapes import ModelShape
+from gakernels.cost.step_memory import generator_parameters
 from gakernels.training.plan import QUANTIZED_BYTES
-from gakernels.training.step_memory import generator_parameters
 
 # Whose memory is that of the library's estimate. The floors do less of the same.
 ESTIMATED = ("auto", "trainer", "eager", "triton", "cuda", "overlap", "recompute")
@@ -28,7 +28,7 @@ def estimated_bytes(name: str, preset: Preset, device: torch.device) -> int | No
 
 
 def _library_bytes(preset: Preset, device: torch.device, recompute: bool) -> int:
-    """By the estimate of `gakernels.training.memory`."""
+    """By the estimate of `gakernels.cost.memory`."""
     shape, config = shape_of(preset), preset.generator_config()
     tokens = preset.segments * preset.chunks * 2 * (preset.window - 1)  # all that can be predicted
     step = replace(StepShape.pretraining(preset.segments, preset.window, preset.chunks), predicted=tokens)

@@ -19,7 +19,7 @@ from benchmarks.operations import Operation, cases_of
 from benchmarks.providers import Implementation
 from gakernels.nn import FrozenRMSNorm
 from gakernels.nn.gated_mlp import gated_product
-from gakernels.token_loss import token_loss
+from gakernels.nn.token_loss import token_loss
 
 EPS = 1e-5
 

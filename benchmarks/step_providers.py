@@ -25,11 +25,11 @@ from benchmarks.presets import Preset, check_preset, make_batch, make_model
 from benchmarks.step_variants import VARIANTS, variant
 from benchmarks.trainer_step import TrainerStep
 from gakernels import GenerativeAdapter
+from gakernels.model.window_losses import Loss as WindowLoss
+from gakernels.model.window_losses import WindowBatch, to_device, token_losses
 from gakernels.nn import adapter_generator
 from gakernels.ops import low_rank_polar
 from gakernels.ops.dispatch import ENVIRONMENT_VARIABLE
-from gakernels.training.objectives import Loss as WindowLoss
-from gakernels.training.objectives import WindowBatch, to_device, token_losses
 
 LIBRARY = {  # and its backend
     **{"auto": "", "trainer": "", "eager": "eager", "compiled": "eager", "triton": "triton", "cuda": "cuda"},

@@ -10,9 +10,9 @@ import torch._dynamo.config as dynamo
 
 from benchmarks.parts import paused
 from gakernels import GenerativeAdapter
-from gakernels.attachment import decoder_layers
-from gakernels.compilation import compile_layers
-from gakernels.training.memory import set_recomputation
+from gakernels.cost.memory import set_recomputation
+from gakernels.model.attachment import decoder_layers
+from gakernels.model.compilation import compile_layers
 
 OVERLAP = ("overlap", "overlap_compiled")
 COMPILED_LAYERS = ("compiled_layers", "overlap_compiled")

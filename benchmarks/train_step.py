@@ -60,8 +60,8 @@ from benchmarks.training import rows
 from gakernels import GenerativeAdapter
 from gakernels.errors import BackendError
 from gakernels.files import write_text
-from gakernels.quantized_base import QUANTIZATIONS
-from gakernels.training.objectives import WindowBatch, to_device
+from gakernels.model.quantized_base import QUANTIZATIONS
+from gakernels.model.window_losses import WindowBatch, to_device
 
 STARTED = time.monotonic()  # of the process, nearly
 

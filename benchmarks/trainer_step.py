@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from gakernels.model.window_losses import Loss, WindowBatch
 from gakernels.training.objective import WindowObjective
-from gakernels.training.objectives import Loss, WindowBatch
 from gakernels.training.trainer import Trainer, TrainerConfig
 
 LEARNING_RATE = 1e-6  # the parameters hardly move: every step is like the first

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from gakernels import GenerativeAdapter
-from gakernels.serving import Sampling, generate
+from gakernels.generation import Sampling, generate
 
 GENERATOR = Path(str(files("gakernels.demo") / "assets" / "generator"))
 MEMORIES = {

@@ -1,11 +1,11 @@
 """Turn contexts into low-rank adapters of a frozen language model, in one forward pass."""
 
-from gakernels.adapter import Adapter
-from gakernels.compact import CompactAdapter
-from gakernels.configuration import GeneratorConfig
-from gakernels.context import ContextStream
+from gakernels.adapters.adapter import Adapter
+from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import BackendError, FormatError, InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.stream import ContextStream
 from gakernels.nn import AdaptedLinear, AdapterGenerator, LowRankFactors
 from gakernels.ops import context_state, low_rank_polar, lowrank_linear
 from gakernels.version import __version__

@@ -11,12 +11,12 @@ from starlette.testclient import TestClient
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter, InputError
-from gakernels.chat_templates import chat_template
+from gakernels.data.chat import PLAIN_TEMPLATE, ChatEncoder
+from gakernels.data.chat_templates import chat_template
+from gakernels.data.conversations import Message
 from gakernels.evaluation.asking import Asker
-from gakernels.serving.api import create_app
-from gakernels.serving.server import Settings, assemble
-from gakernels.training.instruction.chat import PLAIN_TEMPLATE, ChatEncoder
-from gakernels.training.instruction.records import Message
+from gakernels.server.api import create_app
+from gakernels.server.server import Settings, assemble
 
 WANTED = "{{ bos_token }}{% for m in messages %}w10 {{ m.content }} w11{% endfor %}"
 OTHER = "{% for m in messages %}w20 {{ m.content }}{% endfor %}"

@@ -12,11 +12,11 @@ from torch import Generator, Tensor, nn
 
 import gakernels
 from gakernels.nn.cpu_attention import causal_attention
+from gakernels.nn.float8_linear import Float8Linear
 from gakernels.nn.frozen_rms_norm import rms_norm
 from gakernels.nn.gated_mlp import gated_product
 from gakernels.nn.low_rank_term import add_low_rank_term
-from gakernels.quantized_base import Float8Linear
-from gakernels.token_loss import token_loss
+from gakernels.nn.token_loss import token_loss
 
 ROOT = Path(gakernels.__file__).parent
 
@@ -103,7 +103,7 @@ CASES = {
     "nn.frozen_rms_norm._NormFunction, no weight": norm_without_weight,
     "nn.low_rank_term._LowRankTerm": low_rank_term,
     "token_loss._LossInBlocks": loss_in_blocks,
-    "quantized_base.float8_linear._Product": float8,
+    "nn.float8_linear._Product": float8,
 }
 
 

@@ -23,22 +23,22 @@ from torch import nn
 from writers import Writers, write
 
 from gakernels import Adapter, CompactAdapter, ContextStream, GenerativeAdapter, InputError
+from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
+from gakernels.data import source_of, token_cache
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.instruction_sources import InstructionSource, read_source
+from gakernels.distributed import Parallel
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.flat_qa import read_flat_qa
 from gakernels.model import load_base
 from gakernels.ops import dispatch, gpus, measured, tuned
 from gakernels.ops.measured import calibration
-from gakernels.plots.run_series import read_runs
-from gakernels.quantization import QuantizedCompactAdapter
-from gakernels.serving.context_store import ContextStore
+from gakernels.server.context_store import ContextStore
 from gakernels.training.checkpoint import RunState, load_checkpoint, newest_good
-from gakernels.training.data import source_of, token_cache
-from gakernels.training.data.bad_records import BadRecords
 from gakernels.training.instruction.recipe import FinetuningRecipe
-from gakernels.training.instruction.sources import InstructionSource, read_source
-from gakernels.training.parallel import Parallel
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import CONFIGS, load_recipe
+from gakernels.training.run_series import read_runs
 
 GPU = gpus.known("NVIDIA H100 80GB HBM3")
 Read = Callable[[Path], object]  # gives everything that stands in the files, as something to compare

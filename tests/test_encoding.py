@@ -13,19 +13,19 @@ from tokenizers.processors import BertProcessing, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter, InputError
-from gakernels.encoding import encode_text
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.conversations import ContextRecord, Message
+from gakernels.data.examples import Limits, encode_records
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.asking import Asker
-from gakernels.evaluation.decoding import Decoder
 from gakernels.evaluation.records import Context, Dataset, Question, Skipped
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.scenarios.docqa import docqa
-from gakernels.serving import Sampling, generate
-from gakernels.serving.api import create_app
-from gakernels.serving.server import Settings, assemble
-from gakernels.training.data.bad_records import BadRecords
-from gakernels.training.instruction.examples import Limits, encode_records
-from gakernels.training.instruction.records import ContextRecord, Message
+from gakernels.generation import Sampling, generate
+from gakernels.generation.decoder import Decoder
+from gakernels.model.encoding import encode_text
+from gakernels.server.api import create_app
+from gakernels.server.server import Settings, assemble
 
 CONTEXT, MORE, PROMPT = "w7 w9 w30 w12", "w8 w31", "w5 w40"
 

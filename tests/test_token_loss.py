@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from gakernels import token_loss as blocks
-from gakernels.token_loss import token_loss
+from gakernels.nn import token_loss as blocks
+from gakernels.nn.token_loss import token_loss
 
 VOCABULARY, WIDTH = 11, 6
 

@@ -17,18 +17,18 @@ from tiny import make_base, make_model, make_trained, random_context
 
 import gakernels
 from gakernels import Adapter, ContextStream, FormatError, GenerativeAdapter, InputError
-from gakernels.compact import CompactAdapter
+from gakernels.adapters.compact import CompactAdapter
+from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
+from gakernels.data import TokenCache, source_of, token_cache
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.flat_qa import read_flat_qa
 from gakernels.evaluation.squad import read_squad
-from gakernels.hub import PATTERNS
 from gakernels.model import load_base
-from gakernels.quantization import QuantizedCompactAdapter
-from gakernels.released import save_released
-from gakernels.serving.context_store import ContextStore
-from gakernels.training.data import TokenCache, source_of, token_cache
-from gakernels.training.data.bad_records import BadRecords
-from gakernels.training.instruction.sources import InstructionSource, read_source
+from gakernels.model.hub import PATTERNS
+from gakernels.model.released import save_released
+from gakernels.server.context_store import ContextStore
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe
 

@@ -9,13 +9,13 @@ import pytest
 
 from gakernels import InputError
 from gakernels.cli.common import read_text
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.documents import file_documents
+from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.evaluation.records import Skipped
 from gakernels.evaluation.squad import read_squad
 from gakernels.evaluation.text_documents import _texts
-from gakernels.serving.api_keys import ApiKeys
-from gakernels.training.data.bad_records import BadRecords
-from gakernels.training.data.documents import file_documents
-from gakernels.training.instruction.sources import InstructionSource, read_source
+from gakernels.server.api_keys import ApiKeys
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe
 from gakernels.user_text import read_user_text

@@ -9,17 +9,17 @@ from invented import make_tokenizer, random_text
 from tiny import make_model, make_trained, random_context
 from torch import nn
 
+from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
+from gakernels.data import source_of, token_cache
+from gakernels.distributed import Parallel
 from gakernels.evaluation.answer_log import AnswerLog, Entry
 from gakernels.files import write_text
-from gakernels.plots.curves import plot_runs
-from gakernels.plots.run_series import RunSeries, Series
-from gakernels.quantization import QuantizedCompactAdapter
-from gakernels.released import save_released
-from gakernels.serving.context_store import ContextStore
+from gakernels.model.released import save_released
+from gakernels.server.context_store import ContextStore
 from gakernels.training.checkpoint import RunState, save_checkpoint
-from gakernels.training.data import source_of, token_cache
-from gakernels.training.parallel import Parallel
+from gakernels.training.curves import plot_runs
 from gakernels.training.run_log import RunLog
+from gakernels.training.run_series import RunSeries, Series
 
 
 class Writers:

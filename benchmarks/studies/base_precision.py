@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gakernels import GeneratorConfig
-from gakernels.attachment import decoder_layers
+from gakernels.data.people import Document, draw_document
 from gakernels.demo.experiment import FACTS_PER_PERSON, ask_all_ways
-from gakernels.demo.people import Document, draw_document
 from gakernels.model import GenerativeAdapter, load_base
-from gakernels.quantized_base import QUANTIZATIONS, quantize_base
-from gakernels.quantized_base.float8 import E4M3, E5M2, quantize_rows
-from gakernels.training.objectives import pretraining_windows, window_losses
+from gakernels.model.attachment import decoder_layers
+from gakernels.model.quantized_base import QUANTIZATIONS, quantize_base
+from gakernels.model.window_losses import pretraining_windows, window_losses
+from gakernels.nn.float8 import E4M3, E5M2, quantize_rows
 
 ASSETS = Path(str(files("gakernels.demo") / "assets"))
 CHUNKS, CHUNK, HELD_OUT = 4, 64, 32

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gakernels import CompactAdapter, GenerativeAdapter
-from gakernels.adapter import Adapter
-from gakernels.demo.people import Document, draw_document
+from gakernels.adapters.adapter import Adapter
+from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
+from gakernels.data.people import Document, draw_document
 from gakernels.demo.questions import accuracy, answer
-from gakernels.quantization import QuantizedCompactAdapter
 
 FORMS = ("adapter, float32", "compact, float32", "compact, bfloat16", "compact, 8 bits", "compact, 4 bits")
 
@@ -42,17 +42,17 @@ def main() -> None:
     documents = [draw_document(rng, 1, (15, 18), "test") for _ in range(arguments.documents)]
     exact = [model.stream().append(document.text()).compact() for document in documents]
     reference = [
-        question_logits(model, document, compact.expand(model))
+        question_logits(model, document, model.expand(compact))
         for document, compact in zip(documents, exact, strict=True)
     ]
     plain = [question_logits(model, document, None) for document in documents]
     print("| form | bytes | norm(S): mean | largest | logits | KL | accuracy |\n|---|---|---|---|---|---|---|")
     for form in FORMS:
         used = [convert(compact, form) for compact in exact]
-        size = exact[0].expand(model).numbers() * 4 if form == FORMS[0] else nbytes(exact[0], form)
+        size = model.expand(exact[0]).numbers() * 4 if form == FORMS[0] else nbytes(exact[0], form)
         losses = [loss for old, new in zip(exact, used, strict=True) for loss in norm_losses(old, new)]
         logits = [
-            question_logits(model, document, new.expand(model)) for document, new in zip(documents, used, strict=True)
+            question_logits(model, document, model.expand(new)) for document, new in zip(documents, used, strict=True)
         ]
         changed = torch.cat([one - other for one, other in zip(reference, plain, strict=True)]).square().mean().sqrt()
         error = torch.cat([one - other for one, other in zip(logits, reference, strict=True)]).square().mean().sqrt()
@@ -62,7 +62,7 @@ def main() -> None:
             reduction="batchmean",
             log_target=True,
         )
-        right = ask(model, documents, [new.expand(model) for new in used])
+        right = ask(model, documents, [model.expand(new) for new in used])
         print(
             f"| {form} | {size:,} | {sum(losses) / len(losses):.2g} | {max(losses):.2g} | {error / changed:.2g} | "
             f"{kl:.2g} | {right:.1%} |"

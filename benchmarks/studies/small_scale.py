@@ -36,7 +36,7 @@ from gakernels.evaluation.scenarios.perplexity import perplexity
 from gakernels.evaluation.scenarios.recall import RecallSettings, recall
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
-from gakernels.training.static_lora import STATIC_LORA_FILE
+from gakernels.model.static_lora import STATIC_LORA_FILE
 
 PACKAGED = Path(str(files("gakernels.demo") / "assets" / "generator"))
 TEXTS, FACTS, SEED = 48, 12, 1_000_000

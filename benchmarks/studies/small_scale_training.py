@@ -13,15 +13,15 @@ from random import Random
 
 import torch
 
-from gakernels.configuration import GeneratorConfig
-from gakernels.demo.people import ATTRIBUTES, Document, Fact, Split, draw_people
+from gakernels.data.people import ATTRIBUTES, Document, Fact, Split, draw_people
 from gakernels.files import replacing_folder
 from gakernels.model import GenerativeAdapter, load_base
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
+from gakernels.model.window_losses import Loss, WindowBatch, window_losses
+from gakernels.model.windows import pad_windows, split_evenly
 from gakernels.training.objective import WindowObjective
-from gakernels.training.objectives import Loss, WindowBatch, window_losses
-from gakernels.training.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
 from gakernels.training.trainer import Trainer, TrainerConfig
-from gakernels.windows import pad_windows, split_evenly
 
 BASE = Path(str(files("gakernels.demo") / "assets" / "base"))
 STATIC = "static_lora"

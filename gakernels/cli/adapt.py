@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 from gakernels.cli.common import add_command, add_model_options, load_generator, output_file, read_text
-from gakernels.context import ContextStream
 from gakernels.errors import InputError
+from gakernels.model.stream import ContextStream
 from gakernels.paths import user_path
 
 

@@ -4,7 +4,7 @@ import argparse
 from contextlib import nullcontext
 from typing import Any
 
-from gakernels.adapter import Adapter
+from gakernels.adapters.adapter import Adapter
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
 from gakernels.errors import InputError
 from gakernels.paths import user_path

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from gakernels import calibrating
 from gakernels.cli.call_options import add_call_options, planned_calls, recipe_of_calls
 from gakernels.cli.common import add_command
 from gakernels.errors import InputError
@@ -16,7 +15,8 @@ from gakernels.files import write_text
 from gakernels.ops import dispatch, gpus
 from gakernels.ops.measured import calibration
 from gakernels.paths import CACHE_VARIABLE
-from gakernels.planned_calls import Call
+from gakernels.training import calibrating
+from gakernels.training.planned_calls import Call
 
 TINY = {"batch": 2, "tokens": 20, "hidden": 32, "state": 32, "rank": 16, "in": 32, "out": 48}
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from transformers import AutoConfig, PreTrainedConfig
 
 from gakernels.cli.common import DTYPES
+from gakernels.cost.shapes import SHAPES
 from gakernels.errors import InputError, first_line
-from gakernels.evaluation.shapes import SHAPES
 from gakernels.paths import user_path
-from gakernels.planned_calls import Call, PlannedCalls, llama_config
 from gakernels.training.base_model import BaseConfig, base_shape
+from gakernels.training.planned_calls import Call, PlannedCalls, llama_config
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe
 from gakernels.training.trainer_config import PRECISIONS

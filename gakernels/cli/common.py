@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from gakernels.distributed import Ranks
 from gakernels.errors import InputError, first_line
-from gakernels.hub import is_repository_name
 from gakernels.model import GENERATOR_FILE, GenerativeAdapter
+from gakernels.model.hub import is_repository_name
+from gakernels.model.released import is_released
 from gakernels.paths import expanded, user_path
-from gakernels.released import is_released
-from gakernels.training.parallel import Ranks
 from gakernels.user_text import read_user_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from gakernels.adapter import Adapter
+from gakernels.adapters.adapter import Adapter
 from gakernels.cli.common import add_command, add_device_options, add_other_base_option, load_generator
 from gakernels.errors import InputError
 from gakernels.paths import expanded, user_path

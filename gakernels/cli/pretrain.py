@@ -20,11 +20,11 @@ from gakernels.cli.recipe_options import (
     planned_processes,
     recipe_of,
 )
-from gakernels.evaluation.perplexity import PerplexityReport, TaskPerplexity
+from gakernels.distributed import process_group
+from gakernels.model.window_losses import RECONSTRUCTIONS
 from gakernels.nn.adapter_generator import NORMS
 from gakernels.paths import user_path
-from gakernels.training.objectives import RECONSTRUCTIONS
-from gakernels.training.parallel import process_group
+from gakernels.training.perplexity import PerplexityReport, TaskPerplexity
 from gakernels.training.plan import plan_pretraining
 from gakernels.training.pretraining import make_model, pretrain
 from gakernels.training.pretraining_data import cached_segments

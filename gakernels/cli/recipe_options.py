@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 
 from gakernels.cli.common import DTYPES
+from gakernels.distributed import Ranks
 from gakernels.errors import InputError
 from gakernels.paths import user_path
-from gakernels.training.parallel import Ranks
 from gakernels.training.recipes import load_recipe
 
 Recipe = TypeVar("Recipe")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gakernels.demo.people import Document, draw_document
-from gakernels.training.objectives import Loss
+from gakernels.data.people import Document, draw_document
+from gakernels.model.window_losses import Loss
 
 MOST_FACTS = 18
 

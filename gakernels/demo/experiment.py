@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from gakernels.demo.people import Document, any_person_level, draw_document
+from gakernels.data.people import Document, any_person_level, draw_document
 from gakernels.demo.questions import accuracy, answer
-from gakernels.encoding import encode_text
 from gakernels.evaluation.document_perplexity import document_loss
 from gakernels.model import GenerativeAdapter
+from gakernels.model.encoding import encode_text
 
 WAYS = ("closed_book", "prompt", "adapter", "other_adapter")
 FACTS_PER_PERSON = {1: (15, 18), 2: (8, 8), 4: (4, 4), 8: (2, 2)}

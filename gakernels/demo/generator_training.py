@@ -7,10 +7,10 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.demo.people import Document, draw_document
+from gakernels.data.people import Document, draw_document
 from gakernels.model import GenerativeAdapter
-from gakernels.training.objectives import Loss, WindowBatch, window_losses
-from gakernels.windows import pad_windows, split_evenly
+from gakernels.model.window_losses import Loss, WindowBatch, window_losses
+from gakernels.model.windows import pad_windows, split_evenly
 
 MOST_FACTS = 18
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gakernels.adapter import Adapter
+from gakernels.adapters.adapter import Adapter
 from gakernels.model import GenerativeAdapter
 
 

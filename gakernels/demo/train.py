@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from gakernels.configuration import GeneratorConfig
 from gakernels.demo.base_training import BaseRecipe, base_losses, build_base
 from gakernels.demo.experiment import DemoResult
 from gakernels.demo.experiment import run as run_experiment
@@ -21,8 +20,9 @@ from gakernels.demo.generator_training import GeneratorRecipe, generator_losses
 from gakernels.demo.tokenizer import build_tokenizer
 from gakernels.files import replacing_folder, write_text
 from gakernels.model import GenerativeAdapter
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.window_losses import Loss
 from gakernels.paths import user_path
-from gakernels.training.objectives import Loss
 from gakernels.training.trainer import Trainer, TrainerConfig
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.encoding import encode_text
-from gakernels.training.instruction.chat import ChatEncoder
-from gakernels.training.instruction.records import Message
+from gakernels.data.chat import ChatEncoder
+from gakernels.data.conversations import Message
+from gakernels.model.encoding import encode_text
 
 
 class Asker:

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gakernels.configuration import GeneratorConfig
+from gakernels.cost import flops
+from gakernels.cost.flops import Flops
+from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
-from gakernels.evaluation import flops
-from gakernels.evaluation.flops import Flops
-from gakernels.evaluation.shapes import ModelShape
+from gakernels.model.config import GeneratorConfig
 
 TOKEN_ID_BYTES, STATE_BYTES = 4, 4
 

@@ -4,11 +4,11 @@ from contextlib import nullcontext
 
 import torch
 
-from gakernels.adapter import Adapter
-from gakernels.context import encode
+from gakernels.adapters.adapter import Adapter
 from gakernels.model import GenerativeAdapter
-from gakernels.training.objectives import token_losses
-from gakernels.windows import pad_windows, split_evenly
+from gakernels.model.stream import encode
+from gakernels.model.window_losses import token_losses
+from gakernels.model.windows import pad_windows, split_evenly
 
 
 @torch.no_grad()

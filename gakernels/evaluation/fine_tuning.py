@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gakernels.attachment import lean_modules, take_out_lean_modules
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.model.attachment import lean_modules, take_out_lean_modules
+from gakernels.model.static_lora import StaticLora
 from gakernels.nn import LowRankFactors
-from gakernels.training.static_lora import StaticLora
 
 KINDS = ("lora", "full")
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.compression import kind_of
+from gakernels.data.records import read_records
+from gakernels.data.sources import HUB, HubSource, source_of
 from gakernels.errors import InputError
 from gakernels.evaluation.records import Context, Dataset, Question, Skipped, csv_rows, dataset, text_of
-from gakernels.training.data.bad_records import BadRecords
-from gakernels.training.data.compression import kind_of
-from gakernels.training.data.records import read_records
-from gakernels.training.data.sources import HUB, HubSource, source_of
 from gakernels.user_text import read_user_text
 
 COLUMNS = ("context", "question")

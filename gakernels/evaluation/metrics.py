@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from gakernels.bootstrap import interval
 from gakernels.errors import InputError
-from gakernels.evaluation.bootstrap import interval
 
 PROTOCOLS = ("official", "released")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gakernels.configuration import GeneratorConfig
-from gakernels.evaluation import flops
+from gakernels.cost import flops
+from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.evaluation.cost import adapter_numbers, key_value_numbers
-from gakernels.evaluation.shapes import SHAPES, ModelShape
+from gakernels.model.config import GeneratorConfig
 
 QUERY_TOKENS = 71  # the only whole number that gives the closed-book row
 CONVERSATION_TOKENS = 2352  # then the only one that gives the row of prompting; the paper says 2.5K on average

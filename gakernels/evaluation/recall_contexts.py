@@ -1,6 +1,6 @@
 """Contexts about invented people, for recall: nothing that is asked can be known without reading them.
 
-All are drawn from `gakernels.demo.people`, with the names held out from the demo's training. A context tells facts
+All are drawn from `gakernels.data.people`, with the names held out from the demo's training. A context tells facts
 about one person, and, as distractors, facts about other people and about attributes that are not asked for in it.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from gakernels.demo.people import ATTRIBUTES, Attribute, Fact, Person, draw_people
+from gakernels.data.people import ATTRIBUTES, Attribute, Fact, Person, draw_people
 from gakernels.errors import InputError
 from gakernels.evaluation.records import Context, Question
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
 from gakernels.evaluation import paper_results
 from gakernels.evaluation.cases import Cell, Measurements, Scenario
@@ -21,7 +22,6 @@ from gakernels.evaluation.cost import CostSettings, method_cost
 from gakernels.evaluation.paper_costs import TABLE_1
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.samples import compare, score
-from gakernels.evaluation.shapes import ModelShape
 from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter

@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from gakernels.encoding import check_tokens
+from gakernels.distributed import Ranks
 from gakernels.errors import InputError
 from gakernels.evaluation.answer_log import AnswerLog, Entry
 from gakernels.evaluation.asking import Asker
 from gakernels.evaluation.cases import Answer, Measurements, Request, Scenario
-from gakernels.evaluation.decoding import Decoder, Row, SharedStart, plan_batches
 from gakernels.evaluation.measuring import measured
 from gakernels.evaluation.methods import METHODS, Method, MethodSettings, Prepared
+from gakernels.generation.decoder import Decoder, Row, SharedStart, plan_batches
 from gakernels.model import GenerativeAdapter
-from gakernels.training.parallel import Ranks
+from gakernels.model.encoding import check_tokens
 
 _LONG = timedelta(days=30)
 ALONE = 3  # requests of each method that are also answered one by one, for the latency

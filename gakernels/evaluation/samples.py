@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gakernels.evaluation.bootstrap import interval
+from gakernels.bootstrap import interval
 from gakernels.evaluation.metrics import Score
 
 PERPLEXITY = "perplexity"  # metrics whose name ends so are e to the power of the mean

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from gakernels.data.compression import opened
 from gakernels.errors import InputError
 from gakernels.evaluation.records import Skipped, text_of
-from gakernels.training.data.compression import opened
 from gakernels.user_text import decode_user_text, utf8_lines
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from gakernels.errors import InputError
 from gakernels.nn.factors_in_force import HandedOver, factors_in_force
-from gakernels.offloading import execution_device
+from gakernels.nn.offloading import execution_device
+from gakernels.nn.side_stream import Later
 from gakernels.ops import lowrank_linear
-from gakernels.side_stream import Later
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gakernels.nn.adapted_linear import AdaptedLinear, LowRankFactors, as_windows
 from gakernels.nn.low_rank_term import add_low_rank_term
-from gakernels.offloading import only_aligns
+from gakernels.nn.offloading import only_aligns
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gakernels.cost.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.errors import InputError, first_line
-from gakernels.evaluation.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.model import load_base
+from gakernels.model.quantized_base import QUANTIZATIONS, quantize_base
 from gakernels.paths import expand_fields
-from gakernels.quantized_base import QUANTIZATIONS, quantize_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

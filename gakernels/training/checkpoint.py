@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from gakernels.distributed import Parallel
 from gakernels.errors import FormatError
 from gakernels.files import replacing_folder
-from gakernels.training.parallel import Parallel
 from gakernels.version import __version__
 
 FORMAT_VERSION = 3  # 1: a safetensors file; 2: PyTorch's own files, one of which was a pickle

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
-from gakernels.positions import position_limit
-from gakernels.token_loss import by_autograd, loss_in_blocks, wide
-from gakernels.training.objectives import Loss, WindowBatch, to_device, token_losses
+from gakernels.model.positions import position_limit
+from gakernels.model.window_losses import Loss, WindowBatch, to_device, token_losses
+from gakernels.nn.token_loss import by_autograd, loss_in_blocks, wide
 
 NAME = "distillation"
 TOKENS_AT_ONCE = 1 << 14  # of the teacher's pass, which keeps nothing

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
+from gakernels.distributed import Parallel, Ranks, Replicas
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
-from gakernels.training.parallel import Parallel, Ranks, Replicas
 from gakernels.training.recipes import recipe_text
 from gakernels.training.sharding import Shards
 from gakernels.training.trainer_config import PRECISIONS, TrainerConfig

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from gakernels.training.objectives import Loss, WindowBatch, count_targets
+from gakernels.model.window_losses import Loss, WindowBatch, count_targets
 
 Batch = TypeVar("Batch")
 

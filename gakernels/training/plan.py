@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gakernels.evaluation import flops
-from gakernels.evaluation.shapes import ModelShape
-from gakernels.training.base_model import DTYPES, base_shape
-from gakernels.training.memory import (
+from gakernels.cost import flops
+from gakernels.cost.memory import (
     MemoryEstimate,
     StepSetting,
     StepShape,
@@ -15,9 +13,11 @@ from gakernels.training.memory import (
     estimate_memory,
     parse_bytes,
 )
+from gakernels.cost.shapes import ModelShape
+from gakernels.cost.step_flops import StepFlops, pretraining_flops
+from gakernels.cost.step_memory import generator_parameters
+from gakernels.training.base_model import DTYPES, base_shape
 from gakernels.training.pretraining_recipe import PretrainingRecipe
-from gakernels.training.step_flops import StepFlops, pretraining_flops
-from gakernels.training.step_memory import generator_parameters
 
 QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # of a weight; fp8 is kept in both layouts
 

@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gakernels.compilation import compile_layers, uncompile_layers
+from gakernels.cost.memory import fit_memory_budget, parse_bytes
+from gakernels.cost.shapes import ModelShape
+from gakernels.cost.step_flops import pretraining_flops
+from gakernels.distributed import Parallel, Ranks, Replicas
 from gakernels.errors import InputError
-from gakernels.evaluation.perplexity import HeldOutContexts, PerplexityReport, context_perplexity
-from gakernels.evaluation.shapes import ModelShape
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
+from gakernels.model.compilation import compile_layers, uncompile_layers
+from gakernels.model.positions import check_chunk_size
+from gakernels.model.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
+from gakernels.model.window_losses import WindowBatch, pretraining_windows, window_losses
 from gakernels.nn import LowRankFactors
-from gakernels.positions import check_chunk_size
 from gakernels.training.base_model import load_base_model
 from gakernels.training.checkpoint import find_checkpoints
 from gakernels.training.distillation import NAME as DISTILLATION
 from gakernels.training.generator_run import REPORT_FILE, precision_of, processes_of, save_generators, write_recipe
-from gakernels.training.memory import fit_memory_budget, parse_bytes
 from gakernels.training.objective import WindowObjective
-from gakernels.training.objectives import WindowBatch, pretraining_windows, window_losses
-from gakernels.training.parallel import Parallel, Ranks, Replicas
+from gakernels.training.perplexity import HeldOutContexts, PerplexityReport, context_perplexity
 from gakernels.training.plan import largest_step, step_setting
 from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
 from gakernels.training.run_folder import only_run
-from gakernels.training.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
-from gakernels.training.step_flops import pretraining_flops
 from gakernels.training.throughput import StepCost
 from gakernels.training.trainer import Trainer
 from gakernels.training.trainer_config import TrainerConfig

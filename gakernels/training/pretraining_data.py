@@ -8,11 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.encoding import check_tokens
-from gakernels.errors import InputError
-from gakernels.evaluation.perplexity import HeldOutContexts
-from gakernels.paths import expand_fields
-from gakernels.training.data import (
+from gakernels.data import (
     Corpus,
     JoinedSegments,
     MixedOrder,
@@ -27,8 +23,12 @@ from gakernels.training.data import (
     source_of,
     token_cache,
 )
-from gakernels.training.data.cache import DESCRIPTION
-from gakernels.training.data.caching import automatic_folder
+from gakernels.data.cache import DESCRIPTION
+from gakernels.data.caching import automatic_folder
+from gakernels.errors import InputError
+from gakernels.model.encoding import check_tokens
+from gakernels.paths import expand_fields
+from gakernels.training.perplexity import HeldOutContexts
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from gakernels.configuration import GeneratorConfig
+from gakernels.cost.memory import parse_bytes
 from gakernels.errors import InputError
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.window_losses import RECONSTRUCTIONS, check_slices
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
-from gakernels.training.memory import parse_bytes
-from gakernels.training.objectives import RECONSTRUCTIONS, check_slices
 from gakernels.training.pretraining_data import DataConfig
 from gakernels.training.trainer_config import TrainerConfig
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from gakernels.distributed import Ranks
 from gakernels.errors import InputError
-from gakernels.training.parallel import Ranks
 
 LOCK = "lock"
 

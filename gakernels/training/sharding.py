@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from gakernels.attachment import decoder_layers
+from gakernels.distributed import Parallel, Ranks
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
-from gakernels.training.parallel import Parallel, Ranks
+from gakernels.model.attachment import decoder_layers
 
 GENERATOR_METHODS = ("states", "factors")  # what a pass over windows calls
 

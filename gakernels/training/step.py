@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gakernels.distributed import Parallel
 from gakernels.errors import InputError
+from gakernels.model.window_losses import Loss
 from gakernels.training.guard import StepGuard
 from gakernels.training.objective import Objective, as_objective
-from gakernels.training.objectives import Loss
-from gakernels.training.parallel import Parallel
 from gakernels.training.randomness import seed_step
 from gakernels.training.schedule import learning_rate_factor
 from gakernels.training.sharding import whole

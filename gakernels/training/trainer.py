@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gakernels.distributed import Parallel
 from gakernels.errors import FormatError
+from gakernels.model.window_losses import Loss
 from gakernels.training.checkpoint import RunState, load_checkpoint, newest_good, save_checkpoint
 from gakernels.training.guard import SkippedSteps, culprit
 from gakernels.training.objective import Objective
-from gakernels.training.objectives import Loss
-from gakernels.training.parallel import Parallel
 from gakernels.training.randomness import random_kept
 from gakernels.training.run_log import RunLog
 from gakernels.training.sharding import local_part

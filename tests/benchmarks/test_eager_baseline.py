@@ -9,7 +9,7 @@ from benchmarks import eager_baseline
 from benchmarks.eager_baseline import EagerBaseline, merge_states, randomized_svd_norm, window_states
 from benchmarks.presets import PRESETS, check_preset, make_batch, make_model
 from gakernels import GenerativeAdapter
-from gakernels.training.objectives import WindowBatch, window_losses
+from gakernels.model.window_losses import WindowBatch, window_losses
 
 CPU = torch.device("cpu")
 SMALL = check_preset(PRESETS["tiny"])

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from gakernels import calibrating
 from gakernels.cli import calibrate as command
 from gakernels.ops import dispatch, gpus, measured
 from gakernels.ops.lowrank_linear import eager as linear_eager
 from gakernels.ops.measured import calibration
-from gakernels.planned_calls import Call
+from gakernels.training import calibrating
+from gakernels.training.planned_calls import Call
 
 GPU = gpus.known("NVIDIA GeForce RTX 4090")
 pytest.importorskip("triton")

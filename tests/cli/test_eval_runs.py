@@ -17,8 +17,8 @@ import torch
 from invented import random_text
 
 from gakernels import GenerativeAdapter
-from gakernels.demo.people import draw_document
-from gakernels.evaluation.decoding import Decoder
+from gakernels.data.people import draw_document
+from gakernels.generation.decoder import Decoder
 from gakernels.training.run_folder import only_process
 
 BARE = ["--style", "bare", "--adapted-style", "bare", "--new-tokens", 4]

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from gakernels.cli import main
-from gakernels.demo.people import draw_document
+from gakernels.data.people import draw_document
 
 WAYS = {"closed_book", "prompt", "adapter", "other_adapter"}
 

@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter, GeneratorConfig
+from gakernels.data.people import draw_document
 from gakernels.demo.generator_training import GeneratorRecipe, document_windows, generator_losses
-from gakernels.demo.people import draw_document
 from gakernels.demo.tokenizer import build_tokenizer
 
 

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from gakernels.demo.people import (
+from gakernels.data.people import (
     ATTRIBUTES,
     FIRST_NAMES,
     LAST_NAMES,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gakernels.evaluation.bootstrap import ratio_of_perplexities
+from gakernels.bootstrap import ratio_of_perplexities
 
 
 def drawn_losses(contexts: int) -> tuple[Tensor, Tensor, Tensor]:

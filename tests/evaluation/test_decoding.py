@@ -9,8 +9,8 @@ from tiny import FAMILIES, make_model, plain_copy, random_context
 from transformers import PreTrainedModel
 
 from gakernels import Adapter, GenerativeAdapter, InputError
-from gakernels.evaluation import decoding
-from gakernels.evaluation.decoding import Decoder, Row, plan_batches
+from gakernels.generation import decoder as decoding
+from gakernels.generation.decoder import Decoder, Row, plan_batches
 
 
 def make(family: str = "llama") -> GenerativeAdapter:

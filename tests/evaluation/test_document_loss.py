@@ -7,7 +7,7 @@ from tiny import make_model, plain_copy
 
 from gakernels import GenerativeAdapter, InputError
 from gakernels.evaluation.document_perplexity import document_loss
-from gakernels.windows import split_evenly
+from gakernels.model.windows import split_evenly
 
 
 def make() -> GenerativeAdapter:

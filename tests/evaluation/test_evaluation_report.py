@@ -8,6 +8,7 @@ import pytest
 from worlds import BARE, make, run, scenario
 
 from gakernels import GeneratorConfig, __version__
+from gakernels.cost.shapes import ModelShape
 from gakernels.evaluation import paper_results, report
 from gakernels.evaluation.cost import CostSettings, method_cost
 from gakernels.evaluation.paper_costs import TABLE_1
@@ -15,7 +16,6 @@ from gakernels.evaluation.plots import plots
 from gakernels.evaluation.records import Dataset, Skipped
 from gakernels.evaluation.samples import compare, score
 from gakernels.evaluation.scenarios.docqa import docqa
-from gakernels.evaluation.shapes import ModelShape
 from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
 
 SETTINGS = {"data": {"a.json": "0" * 64}, "base_fingerprint": "f", "limit": None, "seed": 3}

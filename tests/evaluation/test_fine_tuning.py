@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gakernels import GenerativeAdapter, InputError
 from gakernels.evaluation.fine_tuning import Example, TuningSettings, tune_full, tune_lora, weights_in_force
-from gakernels.training.static_lora import StaticLora
+from gakernels.model.static_lora import StaticLora
 
 
 def make(family: str = "llama") -> GenerativeAdapter:

@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from gakernels import Adapter, GenerativeAdapter, GeneratorConfig
+from gakernels.cost import flops
+from gakernels.cost.flops import Flops, attention_pairs
+from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
-from gakernels.evaluation import flops
 from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, method_cost
-from gakernels.evaluation.flops import Flops, attention_pairs
-from gakernels.evaluation.shapes import ModelShape
+from gakernels.model.attachment import cache_name
 from gakernels.nn import CompactFactors
-from gakernels.serving.key_values import cache_name
 
 BASES = ("llama", "mistral", "qwen2", "gemma", "phi3", "gpt_neox")
 
@@ -239,7 +239,7 @@ def test_parts_add_up() -> None:
 
 
 def test_even_chunks_are_those_of_the_model() -> None:
-    from gakernels.windows import split_evenly
+    from gakernels.model.windows import split_evenly
 
     for _ in range(20):
         tokens, chunk = number(1, 60), number(1, 12)

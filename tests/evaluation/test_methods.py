@@ -9,14 +9,14 @@ import torch
 from worlds import answer_of, contexts, make, merged, run, scenario, text
 
 from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
-from gakernels.evaluation import decoding
 from gakernels.evaluation.bm25 import Bm25, passages
 from gakernels.evaluation.cases import Case, Scenario, parts
-from gakernels.evaluation.decoding import Decoder, Row
 from gakernels.evaluation.fine_tuning import Example
 from gakernels.evaluation.methods import METHODS, MethodSettings, Prepared
 from gakernels.evaluation.records import Question
-from gakernels.training.static_lora import StaticLora, static_adapter
+from gakernels.generation import decoder as decoding
+from gakernels.generation.decoder import Decoder, Row
+from gakernels.model.static_lora import StaticLora, static_adapter
 
 
 def expected(model: GenerativeAdapter, asked: Scenario, how: Callable[[Case, str], tuple[Adapter | None, str]]) -> dict:

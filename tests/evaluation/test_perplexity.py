@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gakernels import Adapter, GenerativeAdapter, InputError
-from gakernels.evaluation.bootstrap import ratio_of_perplexities
-from gakernels.evaluation.perplexity import HeldOutContexts, Ratio, TaskPerplexity, context_perplexity
-from gakernels.training.static_lora import StaticLora
+from gakernels.bootstrap import ratio_of_perplexities
+from gakernels.model.static_lora import StaticLora
+from gakernels.training.perplexity import HeldOutContexts, Ratio, TaskPerplexity, context_perplexity
 
 CHUNKS, LENGTH = 3, 6
 

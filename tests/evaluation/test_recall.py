@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from gakernels import InputError
-from gakernels.demo.people import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, is_held_out
+from gakernels.data.people import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, is_held_out
 from gakernels.evaluation.cases import Cell, Scenario
 from gakernels.evaluation.recall_contexts import context, few_facts, long_context, overwritten_facts
 from gakernels.evaluation.recall_plot import draw_recall

@@ -10,13 +10,13 @@ from tiny import make_model
 from worlds import BARE, make, merged, run, scenario, text
 
 from gakernels import InputError
+from gakernels.distributed import Ranks
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.cases import Case, Request, Scenario
-from gakernels.evaluation.decoding import Decoder, Row
 from gakernels.evaluation.records import Context, Dataset, Question, Skipped
 from gakernels.evaluation.runner import Runner, RunSettings
 from gakernels.evaluation.scenarios.docqa import docqa
-from gakernels.training.parallel import Ranks
+from gakernels.generation.decoder import Decoder, Row
 
 NAMES = ("closed_book", "adapter", "adapter_merged", "other_adapter")
 SMALL = RunSettings(batch_tokens=30, max_rows=3, shard_contexts=2, shard_questions=5)

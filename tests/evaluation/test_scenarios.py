@@ -21,7 +21,7 @@ from gakernels.evaluation.scenarios.dialog import dialog
 from gakernels.evaluation.scenarios.docqa import AskSettings, docqa
 from gakernels.evaluation.scenarios.icl import TaskData, icl
 from gakernels.evaluation.scenarios.perplexity import perplexity
-from gakernels.windows import split_evenly
+from gakernels.model.windows import split_evenly
 
 
 @pytest.fixture

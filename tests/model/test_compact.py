@@ -20,10 +20,10 @@ def test_expanded_it_is_the_adapter(family: str) -> None:
     model, ids = make_model(family), random_ids(3, 8)
     stream = model.stream().append(random_context(20))
     adapter, compact = stream.adapter(), stream.compact()
-    assert close(compact.expand(model), adapter, 1e-5)
+    assert close(model.expand(compact), adapter, 1e-5)
     with model.adapted(adapter):
         expected = logits_of(model.base, ids)
-    with model.adapted(compact.expand(model)):
+    with model.adapted(model.expand(compact)):
         assert (logits_of(model.base, ids) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -62,13 +62,13 @@ def test_a_loaded_one_is_the_same_bit_by_bit(tmp_path: Path, norm_dtype: torch.d
         saved, found = getattr(compact, side), getattr(loaded, side)
         assert saved.keys() == found.keys()
         assert all(torch.equal(saved[name], found[name]) and saved[name].dtype == found[name].dtype for name in saved)
-    assert loaded.expand(model).tokens_seen == 20
+    assert model.expand(loaded).tokens_seen == 20
 
 
 def test_bfloat16_costs_little() -> None:
     model = make_model()
     stream = model.stream().append(random_context(40))
-    assert close(stream.compact(torch.bfloat16).expand(model), stream.adapter(), 1e-2)
+    assert close(model.expand(stream.compact(torch.bfloat16)), stream.adapter(), 1e-2)
 
 
 def test_those_of_a_batch_are_those_of_each_alone_and_do_not_share_memory() -> None:
@@ -76,7 +76,7 @@ def test_those_of_a_batch_are_those_of_each_alone_and_do_not_share_memory() -> N
     states = model.states(contexts)
     for row, compact in enumerate(model.compact_adapters(states, [20, 6, 33])):
         adapter = model.adapters({name: state[row : row + 1] for name, state in states.items()}, [len(contexts[row])])
-        assert close(compact.expand(model), adapter[0], 1e-4)
+        assert close(model.expand(compact), adapter[0], 1e-4)
         for factor in [*compact.left.values(), *compact.right.values()]:
             assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
 
@@ -96,9 +96,9 @@ def test_only_the_generator_that_made_it_expands_it() -> None:
     model = make_model()
     compact = model.stream().append(random_context(9)).compact()
     with pytest.raises(FormatError, match="belongs to a base model of fingerprint"):
-        compact.expand(make_model())
+        make_model().expand(compact)
     with pytest.raises(FormatError, match="belongs to a generator of fingerprint"):
-        compact.expand(make_trained(GenerativeAdapter(plain_copy(model), make_config(seed=1))))
+        make_trained(GenerativeAdapter(plain_copy(model), make_config(seed=1))).expand(compact)
     settings = vars(compact)
     for changed in (
         CompactAdapter(**{**settings, "left": {"model.layers.0.mlp.up_proj": torch.zeros(16, 4)}}),

@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 from torch._dynamo.utils import counters
 
 from gakernels import GenerativeAdapter
-from gakernels.attachment import decoder_layers
-from gakernels.compilation import compile_layers, uncompile_layers
-from gakernels.training.memory import set_recomputation
+from gakernels.cost.memory import set_recomputation
+from gakernels.model.attachment import decoder_layers
+from gakernels.model.compilation import compile_layers, uncompile_layers
 
 CHUNKS, SEEN = 3, (0, 1, 2, 1, 2, 3)
 

@@ -9,7 +9,7 @@ from tiny import make_config, make_model, make_trained, plain_copy, random_conte
 from torch import Tensor
 
 from gakernels import ContextStream, GenerativeAdapter, InputError
-from gakernels.composition import scale_states, state_fingerprint, subtract_states, sum_states
+from gakernels.model.state_arithmetic import scale_states, state_fingerprint, subtract_states, sum_states
 
 ROUNDOFF = 2.0**-24  # of float32
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gakernels import Adapter, GenerativeAdapter, InputError
-from gakernels.compilation import compile_layers
-from gakernels.training.memory import set_recomputation
+from gakernels.cost.memory import set_recomputation
+from gakernels.model.compilation import compile_layers
 
 USERS = 4
 PATIENCE = 10  # seconds, should a test fail

@@ -17,8 +17,8 @@ from tiny import (
 from torch import Tensor
 
 from gakernels import GenerativeAdapter
+from gakernels.model.windows import pad_windows
 from gakernels.ops.low_rank_polar.reference import low_rank_polar
-from gakernels.windows import pad_windows
 
 WITH_FLOAT64_NORMS = {
     "llama": "LlamaRMSNorm",
@@ -336,7 +336,7 @@ def test_the_pass_without_a_graph_changes_nothing(monkeypatch: pytest.MonkeyPatc
         lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     with monkeypatch.context() as patched:
-        patched.setattr("gakernels.model.only_first_is_plain", lambda seen, chunks: False)
+        patched.setattr("gakernels.model.generative_adapter.only_first_is_plain", lambda seen, chunks: False)
         in_one = run()
     assert passes == [2 * len(seen)]
     for value, wanted in zip(in_two, in_one, strict=True):

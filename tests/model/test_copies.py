@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM
 
 from gakernels import Adapter, GenerativeAdapter, InputError
-from gakernels.compilation import compile_layers, uncompile_layers
-from gakernels.quantized_base import quantize_base
+from gakernels.model.compilation import compile_layers, uncompile_layers
+from gakernels.model.quantized_base import quantize_base
 
 
 def pickled(model: GenerativeAdapter) -> GenerativeAdapter:

@@ -9,7 +9,8 @@ import torch
 from tiny import FAMILIES, make_base, make_config, make_model, plain_copy
 
 from gakernels import GenerativeAdapter, fingerprint
-from gakernels.fingerprint import model_fingerprint, tensor_fingerprint
+from gakernels.fingerprint import tensor_fingerprint
+from gakernels.model.base_fingerprint import model_fingerprint
 
 
 @pytest.mark.parametrize("family", FAMILIES)

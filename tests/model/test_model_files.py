@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model, make_trained, plain_copy, random_context
 
 from gakernels import Adapter, CompactAdapter, ContextStream, FormatError, GenerativeAdapter, InputError
+from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
 from gakernels.files import FORMAT_VERSION, read_tensors, replacing, write_tensors, write_text
-from gakernels.quantization import QuantizedCompactAdapter
 
 KINDS = ("generator", "adapter", "state", "compact", "quantized")
 

@@ -13,7 +13,7 @@ from tiny import logits_of, make_model, random_context, random_ids, same_adapter
 from transformers import PreTrainedTokenizerFast
 
 from gakernels import Adapter, GenerativeAdapter, InputError
-from gakernels.quantization import QuantizedCompactAdapter
+from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_compact_and_quantised_adapters_are_used_as_they_are(model: GenerativeAd
     stream, ids = model.stream().append(random_context(20)), random_ids(2, 6)
     compact = stream.compact()
     quantized = QuantizedCompactAdapter.quantize(compact, bits=8)
-    for form, plain in ((compact, compact.expand(model)), (quantized, quantized.dequantize().expand(model))):
+    for form, plain in ((compact, model.expand(compact)), (quantized, model.expand(quantized.dequantize()))):
         with model.adapted(plain):
             wanted = logits_of(model.base, ids)
         with model.adapted(form):

@@ -9,7 +9,7 @@ from tiny import make_model
 from torch import Generator, Tensor
 
 from gakernels import GenerativeAdapter
-from gakernels.side_stream import Later, OneStream, SideStream
+from gakernels.nn.side_stream import Later, OneStream, SideStream
 
 CHUNKS, SEEN = 3, (0, 1, 2, 1, 2, 3)
 

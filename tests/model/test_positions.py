@@ -9,7 +9,7 @@ from tiny import SIZES, make_base, make_config, make_model, random_ids
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter, InputError
-from gakernels.positions import check_prompt, position_limit
+from gakernels.model.positions import check_prompt, position_limit
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 YARN = {**ROPE, "rope_type": "yarn"}

@@ -8,7 +8,7 @@ import torch
 from tiny import make_model, random_context
 
 from gakernels import CompactAdapter, InputError
-from gakernels.quantization import QuantizedCompactAdapter
+from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
 
 
 def make_compact(rows: int = 100, rank: int = 6, layers: int = 2) -> CompactAdapter:
@@ -107,6 +107,6 @@ def test_a_generator_expands_it() -> None:
     model = make_model()
     stream = model.stream().append(random_context(30))
     expected = stream.adapter()
-    found = QuantizedCompactAdapter.quantize(stream.compact(), 8).dequantize().expand(model)
+    found = model.expand(QuantizedCompactAdapter.quantize(stream.compact(), 8).dequantize())
     for name in expected.lora_a:
         assert (found.delta(name) - expected.delta(name)).norm() < 0.05 * expected.delta(name).norm()

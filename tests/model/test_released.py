@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gakernels import FormatError, GenerativeAdapter, InputError
-from gakernels.hub import PATTERNS
-from gakernels.released import load_released, save_released
+from gakernels.model.hub import PATTERNS
+from gakernels.model.released import load_released, save_released
 
 WIDTH, INNER, STATE, RANK, WINDOW, ALPHA = 32, 48, 12, 5, 16, 9
 SHAPES = {"o_proj": (WIDTH, WIDTH), "down_proj": (INNER, WIDTH)}  # d_in, d_out
@@ -292,7 +292,7 @@ def test_a_name_of_the_hub_is_fetched(
         asked.append((name, tuple(allow_patterns)))
         return str(tmp_path / "fetched")
 
-    monkeypatch.setattr("gakernels.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("gakernels.model.hub.snapshot_download", snapshot)
     name = "generative-adaptor/Generative-Adapter-Mistral-7B-Instruct-v0.2"
     model = GenerativeAdapter.from_pretrained(name)
     assert asked == [(name, PATTERNS)]
@@ -304,7 +304,7 @@ def test_a_hub_that_can_not_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) 
     def snapshot(name: str, **_: Any) -> str:
         raise FileNotFoundError(f"no way to {name}\nand more lines")
 
-    monkeypatch.setattr("gakernels.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("gakernels.model.hub.snapshot_download", snapshot)
     with pytest.raises(InputError, match=r"no folder some/name, and the hub did not give one: no way to some/name$"):
         GenerativeAdapter.from_pretrained("some/name")
     for name in ("/nowhere/at/all", "one", "../up/there", "a/b/c"):

@@ -7,8 +7,8 @@ import torch
 from tiny import logits_of, make_base, make_config, make_model, plain_copy, random_context, random_ids
 
 from gakernels import GenerativeAdapter, InputError
-from gakernels.serving.row_adapters import RowAdapters, SharedMaps
-from gakernels.training.objectives import pretraining_windows, window_losses
+from gakernels.generation.row_adapters import RowAdapters, SharedMaps
+from gakernels.model.window_losses import pretraining_windows, window_losses
 
 RANK, STATIC = 4, 3
 
@@ -49,7 +49,7 @@ def test_the_rows_of_a_served_batch_have_it_too() -> None:
     rows = RowAdapters.of(SharedMaps(model), [compact[0], None, compact[1]])
     with model.using(rows.factors()):
         together = logits_of(model.base, ids)
-    for row, adapter in ((0, compact[0].expand(model)), (2, compact[1].expand(model))):
+    for row, adapter in ((0, model.expand(compact[0])), (2, model.expand(compact[1]))):
         with model.adapted(adapter):
             alone = logits_of(model.base, ids[row : row + 1])
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gakernels import InputError
-from gakernels.windows import pad_left, pad_windows, split_evenly
+from gakernels.model.windows import pad_left, pad_windows, split_evenly
 
 
 @pytest.mark.parametrize("_", range(50))

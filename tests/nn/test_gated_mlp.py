@@ -11,7 +11,7 @@ from transformers import GemmaConfig, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from gakernels.attachment import put_in_lean_modules, take_out_lean_modules
+from gakernels.model.attachment import put_in_lean_modules, take_out_lean_modules
 from gakernels.nn import AdaptedLinear, GatedMLP, LowRankFactors
 
 

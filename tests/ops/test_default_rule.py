@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from gakernels.configuration import GeneratorConfig
+from gakernels.cost.shapes import SHAPES
 from gakernels.errors import FormatError, InputError
-from gakernels.evaluation.shapes import SHAPES
+from gakernels.model.config import GeneratorConfig
 from gakernels.ops import dispatch, gpus, launching, measured, tuned
 from gakernels.ops.gpus import Gpu
 from gakernels.ops.measured import calibration, costs
-from gakernels.planned_calls import Call, PlannedCalls, llama_config
+from gakernels.training.planned_calls import Call, PlannedCalls, llama_config
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 OTHERS = ("NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090")

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gakernels import AdaptedLinear, GenerativeAdapter, LowRankFactors
+from gakernels.model.quantized_base import quantize_base
 from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, adapted
-from gakernels.quantized_base import quantize_base
-from gakernels.quantized_base.bitsandbytes_linear import int8_linear, nf4_linear
+from gakernels.nn.bitsandbytes_linear import int8_linear, nf4_linear
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")

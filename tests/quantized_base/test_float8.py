@@ -5,7 +5,7 @@ import torch
 from emulation import codes, nearest, rounded
 from torch import Generator
 
-from gakernels.quantized_base.float8 import E4M3, E5M2, LastRows, product, quantize_rows
+from gakernels.nn.float8 import E4M3, E5M2, LastRows, product, quantize_rows
 
 TYPES = [E4M3, E5M2]
 

@@ -8,8 +8,8 @@ from emulation import EmulatedProduct
 from torch import Generator, Tensor, nn
 
 from gakernels import BackendError, InputError
-from gakernels.quantized_base import Float8Linear
-from gakernels.quantized_base import float8_linear as module
+from gakernels.nn import float8_linear as module
+from gakernels.nn.float8_linear import Float8Linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -73,7 +73,7 @@ def test_the_second_layout_is_made_for_gradients_only(generator: Generator) -> N
 def test_what_several_layers_read_is_quantised_once(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [Float8Linear(make(generator)) for _ in range(3)]
     calls = []
-    from gakernels.quantized_base import float8
+    from gakernels.nn import float8
 
     plain = float8.quantize_rows
     monkeypatch.setattr(float8, "quantize_rows", lambda *arguments: calls.append(1) or plain(*arguments))

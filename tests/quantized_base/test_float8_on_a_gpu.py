@@ -6,7 +6,7 @@ from emulation import EmulatedProduct
 from torch import Generator, nn
 
 from gakernels import InputError
-from gakernels.quantized_base import Float8Linear
+from gakernels.nn.float8_linear import Float8Linear
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from gakernels import BackendError, GenerativeAdapter, InputError
 from gakernels.files import read_tensors
+from gakernels.model.quantized_base import quantize_base
 from gakernels.nn import FrozenRMSNorm, GatedMLP
 from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, is_plain_linear
-from gakernels.quantized_base import Float8Linear, quantize_base
+from gakernels.nn.float8_linear import Float8Linear
 
 
 def emulate(base: PreTrainedModel) -> PreTrainedModel:

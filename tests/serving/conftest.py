@@ -14,9 +14,9 @@ from starlette.testclient import TestClient
 
 from gakernels import GenerativeAdapter
 from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
-from gakernels.demo.people import draw_document
-from gakernels.serving.api import create_app
-from gakernels.serving.server import Settings, assemble
+from gakernels.data.people import draw_document
+from gakernels.server.api import create_app
+from gakernels.server.server import Settings, assemble
 
 
 @pytest.fixture(autouse=True)

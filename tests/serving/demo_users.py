@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gakernels import CompactAdapter
-from gakernels.demo.people import Document
+from gakernels.data.people import Document
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import httpx2
 
 from gakernels import GenerativeAdapter
 from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
-from gakernels.serving.server import Settings, serve
+from gakernels.server.server import Settings, serve
 
 
 class ServerProcess:

@@ -9,7 +9,7 @@ import torch
 from limits import files_of_at_most
 
 from gakernels import CompactAdapter, InputError
-from gakernels.serving import AdapterCache
+from gakernels.server.adapter_cache import AdapterCache
 
 NAMES = ("model.layers.0.o_proj", "model.layers.1.o_proj")
 SIZE = 2 * len(NAMES) * 8 * 3 * 4  # bytes in memory

@@ -10,7 +10,7 @@ from tiny import make_model, random_context
 from torch import Tensor
 
 from gakernels import CompactAdapter, FormatError, GenerativeAdapter, InputError
-from gakernels.serving import DecodingBatch, Sampling, generate
+from gakernels.generation import DecodingBatch, Sampling, generate
 
 FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "gpt_neox", "granite"]
 
@@ -18,7 +18,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "gpt_neox", "granite"]
 def plain_logits(model: GenerativeAdapter, prompt: list[int], adapter: CompactAdapter | None, steps: int) -> Tensor:
     """Greedy decoding by a whole forward pass per token with the expanded adapter: logits (steps, vocabulary)."""
     ids, logits = torch.tensor([prompt]), []
-    with torch.no_grad(), model.adapted(adapter.expand(model)) if adapter else model.using({}):
+    with torch.no_grad(), model.adapted(model.expand(adapter)) if adapter else model.using({}):
         for _ in range(steps):
             logits.append(model.base(input_ids=ids, use_cache=False).logits[:, -1])
             ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1)
@@ -46,7 +46,7 @@ def test_64_users_in_one_batch_agree_with_each_alone(
     together = decode(batch, batch.exchange([], prompts, [user.adapter for user in users]), steps)
     for row, (prompt, user) in enumerate(zip(prompts, users, strict=True)):
         tokens = together[row].argmax(-1)
-        with torch.no_grad(), demo.adapted(user.adapter.expand(demo)):
+        with torch.no_grad(), demo.adapted(demo.expand(user.adapter)):
             ids = torch.tensor([prompt + tokens[:-1].tolist()])
             alone = demo.base(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
         assert (together[row] - alone).abs().max() < 1e-4
@@ -138,7 +138,7 @@ def test_a_user_takes_the_memory_of_a_compact_adapter(
     assert batch.adapters.nbytes == 5 * compact
     batch.exchange([2])
     assert batch.adapters.nbytes == compact
-    assert compact < 4 * users[0].adapter.expand(demo).numbers()  # it is the smaller form
+    assert compact < 4 * demo.expand(users[0].adapter).numbers()  # it is the smaller form
 
 
 def test_generate_stops_each_row_by_its_own_rule(

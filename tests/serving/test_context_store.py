@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from gakernels import FormatError, InputError
 from gakernels.files import write_tensors
-from gakernels.serving.context_store import Context, ContextStore, StaleError
+from gakernels.server.context_store import Context, ContextStore, StaleError
 
 NAMES = ("model.layers.0.o_proj", "model.layers.1.o_proj")
 

@@ -7,10 +7,10 @@ import pytest
 from tiny import make_model, random_context
 
 from gakernels import GenerativeAdapter
-from gakernels.serving import Sampling, generate
-from gakernels.serving.engine import BusyError, Engine
-from gakernels.serving.generation import Generation, Piece
-from gakernels.serving.limits import Limits
+from gakernels.generation import Sampling, generate
+from gakernels.generation.running import Generation, Piece
+from gakernels.server.engine import BusyError, Engine
+from gakernels.server.limits import Limits
 
 
 class Row:

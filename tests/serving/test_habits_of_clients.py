@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from gakernels.serving import protocol
-from gakernels.serving.api_keys import ApiKeys
-from gakernels.serving.limits import Limits
+from gakernels.server import protocol
+from gakernels.server.api_keys import ApiKeys
+from gakernels.server.limits import Limits
 
 GREEDY = {"model": "demo", "temperature": 0, "max_tokens": 4}
 PAGE = "https://app.example.org"

@@ -15,8 +15,8 @@ import torch
 from loopback import served
 
 from gakernels import GenerativeAdapter
-from gakernels.serving import scheduler
-from gakernels.serving.limits import Limits
+from gakernels.generation import scheduler
+from gakernels.server.limits import Limits
 
 ASKED = 1000  # tokens
 KINDS = {

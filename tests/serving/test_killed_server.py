@@ -13,7 +13,7 @@ import torch
 from loopback import ServerProcess
 
 from gakernels import CompactAdapter, GenerativeAdapter
-from gakernels.demo.people import draw_document
+from gakernels.data.people import draw_document
 
 WRITERS = 4
 

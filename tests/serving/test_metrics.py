@@ -4,7 +4,7 @@ import math
 import random
 import re
 
-from gakernels.serving.metrics import Metrics
+from gakernels.server.metrics import Metrics
 
 LINE = re.compile(r'([a-z_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)+)\})? (\S+)')
 

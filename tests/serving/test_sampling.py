@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from gakernels import InputError
-from gakernels.serving import Sampling
-from gakernels.serving.sampling import draw, next_tokens
+from gakernels.generation import Sampling
+from gakernels.generation.sampling import draw, next_tokens
 
 VOCABULARY = 12
 

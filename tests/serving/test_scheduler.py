@@ -7,8 +7,8 @@ import torch
 from tiny import make_model, random_context
 
 from gakernels import CompactAdapter, GenerativeAdapter, InputError
-from gakernels.serving import Sampling, Scheduler, generate
-from gakernels.serving.generation import Generation, Piece
+from gakernels.generation import Sampling, Scheduler, generate
+from gakernels.generation.running import Generation, Piece
 
 
 @pytest.fixture

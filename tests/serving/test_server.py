@@ -15,9 +15,9 @@ from safetensors.torch import load
 from starlette.testclient import TestClient
 
 from gakernels import Adapter, CompactAdapter, GenerativeAdapter
-from gakernels.serving import Sampling, generate
-from gakernels.serving.api_keys import ApiKeys
-from gakernels.serving.limits import Limits
+from gakernels.generation import Sampling, generate
+from gakernels.server.api_keys import ApiKeys
+from gakernels.server.limits import Limits
 
 KEYS = ["first-key-of-16-characters", "second-key-of-16-characters"]
 GREEDY = {"temperature": 0, "max_tokens": 6}

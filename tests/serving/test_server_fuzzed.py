@@ -11,8 +11,8 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from gakernels.serving.api_keys import ApiKeys
-from gakernels.serving.limits import Limits
+from gakernels.server.api_keys import ApiKeys
+from gakernels.server.limits import Limits
 
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")

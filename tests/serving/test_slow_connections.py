@@ -14,9 +14,9 @@ import pytest
 from loopback import served
 
 from gakernels import GenerativeAdapter
-from gakernels.serving import scheduler
-from gakernels.serving.limits import Limits
-from gakernels.serving.process import allow_files
+from gakernels.generation import scheduler
+from gakernels.server.limits import Limits
+from gakernels.server.process import allow_files
 
 PATIENCE = 0.6  # seconds
 BODY = json.dumps({"model": "demo", "prompt": "The", "max_tokens": 1}).encode()

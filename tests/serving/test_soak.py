@@ -22,7 +22,7 @@ import pytest
 import torch
 from loopback import ServerProcess
 
-from gakernels.demo.people import draw_document
+from gakernels.data.people import draw_document
 
 SECONDS = float(os.environ.get("GAKERNELS_SOAK_SECONDS", "1800"))
 USERS, KEPT = 6, 5  # at a time; contexts of each

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter
-from gakernels.evaluation.decoding import Decoder, Row
-from gakernels.serving import Sampling, generate, scheduler
-from gakernels.serving.text_output import TextOutput
+from gakernels.generation import Sampling, generate, scheduler
+from gakernels.generation.decoder import Decoder, Row
+from gakernels.generation.text_output import TextOutput
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|end|>"]
 

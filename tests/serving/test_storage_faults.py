@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from gakernels import GenerativeAdapter
 from gakernels.cli import main
-from gakernels.serving.context_store import ContextStore
+from gakernels.server.context_store import ContextStore
 
 GREEDY = {"temperature": 0, "max_tokens": 6}
 

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter
-from gakernels.serving.text_output import StopTexts, TokenText
+from gakernels.generation.text_output import StopTexts, TokenText
 
 TEXT = "Ein Bär 🐻 läuft über die Straße — 数学は楽しい. na\u0308ive, “quoted”! \n\n  two  spaces 👩‍👩‍👧 end"
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
 from gakernels import GenerativeAdapter
-from gakernels.serving import server as server_module
-from gakernels.serving.api import create_app
-from gakernels.serving.server import Settings, assemble
-from gakernels.serving.vllm import VllmClient
+from gakernels.server import server as server_module
+from gakernels.server.api import create_app
+from gakernels.server.server import Settings, assemble
+from gakernels.server.vllm import VllmClient
 
 BASE = "my-base"
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package is not i
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from gakernels.training.parallel import process_group
+from gakernels.distributed import process_group
 from gakernels.training.pretraining import make_model, pretrain
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe

@@ -23,9 +23,9 @@ if __name__ == "__main__":
 from tiny import make_model
 
 from gakernels import GenerativeAdapter, InputError
+from gakernels.distributed import Parallel, Ranks, Replicas, process_group
+from gakernels.model.window_losses import WindowBatch, pretraining_windows, window_losses
 from gakernels.training.objective import WindowObjective
-from gakernels.training.objectives import WindowBatch, pretraining_windows, window_losses
-from gakernels.training.parallel import Parallel, Ranks, Replicas, process_group
 from gakernels.training.sharding import Shards
 from gakernels.training.signals import TrainingStopped
 from gakernels.training.trainer import Trainer, TrainerConfig

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gakernels.training.objectives import Loss
+from gakernels.model.window_losses import Loss
 from gakernels.training.trainer import Trainer, TrainerConfig
 
 

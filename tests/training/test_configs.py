@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gakernels.evaluation.shapes import SHAPES
+from gakernels.cost.shapes import SHAPES
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.plan import plan_pretraining
 from gakernels.training.pretraining_recipe import PretrainingRecipe

@@ -7,11 +7,12 @@ import torch
 from tiny import VOCABULARY, make_model, plain_copy, random_context, random_ids
 from torch import Generator, Tensor
 
-from gakernels import GenerativeAdapter, InputError, token_loss
+from gakernels import GenerativeAdapter, InputError
+from gakernels.model.window_losses import WindowBatch, count_targets, pretraining_windows, window_losses
+from gakernels.model.windows import pad_windows
+from gakernels.nn import token_loss
 from gakernels.training import distillation as module
 from gakernels.training.distillation import Distillation, divergence, teacher_states
-from gakernels.training.objectives import WindowBatch, count_targets, pretraining_windows, window_losses
-from gakernels.windows import pad_windows
 
 LENGTH = 5
 

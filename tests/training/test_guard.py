@@ -9,9 +9,9 @@ import torch
 from regression import Problem, drawn_seed, log_of, make_trainer
 from torch import Tensor
 
+from gakernels.model.window_losses import Loss
 from gakernels.training.checkpoint import find_checkpoints
 from gakernels.training.guard import LEAST, RECENT, StepGuard
-from gakernels.training.objectives import Loss
 
 
 def spoiled(problem: Problem, bad: set[int], what: str) -> Any:

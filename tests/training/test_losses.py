@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gakernels import AdapterGenerator, GenerativeAdapter
-from gakernels.training.objectives import (
+from gakernels.model.window_losses import (
     RECONSTRUCTIONS,
     WindowBatch,
     pretraining_windows,
     token_losses,
     window_losses,
 )
-from gakernels.windows import pad_windows
+from gakernels.model.windows import pad_windows
 
 LENGTH = 5
 

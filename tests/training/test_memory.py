@@ -10,10 +10,7 @@ from torch import Generator, nn
 from benchmarks.measure import peak_bytes, resident_bytes
 from benchmarks.presets import PRESETS, Preset, make_base
 from gakernels import GenerativeAdapter, GeneratorConfig
-from gakernels.errors import InputError
-from gakernels.evaluation.shapes import SHAPES, ModelShape
-from gakernels.nn import GatedMLP
-from gakernels.training.memory import (
+from gakernels.cost.memory import (
     StepSetting,
     StepShape,
     choose_recomputation,
@@ -23,7 +20,10 @@ from gakernels.training.memory import (
     recomputable_layers,
     set_recomputation,
 )
-from gakernels.training.objectives import pretraining_windows, window_losses
+from gakernels.cost.shapes import SHAPES, ModelShape
+from gakernels.errors import InputError
+from gakernels.model.window_losses import pretraining_windows, window_losses
+from gakernels.nn import GatedMLP
 
 CPU = torch.device("cpu")
 SMALL = replace(

@@ -13,9 +13,9 @@ from regression import InterruptionError, Problem, drawn_seed, interrupted, make
 from safetensors.torch import load
 from writers import Writers, contents, write
 
-from gakernels.serving.context_store import ContextStore
+from gakernels.data import source_of, token_cache
+from gakernels.server.context_store import ContextStore
 from gakernels.training.checkpoint import find_checkpoints
-from gakernels.training.data import source_of, token_cache
 
 
 def in_a_process(call: Callable[[], object]) -> int:

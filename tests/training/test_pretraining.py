@@ -14,15 +14,15 @@ from tiny import make_base, make_config
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
-from gakernels.attachment import decoder_layers
-from gakernels.compilation import compile_layers
-from gakernels.evaluation.perplexity import context_perplexity
-from gakernels.evaluation.shapes import ModelShape
+from gakernels.cost.memory import StepShape, estimate_memory
+from gakernels.cost.shapes import ModelShape
+from gakernels.model.attachment import decoder_layers
+from gakernels.model.compilation import compile_layers
 from gakernels.nn import GatedMLP
 from gakernels.training import pretraining
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
-from gakernels.training.memory import StepShape, estimate_memory
+from gakernels.training.perplexity import context_perplexity
 from gakernels.training.plan import step_setting
 from gakernels.training.pretraining import pretrain, segment_windows
 from gakernels.training.pretraining_data import DataConfig, HeldOutSize, PretrainingData, load_data

@@ -8,7 +8,7 @@ import torch
 from invented import make_tokenizer, random_text
 
 from gakernels import InputError
-from gakernels.training.data import Corpus
+from gakernels.data import Corpus
 from gakernels.training.pretraining_data import (
     DataConfig,
     HeldOutSize,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gakernels import InputError
-from gakernels.training.objectives import WindowBatch, pretraining_windows
+from gakernels.model.window_losses import WindowBatch, pretraining_windows
 
 
 def drawn(low: int, high: int) -> int:

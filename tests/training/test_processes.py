@@ -14,8 +14,8 @@ import torch
 from processes import BATCH, losses_of, make_trainer
 
 from gakernels import InputError
+from gakernels.distributed import Ranks
 from gakernels.training.checkpoint import find_checkpoints
-from gakernels.training.parallel import Ranks
 
 
 @pytest.fixture(scope="module")

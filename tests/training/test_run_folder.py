@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from gakernels import InputError
-from gakernels.training.parallel import Ranks
+from gakernels.distributed import Ranks
 from gakernels.training.run_folder import LOCK, only_run
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from gakernels.training.parallel import Ranks
+from gakernels.distributed import Ranks
 from gakernels.training.run_folder import only_run
 with only_run(Path(sys.argv[1]), Ranks()):
     print("held", flush=True)

@@ -12,7 +12,7 @@ import torch
 from regression import InterruptionError, Problem, drawn_seed, interrupted, make_trainer
 
 from gakernels import InputError
-from gakernels.training.objectives import Loss
+from gakernels.model.window_losses import Loss
 from gakernels.training.run_log import flat_numbers, read_log
 from gakernels.training.throughput import StepCost
 

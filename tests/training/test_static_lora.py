@@ -9,8 +9,8 @@ from tiny import logits_of, make_model, plain_copy, random_ids
 from torch import nn
 
 from gakernels import GenerativeAdapter
-from gakernels.training.objectives import WindowBatch, pretraining_windows
-from gakernels.training.static_lora import StaticLora
+from gakernels.model.static_lora import StaticLora
+from gakernels.model.window_losses import WindowBatch, pretraining_windows
 from gakernels.training.trainer import Trainer, TrainerConfig
 
 

@@ -11,9 +11,9 @@ from tiny import make_model, random_ids
 from torch import Tensor
 
 from gakernels import GenerativeAdapter, InputError
+from gakernels.distributed import Parallel
+from gakernels.model.window_losses import Loss, WindowBatch, pretraining_windows, window_losses
 from gakernels.training.objective import StepFunction, WindowObjective, as_objective
-from gakernels.training.objectives import Loss, WindowBatch, pretraining_windows, window_losses
-from gakernels.training.parallel import Parallel
 from gakernels.training.step import TrainingStep, parameter_groups
 from gakernels.training.trainer_config import TrainerConfig
 

@@ -9,10 +9,10 @@ from tiny import SIZES, VOCABULARY, make_model, random_ids
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gakernels.evaluation.shapes import ModelShape
+from gakernels.cost.shapes import ModelShape
+from gakernels.cost.step_flops import pretraining_flops
+from gakernels.model.window_losses import pretraining_windows
 from gakernels.ops.low_rank_polar import eager as low_rank_polar
-from gakernels.training.objectives import pretraining_windows
-from gakernels.training.step_flops import pretraining_flops
 
 LENGTH = 6
 

@@ -9,13 +9,13 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from gakernels.cli.common import DTYPES, add_command, output_file
-from gakernels.configuration import GeneratorConfig
+from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.errors import InputError, first_line
 from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, all_costs, stream_state
 from gakernels.evaluation.paper_costs import QUERY_TOKENS, TableRow, table_1
-from gakernels.evaluation.shapes import SHAPES, ModelShape
 from gakernels.evaluation.tables import short_count
 from gakernels.files import write_text
+from gakernels.model.config import GeneratorConfig
 from gakernels.paths import expanded
 from gakernels.version import __version__
 

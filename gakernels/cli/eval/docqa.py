@@ -6,16 +6,16 @@ from typing import Any
 
 from gakernels.cli.common import add_command
 from gakernels.cli.eval.running import add_question_options, add_run_options, ask_settings, evaluate, numbers
+from gakernels.data.sources import HUB
 from gakernels.evaluation.cases import Scenario
-from gakernels.evaluation.decoding import Decoder
 from gakernels.evaluation.flat_qa import is_squad, is_streaming_qa, read_flat_qa
 from gakernels.evaluation.records import Dataset, Question
 from gakernels.evaluation.scenarios.docqa import docqa
 from gakernels.evaluation.squad import PARTS, read_squad
 from gakernels.evaluation.streaming_qa import read_streaming_qa
+from gakernels.generation.decoder import Decoder
 from gakernels.model import GenerativeAdapter
 from gakernels.paths import expanded
-from gakernels.training.data.sources import HUB
 
 
 def add_task(tasks: Any) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from gakernels.cli.common import add_command
 from gakernels.cli.eval.running import add_run_options, evaluate, refuse
 from gakernels.evaluation.cases import Scenario
-from gakernels.evaluation.decoding import Decoder
 from gakernels.evaluation.scenarios.perplexity import perplexity
 from gakernels.evaluation.text_documents import cut_documents
+from gakernels.generation.decoder import Decoder
 from gakernels.model import GenerativeAdapter
 from gakernels.paths import user_path
 

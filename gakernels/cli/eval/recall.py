@@ -10,9 +10,9 @@ from gakernels.cli.common import add_command
 from gakernels.cli.demo import one_thread
 from gakernels.cli.eval.running import add_run_options, evaluate, numbers, refuse
 from gakernels.evaluation.cases import Scenario
-from gakernels.evaluation.decoding import Decoder
 from gakernels.evaluation.recall_contexts import FORMS
 from gakernels.evaluation.scenarios.recall import TESTS, RecallSettings, recall
+from gakernels.generation.decoder import Decoder
 from gakernels.model import GenerativeAdapter
 
 WITH_TRAINING_QUESTIONS = ("sft_lora", "sft_full", "few_shot_lora", "few_shot_full")

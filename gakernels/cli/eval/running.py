@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gakernels.cli.common import add_model_options, load_generator, output_file
+from gakernels.distributed import Ranks, process_group
 from gakernels.errors import InputError
 from gakernels.evaluation import report as reports
 from gakernels.evaluation.answer_log import AnswerLog
@@ -23,10 +24,9 @@ from gakernels.evaluation.runner import Runner, RunSettings
 from gakernels.evaluation.scenarios.docqa import AskSettings
 from gakernels.evaluation.tables import ReportTable
 from gakernels.model import GenerativeAdapter
+from gakernels.model.static_lora import STATIC_LORA_FILE
 from gakernels.paths import user_path
-from gakernels.training.parallel import Ranks, process_group
 from gakernels.training.run_folder import only_process
-from gakernels.training.static_lora import STATIC_LORA_FILE
 
 DEFAULT_METHODS = "closed_book,prompt,retrieval,adapter"
 NO_STATIC_LORA = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from gakernels.adapter import Adapter
+from gakernels.adapters.adapter import Adapter
 from gakernels.evaluation.cases import Case, parts
 from gakernels.evaluation.methods.base import Prepared, SimpleMethod
 from gakernels.evaluation.methods.retrieval import Retrieval

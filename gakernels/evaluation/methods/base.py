@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from gakernels.adapter import Adapter
-from gakernels.context import encode
+from gakernels.adapters.adapter import Adapter
 from gakernels.evaluation.cases import Case, Scenario
 from gakernels.model import GenerativeAdapter
+from gakernels.model.stream import encode
 
 
 @dataclass(frozen=True)

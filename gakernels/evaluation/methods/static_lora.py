@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gakernels.adapter import Adapter
+from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
 from gakernels.evaluation.cases import Case, Scenario
 from gakernels.evaluation.methods.base import MethodSettings, Prepared, SimpleMethod

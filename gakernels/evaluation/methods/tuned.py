@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from gakernels.adapter import Adapter
-from gakernels.encoding import encode_text
+from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
 from gakernels.evaluation.asking import Asker
 from gakernels.evaluation.cases import Case, Scenario
@@ -24,8 +23,9 @@ from gakernels.evaluation.fine_tuning import (
 from gakernels.evaluation.methods.base import MethodSettings, Prepared, SimpleMethod
 from gakernels.evaluation.records import Question
 from gakernels.model import GenerativeAdapter
-from gakernels.positions import position_limit
-from gakernels.training.static_lora import static_adapter
+from gakernels.model.encoding import encode_text
+from gakernels.model.positions import position_limit
+from gakernels.model.static_lora import static_adapter
 
 # Of the paper for all weights of Mistral-7B (appendix C); a LoRA's rate is ours: the paper has none.
 LEARNING_RATES = {"tuning": {"full": 1e-5, "lora": 1e-4}, "few_shot": {"full": 5e-6, "lora": 1e-4}}

@@ -13,7 +13,7 @@ from gakernels.evaluation.cases import Answers, Case, Cell, Measurements, Reques
 from gakernels.evaluation.metrics import PROTOCOLS
 from gakernels.evaluation.records import Context, Question
 from gakernels.evaluation.samples import Sample
-from gakernels.windows import split_evenly
+from gakernels.model.windows import split_evenly
 
 PARTS = ("reconstruction", "completion")
 NAMES = {part: f"{part}_perplexity" for part in PARTS}

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gakernels.training.instruction.chat import EncodedConversation
+from gakernels.data.chat import EncodedConversation
+from gakernels.model.window_losses import WindowBatch, count_targets, to_device
+from gakernels.model.windows import pad_windows, split_evenly
 from gakernels.training.instruction.packing import pack, window_length
-from gakernels.training.objectives import WindowBatch, count_targets, to_device
-from gakernels.windows import pad_windows, split_evenly
 
 
 @dataclass(frozen=True)

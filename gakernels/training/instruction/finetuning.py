@@ -12,10 +12,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.configuration import GeneratorConfig
+from gakernels.data.chat import template_of
+from gakernels.data.clock import shows_time
+from gakernels.data.examples import Example
+from gakernels.data.given import changes
+from gakernels.distributed import Parallel, Ranks
 from gakernels.errors import FormatError, InputError
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
+from gakernels.model.config import GeneratorConfig
 from gakernels.training.base_model import BaseConfig, check_tokenizer, load_base_model
 from gakernels.training.checkpoint import find_checkpoints, saved_settings
 from gakernels.training.generator_run import (
@@ -26,17 +31,12 @@ from gakernels.training.generator_run import (
     save_generators,
     write_recipe,
 )
-from gakernels.training.instruction.chat import template_of
-from gakernels.training.instruction.clock import shows_time
-from gakernels.training.instruction.examples import Example
-from gakernels.training.instruction.given import changes
 from gakernels.training.instruction.losses import can_pack
 from gakernels.training.instruction.objective import InstructionObjective
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.instruction.report import AnswerReport, score_answers
 from gakernels.training.instruction.steps import InstructionSteps
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
-from gakernels.training.parallel import Parallel, Ranks
 from gakernels.training.recipes import load_recipe
 from gakernels.training.run_folder import only_run
 from gakernels.training.throughput import StepCost

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gakernels.model import GenerativeAdapter
+from gakernels.model.window_losses import Loss, token_losses
 from gakernels.nn import LowRankFactors
 from gakernels.training.instruction.batches import InstructionBatch
-from gakernels.training.objectives import Loss, token_losses
 
 PACKED_ATTENTION = ("sdpa", "eager")
 """Attention of transformers that keeps the conversations of a window apart by their positions."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gakernels.model import GenerativeAdapter
+from gakernels.model.window_losses import Loss
 from gakernels.training.instruction.batches import InstructionBatch, count_answers
 from gakernels.training.instruction.losses import instruction_losses
 from gakernels.training.instruction.steps import InstructionSteps
-from gakernels.training.objectives import Loss
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,20 @@ from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gakernels.configuration import GeneratorConfig
+from gakernels.cost import flops
+from gakernels.cost.step_flops import pretraining_flops
+from gakernels.cost.step_memory import generator_parameters
+from gakernels.distributed import Ranks
 from gakernels.errors import InputError, first_line
-from gakernels.evaluation import flops
 from gakernels.files import entry, read_description
-from gakernels.hub import local_folder
 from gakernels.model import GENERATOR_FILE, locate
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.hub import local_folder
 from gakernels.training.base_model import BaseConfig, base_shape
 from gakernels.training.instruction.finetuning import tuning_steps
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.instruction.steps import StepLoad
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
-from gakernels.training.parallel import Ranks
-from gakernels.training.step_flops import pretraining_flops
-from gakernels.training.step_memory import generator_parameters
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from gakernels.configuration import GeneratorConfig
+from gakernels.data.clock import parse_clock
+from gakernels.data.instruction_sources import InstructionSource
 from gakernels.errors import InputError
+from gakernels.model.config import GeneratorConfig
 from gakernels.paths import expand_fields
 from gakernels.training.base_model import BaseConfig
-from gakernels.training.instruction.clock import parse_clock
-from gakernels.training.instruction.sources import InstructionSource
 from gakernels.training.instruction.steps import BatchConfig
 from gakernels.training.trainer_config import TrainerConfig
 

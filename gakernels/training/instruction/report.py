@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gakernels.bootstrap import ratio_of_perplexities
+from gakernels.data.examples import Example
 from gakernels.errors import InputError
-from gakernels.evaluation.bootstrap import ratio_of_perplexities
 from gakernels.model import GenerativeAdapter
 from gakernels.nn import LowRankFactors
-from gakernels.token_loss import LOGITS_AT_ONCE
+from gakernels.nn.token_loss import LOGITS_AT_ONCE
 from gakernels.training.instruction.batches import InstructionBatch, instruction_batch
-from gakernels.training.instruction.examples import Example
 from gakernels.training.instruction.losses import adapters, can_pack, encode_windows
 
 

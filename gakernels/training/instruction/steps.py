@@ -8,13 +8,13 @@ from random import Random
 
 import numpy as np
 
+from gakernels.data.chat import EncodedConversation
+from gakernels.data.context_mixture import Draw, Mixture, chosen
+from gakernels.data.examples import Example
+from gakernels.distributed import Ranks
 from gakernels.errors import InputError
 from gakernels.training.instruction.batches import InstructionBatch, instruction_batch
-from gakernels.training.instruction.chat import EncodedConversation
-from gakernels.training.instruction.examples import Example
 from gakernels.training.instruction.grouping import alike, divided
-from gakernels.training.instruction.mixture import Draw, Mixture, chosen
-from gakernels.training.parallel import Ranks
 
 LOSSES = ("answers", "reconstruction", "completion")
 POOL_STEPS = 128

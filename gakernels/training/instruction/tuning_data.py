@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.encoding import check_tokens
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.chat import template_of
+from gakernels.data.conversations import ContextRecord
+from gakernels.data.examples import Example, Limits, encode_records
+from gakernels.data.given import source_given
+from gakernels.data.instruction_sources import FILE_FAULTS, InstructionSource, read_source
+from gakernels.data.tokenizing import tokenizer_description
 from gakernels.errors import InputError
-from gakernels.training.data.bad_records import BadRecords
-from gakernels.training.data.tokenizing import tokenizer_description
-from gakernels.training.instruction.chat import template_of
-from gakernels.training.instruction.examples import Example, Limits, encode_records
-from gakernels.training.instruction.given import source_given
+from gakernels.model.encoding import check_tokens
 from gakernels.training.instruction.recipe import InstructionDataConfig
-from gakernels.training.instruction.records import ContextRecord
-from gakernels.training.instruction.sources import FILE_FAULTS, InstructionSource, read_source
 
 MOST_LOST = 0.05  # of the rows of a source, unless the recipe allows more
 

@@ -6,7 +6,7 @@ import pytest
 from writing import drawn
 
 from gakernels import InputError
-from gakernels.training.data import BadRecords
+from gakernels.data import BadRecords
 
 
 def test_each_kind_has_its_count_and_its_first_places() -> None:

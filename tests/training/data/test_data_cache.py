@@ -20,9 +20,9 @@ from invented import make_tokenizer, random_text
 from writing import drawn, json_lines, write
 
 from gakernels import FormatError, InputError
-from gakernels.training.data import BadRecords, FileSource, TokenCache, cache_writing, packed_segments, token_cache
-from gakernels.training.data.caching import automatic_folder
-from gakernels.training.data.documents import Document
+from gakernels.data import BadRecords, FileSource, TokenCache, cache_writing, packed_segments, token_cache
+from gakernels.data.caching import automatic_folder
+from gakernels.data.documents import Document
 
 
 def token_ids(text: str) -> list[int]:

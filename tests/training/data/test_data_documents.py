@@ -12,8 +12,8 @@ from invented import random_text
 from writing import COMPRESSORS, drawn, json_lines, write
 
 from gakernels import InputError
-from gakernels.training.data import BadRecords, find_files
-from gakernels.training.data.documents import PIECE, file_documents, pieces_of
+from gakernels.data import BadRecords, find_files
+from gakernels.data.documents import PIECE, file_documents, pieces_of
 
 
 def documents(path: Path, text_key: str = "text") -> tuple[list[str], BadRecords]:

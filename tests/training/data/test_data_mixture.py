@@ -10,7 +10,7 @@ import torch
 from writing import drawn
 
 from gakernels import InputError
-from gakernels.training.data import Corpus, JoinedSegments, MixedOrder, packed_segments
+from gakernels.data import Corpus, JoinedSegments, MixedOrder, packed_segments
 
 
 def corpus(tokens: int, documents: int = 3) -> Corpus:

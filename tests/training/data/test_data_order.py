@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from writing import drawn
 
 from gakernels import InputError
-from gakernels.training.data import ShuffledOrder
-from gakernels.training.data.order import permuted
+from gakernels.data import ShuffledOrder
+from gakernels.data.order import permuted
 
 
 def assert_uniform(draws: Iterable[Hashable], cells: int) -> None:

@@ -12,8 +12,8 @@ from invented import random_text
 from writing import COMPRESSORS, drawn, json_lines, write
 
 from gakernels import InputError
-from gakernels.training.data import BadRecords
-from gakernels.training.data.records import Record, read_records
+from gakernels.data import BadRecords
+from gakernels.data.records import Record, read_records
 
 
 def read(path: Path, columns: list[str] | None = None) -> tuple[list[Record], BadRecords]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from writing import drawn
 
 from gakernels import InputError
-from gakernels.training.data import Corpus, document_segments, hold_out_documents, packed_segments
+from gakernels.data import Corpus, document_segments, hold_out_documents, packed_segments
 
 
 def texts(documents: int, longest: int = 40) -> list[Tensor]:

@@ -12,7 +12,7 @@ from invented import random_text
 from writing import drawn, json_lines, write
 
 from gakernels import InputError
-from gakernels.training.data import BadRecords, FileSource, HubSource, Source, source_of
+from gakernels.data import BadRecords, FileSource, HubSource, Source, source_of
 
 
 def documents(source: Source) -> tuple[list[str], BadRecords]:

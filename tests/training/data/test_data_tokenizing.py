@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 from writing import drawn
 
-from gakernels.training.data.documents import Document, pieces_of
-from gakernels.training.data.tokenizing import token_blocks, tokenizer_description
+from gakernels.data.documents import Document, pieces_of
+from gakernels.data.tokenizing import token_blocks, tokenizer_description
 
 
 def token_ids(text: str) -> list[int]:

@@ -6,7 +6,7 @@ from tiny import VOCABULARY
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gakernels.training.instruction.records import Message
+from gakernels.data.conversations import Message
 
 ROLES = ("user", "assistant")
 MISTRAL = (

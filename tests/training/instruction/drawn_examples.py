@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from tiny import VOCABULARY
 
-from gakernels.training.instruction.chat import EncodedConversation
-from gakernels.training.instruction.examples import Example
+from gakernels.data.chat import EncodedConversation
+from gakernels.data.examples import Example
 
 
 def drawn_conversation(asked: int, answered: int) -> EncodedConversation:

@@ -11,14 +11,14 @@ from drawn_examples import drawn_example, realistic_examples
 from tiny import make_model
 
 from gakernels import InputError
+from gakernels.data.context_mixture import Draw, Mixture, chosen
+from gakernels.data.examples import Example
+from gakernels.distributed import Ranks
 from gakernels.training.instruction.batches import InstructionBatch
-from gakernels.training.instruction.examples import Example
 from gakernels.training.instruction.grouping import alike, divided
 from gakernels.training.instruction.losses import instruction_losses
-from gakernels.training.instruction.mixture import Draw, Mixture, chosen
 from gakernels.training.instruction.packing import pack, window_length
 from gakernels.training.instruction.steps import BatchConfig, InstructionSteps
-from gakernels.training.parallel import Ranks
 
 
 def drawn(low: int, high: int) -> int:

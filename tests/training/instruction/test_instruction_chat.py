@@ -21,9 +21,9 @@ from chats import (
 from transformers import PreTrainedTokenizerFast
 
 from gakernels import InputError
-from gakernels.training.instruction.chat import ChatEncoder, EncodedConversation
-from gakernels.training.instruction.clock import at_time
-from gakernels.training.instruction.records import Message
+from gakernels.data.chat import ChatEncoder, EncodedConversation
+from gakernels.data.clock import at_time
+from gakernels.data.conversations import Message
 
 Pieces = list[tuple[str, bool]]
 

@@ -1,0 +1,1 @@
+"""What generators make: adapters, whole and compact, and their export to PEFT and llama.cpp."""

@@ -1,0 +1,193 @@
+"""Adapter: the low-rank factors that one context became."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gakernels.adapters.gguf_export import write_gguf
+from gakernels.adapters.peft_export import write_peft
+from gakernels.errors import FormatError, InputError
+from gakernels.files import by_suffix, count_entry, entry, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter of some linear layers of a base model: W becomes W + scale lora_B lora_A.
+
+    Attributes:
+        lora_a: (r, d_in) by name of the layer in the base model (`model.layers.0.self_attn.o_proj`).
+        lora_b: (d_out, r) by the same names.
+        scale: factor of every product.
+        base_fingerprint: of the base model it was made for.
+        generator_fingerprint: of the generator that made it.
+        base_name: name or path of the base model, for readers of the PEFT format.
+        tokens_seen: number of context tokens behind it.
+        target_modules: names that select exactly the adapted layers in the base model, for readers of the PEFT format:
+            short ones (`o_proj`) where they do; empty for the full names.
+        base_config: what readers of other formats need to know of the base model: `model_type`, `num_hidden_layers`,
+            `num_attention_heads` and `num_key_value_heads`, as transformers names them; empty in early files.
+    """
+
+    lora_a: dict[str, Tensor]
+    lora_b: dict[str, Tensor]
+    scale: float
+    base_fingerprint: str
+    generator_fingerprint: str
+    base_name: str = ""
+    tokens_seen: int = 0
+    target_modules: tuple[str, ...] = ()
+    base_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """r, the same for every layer."""
+        return next(iter(self.lora_a.values())).shape[0]
+
+    def numbers(self) -> int:
+        """How many numbers the adapter consists of."""
+        return sum(factor.numel() for factor in [*self.lora_a.values(), *self.lora_b.values()])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Adapter":
+        """The same adapter on another device or in another dtype."""
+        lora_a, lora_b = (
+            {name: factor.to(device=device, dtype=dtype) for name, factor in factors.items()}
+            for factors in (self.lora_a, self.lora_b)
+        )
+        return Adapter(lora_a, lora_b, **self._description())
+
+    def scaled(self, factor: float) -> "Adapter":
+        """The same factors with `factor` times the scale: 0 for no adapter at all, 0.5 for half of it, and so on.
+
+        Raises:
+            InputError: the factor is not finite.
+        """
+        if not math.isfinite(factor):
+            raise InputError(f"factor must be finite, but it is {factor}")
+        return replace(self, scale=self.scale * factor)
+
+    def delta(self, name: str) -> Tensor:
+        """scale lora_B lora_A (d_out, d_in), multiplied out in float32 or wider: for merging and for tests."""
+        a, b = self.lora_a[name], self.lora_b[name]
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return self.scale * (b.to(wide) @ a.to(wide))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; `load` reads it.
+
+        Raises:
+            InputError: there is a folder of that name.
+            OSError: it could not be written; an older file of that name is unharmed.
+        """
+        tensors = {f"{name}.lora_A": factor for name, factor in self.lora_a.items()}
+        tensors |= {f"{name}.lora_B": factor for name, factor in self.lora_b.items()}
+        write_tensors(Path(path), "adapter", tensors, self._description())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Adapter":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: there is no such file.
+            FormatError: it is damaged or no adapter.
+        """
+        path = Path(path)
+        tensors, description = read_tensors(path, "adapter")
+        lora_a, lora_b = by_suffix(path, tensors, ".lora_A", ".lora_B")
+        _check_factors(path, lora_a, lora_b)
+        return cls(lora_a, lora_b, **_read_description(path, description))
+
+    def save_peft(self, folder: str | Path, for_vllm: bool = False) -> None:
+        """Write a PEFT LoRA folder, which peft, vLLM and LoRAX load (docs/formats.md).
+
+        lora_alpha equals r and the scale is multiplied into lora_B, because some readers know one global alpha only.
+        Other files in the folder stay.
+
+        Args:
+            folder: the folder.
+            for_vllm: keep to vLLM's rules too: the rank is filled up with zeros to one that vLLM can be started with.
+
+        Raises:
+            InputError: there is a file of that name, or vLLM can't load such an adapter: its rank is above 512, or it
+                adapts layers that vLLM's models do not have under that name.
+            OSError: it could not be written; the adapter that was there is unharmed.
+        """
+        write_peft(self, Path(folder), for_vllm)
+
+    def save_gguf(self, path: str | Path) -> None:
+        """Write a GGUF LoRA file, which llama.cpp loads (docs/formats.md). Needs the package `gguf`.
+
+        Numbers are written in the adapter's dtype: float32, float16 or bfloat16.
+
+        Raises:
+            InputError: the package is missing, llama.cpp's name of an adapted layer or its order of the rows is not
+                known for this kind of base model, or there is a folder of that name.
+            OSError: it could not be written; an older file of that name is unharmed.
+        """
+        write_gguf(self, Path(path))
+
+    def _description(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _DESCRIPTION}
+
+
+_DESCRIPTION = (
+    "scale",
+    "base_fingerprint",
+    "generator_fingerprint",
+    "base_name",
+    "tokens_seen",
+    "target_modules",
+    "base_config",
+)
+
+
+def _read_description(path: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that stand in the header, each of its type."""
+    values = {name: entry(path, description, name, str) for name in _DESCRIPTION[1:4]}
+    targets = entry(path, description, "target_modules", list)
+    if not all(isinstance(target, str) for target in targets):
+        raise FormatError(f"{path} is damaged: its entry 'target_modules' must be a list of names")
+    return {
+        **values,
+        "scale": float(entry(path, description, "scale", float)),
+        "tokens_seen": count_entry(path, description, "tokens_seen"),
+        "target_modules": tuple(targets),
+        "base_config": _read_base_config(path, entry(path, {"base_config": {}, **description}, "base_config", dict)),
+    }
+
+
+def _read_base_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The same, with its entries checked; early files have none."""
+    if config:
+        entry(path, config, "model_type", str)
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            count_entry(path, config, name, least=1)
+    return config
+
+
+def _check_factors(path: Path, lora_a: dict[str, Tensor], lora_b: dict[str, Tensor]) -> None:
+    factors = [*lora_a.values(), *lora_b.values()]
+    plain = all(factor.dim() == 2 and factor.is_floating_point() for factor in factors)
+    ranks = {a.shape[:1] for a in lora_a.values()} | {b.shape[-1:] for b in lora_b.values()}
+    if not lora_a or set(lora_a) != set(lora_b) or not plain or len(ranks) != 1:
+        raise FormatError(f"{path} is damaged: it must hold lora_A and lora_B of one rank for each of its layers")
+
+
+def stack(adapters: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
+    """lora_A (n, r, d_in) and lora_B (n, d_out, r) of one layer of several adapters.
+
+    Raises:
+        InputError: there are none, or they differ in scale or rank.
+    """
+    if not adapters:
+        raise InputError("adapters must be at least one adapter, but there is none")
+    if len({(adapter.scale, adapter.rank) for adapter in adapters}) != 1:
+        raise InputError("adapters must all have the same scale and rank to be used in one batch")
+    return (
+        torch.stack([adapter.lora_a[name] for adapter in adapters]),
+        torch.stack([adapter.lora_b[name] for adapter in adapters]),
+    )

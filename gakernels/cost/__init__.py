@@ -1,0 +1,1 @@
+"""What a model costs, from shapes alone: parameters, operations, memory."""

@@ -1,0 +1,160 @@
+"""Where instruction data comes from: files and data sets of the hub, as records with one context each."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.compression import kind_of, opened
+from gakernels.data.conversations import ContextRecord, record_of
+from gakernels.data.files import JSON_LINES, PARQUET, find_files
+from gakernels.data.records import UNREADABLE, Record, read_records
+from gakernels.data.sources import HUB, HubSource, source_of
+from gakernels.errors import InputError
+from gakernels.paths import expand_fields
+from gakernels.user_text import decode_user_text
+
+NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
+# Faults of whole files: nobody knows how many rows they cost.
+FILE_FAULTS = (UNREADABLE, NO_JSON, NO_ROWS)
+_JSON = {".json"}
+KINDS = JSON_LINES | PARQUET | _JSON
+
+
+@dataclass(frozen=True)
+class InstructionSource:
+    """One source of a mixture.
+
+    Attributes:
+        path: a file or folder of JSON lines, JSON or Parquet, or `hub:dataset[:subset]:split`.
+        weight: share of the contexts of a step, relative to the other sources; None for as many as it has, so that all
+            sources go round equally often.
+        shots: of the items of a task ({"task", "input", "output"}), how many are shown in one context.
+        queries: how many further ones are asked for.
+    """
+
+    path: str
+    weight: float | None = None
+    shots: int = 16
+    queries: int = 4
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise InputError(f"weight must be above 0, but it is {self.weight}")
+        for name in ("shots", "queries"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+
+
+def read_source(source: InstructionSource, bad: BadRecords, seed: int = 0) -> list[ContextRecord]:
+    """The records of a source; conversations about the same context become one record.
+
+    Args:
+        source: what to read.
+        bad: counts what is left out, and the rows of the source.
+        seed: of the order in which the items of a task are put together.
+
+    Raises:
+        InputError: there is no such file or data set, or no usable record in it.
+    """
+    by_context: dict[str, list[Any]] = {}
+    for record in _records(source, bad, seed):
+        by_context.setdefault(record.context, []).extend(record.conversations)
+    if not by_context:
+        reasons = f": {bad}" if bad.total else ""
+        raise InputError(f"data: {source.path} has no usable record{reasons}")
+    return [ContextRecord(context, tuple(dict.fromkeys(said))) for context, said in by_context.items()]
+
+
+def _records(source: InstructionSource, bad: BadRecords, seed: int) -> Iterator[ContextRecord]:
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in _counted(_rows(source.path, bad), bad):
+        entries = {name: value for name, value in row.entries.items() if value is not None}  # columns have gaps
+        if {"task", "input", "output"} <= entries.keys() and "instruction" not in entries:
+            tasks.setdefault(str(entries["task"]), []).append(entries)
+            continue
+        before = bad.faults
+        record = record_of(entries, row.place, bad)
+        parts = bad.faults - before
+        bad.lost += 1 if record is None else parts / (parts + len(record.conversations))
+        if record is not None:
+            yield record
+    for row in _demonstrations(source, tasks, seed):
+        before = bad.faults
+        record = record_of(row.entries, row.place, bad)
+        items = len(row.entries["examples"]) + len(row.entries["queries"])
+        bad.lost += items if record is None else bad.faults - before
+        if record is not None:
+            yield record
+
+
+def _counted(rows: Iterator[Record], bad: BadRecords) -> Iterator[Record]:
+    """The rows; they and what could not be read as one are counted."""
+    while True:
+        before = bad.faults
+        row = next(rows, None)
+        bad.lost += bad.faults - before
+        bad.records += bad.faults - before + (row is not None)
+        if row is None:
+            return
+        yield row
+
+
+def _demonstrations(source: InstructionSource, tasks: dict[str, list[dict[str, Any]]], seed: int) -> Iterator[Record]:
+    """The items of each task in a drawn order, cut into examples and queries; a short rest asks for its last item."""
+    for task, items in tasks.items():
+        Random(f"{seed} {task}").shuffle(items)
+        size = source.shots + source.queries
+        for start in range(0, len(items), size):
+            piece = items[start : start + size]
+            shown = min(source.shots, len(piece) - 1)
+            place = f"task {task!r} of {source.path}, piece {start // size + 1}"
+            yield Record({"examples": piece[:shown], "queries": piece[shown:]}, place)
+
+
+def _rows(path: str, bad: BadRecords) -> Iterator[Record]:
+    if path.startswith(HUB):
+        hub = source_of(path)
+        assert isinstance(hub, HubSource)
+        yield from hub.rows()
+        return
+    for file in find_files(Path(path), KINDS, bad):
+        yield from _json_rows(file, bad) if kind_of(file) in _JSON else read_records(file, bad)
+
+
+def _json_rows(path: Path, bad: BadRecords) -> Iterator[Record]:
+    """The rows of a JSON file: a list of them (also as its `data`), the paragraphs of SQuAD's form, or one a line."""
+    try:
+        with opened(path) as file:
+            content = json.loads(decode_user_text(file.read(), path))
+    except OSError as error:
+        bad.add(UNREADABLE, f"{path} ({error})")
+        return
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # one value is whole, more follow
+            yield from read_records(path, bad)
+        else:
+            bad.add(NO_JSON, f"{path} ({error})")
+        return
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        bad.add(NO_ROWS, str(path))
+        return
+    for number, row in enumerate(rows, 1):
+        yield from _objects(row, f"row {number} of {path}", bad)
+
+
+def _objects(row: object, place: str, bad: BadRecords) -> Iterator[Record]:
+    """A row, or the paragraphs of one that is an article of SQuAD."""
+    if not isinstance(row, dict):
+        bad.add("row that is no JSON object", place)
+    elif isinstance(row.get("paragraphs"), list):
+        for number, paragraph in enumerate(row["paragraphs"], 1):
+            yield from _objects(paragraph, f"paragraph {number} of {place}", bad)
+    else:
+        yield Record(row, place)

@@ -1,0 +1,7 @@
+"""Batched generation under the adapters of many users."""
+
+from gakernels.generation.decoding_batch import DecodingBatch
+from gakernels.generation.sampling import Sampling
+from gakernels.generation.scheduler import Scheduler, generate
+
+__all__ = ["DecodingBatch", "Sampling", "Scheduler", "generate"]

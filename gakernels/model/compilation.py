@@ -1,0 +1,60 @@
+"""torch.compile of the frozen decoder layers, which fuses what lies between their matrix products."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gakernels.model.attachment import decoder_layers
+from gakernels.nn import AdaptedLinear
+from gakernels.nn.factors_in_force import HandedOver, refuse_copy
+
+
+def compile_layers(base: PreTrainedModel, **options: Any) -> None:
+    """Compile every decoder layer, forward and backward, one at a time; layers that are alike share a graph.
+
+    The operations of this library stay one node each. The generators run in front of a layer, outside its graph; where
+    they overlap with it (`GenerativeAdapter.overlap_generators`) the graph is cut where their adapter is waited for.
+    The model computes the same up to rounding. A compiled layer can't be copied or pickled.
+
+    Args:
+        base: the base model of a `GenerativeAdapter`, or any other.
+        options: for `torch.compile`; shapes are static unless `dynamic` says otherwise.
+    """
+    for layer in decoder_layers(base)[1]:
+        plain: Any = type(layer).forward.__get__(layer)
+        linears = [module for module in layer.modules() if isinstance(module, AdaptedLinear)]
+        layer.forward = _Compiled(torch.compile(plain, **{"dynamic": False, **options}), linears)
+
+
+class _Compiled:
+    """A compiled forward, told which factors are in force here: torch.compile can't look up what belongs to a thread or
+    task, but it knows `threading.local`."""
+
+    def __init__(self, compiled: Callable[..., Any], linears: list[AdaptedLinear]) -> None:
+        self._compiled = compiled
+        self._places = [(linear, HandedOver()) for linear in linears]
+        for linear, place in self._places:
+            linear.handed_over = place
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for linear, place in self._places:
+            place.factors = linear.factors_now()
+        try:
+            return self._compiled(*args, **kwargs)
+        finally:
+            for _, place in self._places:
+                place.factors = None  # not kept alive until the next call
+
+    def __reduce__(self) -> Any:
+        refuse_copy()
+
+
+def uncompile_layers(base: PreTrainedModel) -> None:
+    """The opposite of `compile_layers`; nothing happens where nothing is compiled."""
+    for layer in decoder_layers(base)[1]:
+        layer.__dict__.pop("forward", None)
+        for module in layer.modules():
+            if isinstance(module, AdaptedLinear):
+                module.handed_over = None

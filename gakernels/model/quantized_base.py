@@ -1,0 +1,60 @@
+"""quantize_base: a loaded base model, with the linear layers of its decoder layers in 8 or 4 bits."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gakernels.errors import InputError
+from gakernels.model.attachment import decoder_layers
+from gakernels.model.base_fingerprint import remember_fingerprint
+from gakernels.nn import AdaptedLinear
+from gakernels.nn.adapted_quantized_linear import is_plain_linear
+from gakernels.nn.bitsandbytes_linear import check_bitsandbytes, int8_linear, nf4_linear
+from gakernels.nn.float8_linear import Float8Linear, check_linear
+
+Check = Callable[[nn.Linear], None]
+Make = Callable[[nn.Linear], nn.Module]
+_KINDS: dict[str, tuple[Check, Make]] = {
+    "fp8": (check_linear, Float8Linear),
+    "int8": (check_bitsandbytes, int8_linear),
+    "nf4": (check_bitsandbytes, nf4_linear),
+}
+QUANTIZATIONS = tuple(_KINDS)
+
+
+def quantize_base(base: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """Exchange the linear layers of all decoder layers, in place; embedding, head, norms and anything else stay.
+
+    The model keeps the fingerprint that it had: a generator or an adapter that was made for it in full precision fits
+    it in fewer bits, and the other way round. Cast the model before, not after; then pass it to `GenerativeAdapter`.
+
+    Args:
+        base: a decoder-only transformers model without generators, in float32, bfloat16 or float16.
+        kind: `fp8` (`Float8Linear`), or with bitsandbytes `int8` or `nf4` (4 bits).
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: the kind is unknown, the model carries generators, or a layer can't be quantised.
+        BackendError: the device has no such products, or bitsandbytes is missing. The model is as it was then.
+    """
+    if kind not in _KINDS:
+        raise InputError(f"kind must be one of {', '.join(QUANTIZATIONS)}, but it is {kind!r}")
+    if any(isinstance(module, AdaptedLinear) for module in base.modules()):
+        raise InputError("base carries generators already; quantise it before it is passed to GenerativeAdapter")
+    parents = [parent for layer in decoder_layers(base)[1] for parent in layer.modules()]
+    places: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, part) for parent in parents for name, part in parent.named_children() if is_plain_linear(part)
+    ]
+    if not places:
+        raise InputError("base must have plain linear layers in its decoder layers; this one is quantised already")
+    check, make = _KINDS[kind]
+    for *_, linear in places:
+        check(linear)
+    remember_fingerprint(base, decoder_layers(base)[0])
+    for parent, name, linear in places:
+        setattr(parent, name, make(linear))
+    return base

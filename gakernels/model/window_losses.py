@@ -1,0 +1,149 @@
+"""The pretraining objective (equation 5): which windows a segment becomes, and the losses on them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gakernels.errors import InputError
+from gakernels.model.generative_adapter import GenerativeAdapter
+
+RECONSTRUCTIONS = ("random_slice", "copy", "final")
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """Windows for one training step.
+
+    Attributes:
+        input_ids: (B, W, M); the first `chunks` windows are the context.
+        mask: (B, W, M) bool, False for padding on the right.
+        chunks: T.
+        seen: (W,), how many context chunks the adapter of each window has seen.
+        targets: by name of a loss, (B, W, M) bool: the tokens whose prediction counts in it. The first token of a
+            window is never predicted.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    chunks: int
+    seen: tuple[int, ...]
+    targets: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Negative log-likelihood of the target tokens: its sum (a tensor, in nats) and their number."""
+
+    total: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Nats a token; zero where there is no token."""
+        return self.total / self.tokens.clamp(min=1)
+
+
+def pretraining_windows(
+    segments: Tensor,
+    chunks: int,
+    generator: torch.Generator,
+    reconstruction: str = "random_slice",
+    slices: int = 1,
+) -> WindowBatch:
+    """T context windows and T reconstruction windows of each segment (B, T * M): 2 T windows, T adapters.
+
+    Context chunk t is seen with the adapter of the chunks before it and carries the completion loss; chunk 1 has no
+    adapter and carries none. Reconstruction window t is seen with the adapter of chunks 1..t and repeats
+
+    - `random_slice`: M tokens drawn from anywhere in those chunks (the default, as in the released code),
+    - `copy`: chunk t,
+    - `final`: chunk t, but with the adapter of all T chunks.
+
+    Args:
+        segments: (B, T * M) token ids.
+        chunks: T.
+        generator: draws the slices.
+        reconstruction: one of the three.
+        slices: reconstruction windows for each of the T adapters, all the first ones before all the second ones; 0
+            leaves completion alone. More than one need slices that differ.
+
+    Raises:
+        InputError: T does not divide the segment into chunks of two or more tokens, the kind of reconstruction is
+            unknown, there are several slices of a kind that repeats a chunk, or there is nothing to train on.
+    """
+    if reconstruction not in RECONSTRUCTIONS:
+        raise InputError(f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}, but it is {reconstruction!r}")
+    tokens = segments.shape[1]
+    if chunks < 1 or tokens % chunks or tokens < 2 * chunks:
+        raise InputError(
+            f"chunks must divide the {tokens} tokens of a segment into pieces of at least 2, but it is {chunks}"
+        )
+    check_slices(slices, chunks, reconstruction)
+    context = segments.reshape(len(segments), chunks, -1)
+    length, drawn = context.shape[2], reconstruction == "random_slice"
+    repeated = [_slices(segments, chunks, length, generator) if drawn else context for _ in range(slices)]
+    input_ids = torch.cat([context, *repeated], dim=1)
+    after = ([chunks] * chunks if reconstruction == "final" else list(range(1, chunks + 1))) * slices
+    targets = {name: torch.zeros(input_ids.shape, dtype=torch.bool) for name in ("reconstruction", "completion")}
+    targets["reconstruction"][:, chunks:, 1:] = True
+    targets["completion"][:, 1:chunks, 1:] = True
+    mask = torch.ones(input_ids.shape, dtype=torch.bool)
+    return WindowBatch(input_ids, mask, chunks, (*range(chunks), *after), targets)
+
+
+def check_slices(slices: int, chunks: int, reconstruction: str) -> None:
+    """Raises: InputError: so many reconstruction windows of that kind can't be, or there is nothing to train on."""
+    if slices < 0 or (slices > 1 and reconstruction != "random_slice"):
+        raise InputError(
+            f"slices must be 0 or 1, or more with reconstruction 'random_slice', but it is {slices} with "
+            f"{reconstruction!r}"
+        )
+    if slices == 0 and chunks == 1:
+        raise InputError("chunks must be at least 2 where completion is all that is trained on, but it is 1")
+
+
+def _slices(segments: Tensor, chunks: int, length: int, generator: torch.Generator) -> Tensor:
+    """For each t, `length` tokens that start anywhere in the first t chunks and end within them (B, T, length)."""
+    rows = []
+    for segment in segments:
+        starts = [int(torch.randint(t * length + 1, (1,), generator=generator)) for t in range(chunks)]
+        rows.append(torch.stack([segment[start : start + length] for start in starts]))
+    return torch.stack(rows)
+
+
+def count_targets(batch: WindowBatch) -> dict[str, int | Tensor]:
+    """How many tokens count in each loss of a batch of windows."""
+    return {name: target[..., 1:].sum() for name, target in batch.targets.items()}
+
+
+def window_losses(model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
+    """Encode a batch of windows with their adapters and take each loss; logits are formed only where a loss is."""
+    moved = to_device(batch, model.device)
+    hidden = model(moved.input_ids, moved.mask, batch.chunks, batch.seen)[0]  # the states go: they are large
+    return token_losses(model, hidden, moved.input_ids, batch.targets)
+
+
+def token_losses(
+    model: GenerativeAdapter, hidden: Tensor, input_ids: Tensor, targets: Mapping[str, Tensor]
+) -> dict[str, Loss]:
+    """Next-token losses from last hidden states (B, W, M, d_h), one for each set of target tokens.
+
+    Targets that are on the host spare the wait for a GPU that is to say which tokens count.
+    """
+    union = torch.stack(list(targets.values())).any(0)[..., 1:]
+    if union.all():  # then nothing is gathered; what follows the last token of a window does not count
+        losses = model.token_loss(hidden.flatten(0, -2), F.pad(input_ids[..., 1:], (0, 1)).flatten())
+        chosen = {name: F.pad(target[..., 1:], (0, 1)).flatten().to(losses.device) for name, target in targets.items()}
+    else:
+        losses = model.token_loss(hidden[..., :-1, :][union], input_ids[..., 1:][union])
+        chosen = {name: target[..., 1:][union].to(losses.device) for name, target in targets.items()}
+    return {name: Loss((losses * where).sum(), where.sum()) for name, where in chosen.items()}
+
+
+def to_device(batch: WindowBatch, device: torch.device) -> WindowBatch:
+    """The same batch on another device."""
+    targets = {name: target.to(device) for name, target in batch.targets.items()}
+    return WindowBatch(batch.input_ids.to(device), batch.mask.to(device), batch.chunks, batch.seen, targets)

@@ -1,1 +1,0 @@
-"""Curves of training runs; needs matplotlib (`pip install gakernels[plots]`)."""

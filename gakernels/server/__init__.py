@@ -1,0 +1,1 @@
+"""An HTTP server of contexts and completions under their adapters (extra `serve`)."""

@@ -1,0 +1,269 @@
+"""AdapterCache: compact adapters on the GPU, in main memory and on disk, each bounded, least recently used out."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gakernels.adapters.compact import CompactAdapter
+from gakernels.errors import FormatError, InputError
+
+logger = logging.getLogger(__name__)
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_SUFFIX = ".compact.safetensors"
+
+
+@dataclass
+class Tier:
+    """One kind of memory.
+
+    Attributes:
+        limit_bytes: its bound; 0: it is not used.
+        used_bytes: sum of the sizes of what it holds.
+        hits: how often an adapter was found here.
+        evictions: how often one had to leave for another.
+    """
+
+    limit_bytes: int
+    used_bytes: int = 0
+    entries: int = 0
+    hits: int = 0
+    evictions: int = 0
+
+
+class AdapterCache:
+    """Adapters by name, each held in one of three tiers.
+
+    An adapter that is used moves to the GPU (where there is one), which pushes the least recently used one down to main
+    memory, from there to the disk, and from there out. An adapter is always found or made: what falls out is made again
+    from its source. Everything is done by one thread of this object's own, so `request` returns at once.
+
+    Args:
+        device: where adapters are used.
+        gpu_bytes: bound of the memory on the device; not used where the device is the CPU.
+        cpu_bytes: bound of main memory.
+        disk_bytes: bound of the files' sizes.
+        folder: for the files. What an earlier run left there is used; files of other names are left alone.
+
+    Raises:
+        InputError: a bound is negative, or the disk is to be used but no folder is given.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        gpu_bytes: int = 0,
+        cpu_bytes: int = 0,
+        disk_bytes: int = 0,
+        folder: str | Path | None = None,
+    ) -> None:
+        for name, size in (("gpu_bytes", gpu_bytes), ("cpu_bytes", cpu_bytes), ("disk_bytes", disk_bytes)):
+            if size < 0:
+                raise InputError(f"{name} must be at least 0, but it is {size}")
+        if disk_bytes and folder is None:
+            raise InputError("folder must be given where disk_bytes is above 0")
+        self.device = torch.device(device)
+        on_device = 0 if self.device.type == "cpu" else gpu_bytes
+        self.tiers = {"gpu": Tier(on_device), "cpu": Tier(cpu_bytes), "disk": Tier(disk_bytes)}
+        self.misses = 0
+        self._memory: dict[str, OrderedDict[str, CompactAdapter]] = {"gpu": OrderedDict(), "cpu": OrderedDict()}
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._folder = None if folder is None else Path(folder)
+        self._lock = threading.Lock()  # of the book-keeping; no file is read or written while it is held
+        self._loading: dict[str, Future[CompactAdapter]] = {}
+        self._thread = ThreadPoolExecutor(1, "gakernels-adapters")
+        if self._folder is not None:
+            self._find_files(self._folder)
+
+    def request(self, key: str, make: Callable[[], CompactAdapter]) -> Future[CompactAdapter]:
+        """Begin to bring an adapter to the device; the result is there when it is done.
+
+        Args:
+            key: names the adapter and its version: letters, digits, `_` and `-`, at most 128. What a key names must
+                never change.
+            make: makes the adapter where no tier has it; called in this cache's thread.
+
+        Raises:
+            InputError: the key has other characters.
+        """
+        if not _KEY.fullmatch(key):
+            raise InputError(f"key must be 1 to 128 letters, digits, '_' or '-', but it is {key!r:.80}")
+        with self._lock:
+            if key in self._loading:
+                return self._loading[key]
+            ready = self._hit(key)
+            if ready is not None:
+                done: Future[CompactAdapter] = Future()
+                done.set_result(ready)
+                return done
+            future = self._thread.submit(self._load, key, make)
+            self._loading[key] = future
+        future.add_done_callback(lambda _: self._loaded(key))
+        return future
+
+    def get(self, key: str, make: Callable[[], CompactAdapter]) -> CompactAdapter:
+        """The adapter, as soon as it is on the device. Raises what `make` raises."""
+        return self.request(key, make).result()
+
+    def drop(self, key: str) -> None:
+        """Forget an adapter, in whatever tier it is; it is not in use any more, or its maker knows a newer one."""
+        with self._lock:
+            pending = self._loading.get(key)
+        if pending is not None:
+            pending.exception()  # let it come in first
+        with self._lock:
+            for name, held in self._memory.items():
+                adapter = held.pop(key, None)
+                if adapter is not None:
+                    self._count(name, -adapter.nbytes, -1)
+            size = self._files.pop(key, None)
+            if size is not None:
+                self._count("disk", -size, -1)
+        if size is not None:
+            self._unlink(key)
+
+    def close(self) -> None:
+        """Wait for what is being loaded, and end the thread. The files stay for the next run."""
+        self._thread.shutdown()
+
+    # Finding
+
+    @property
+    def _top(self) -> str:
+        """The tier that adapters are used from."""
+        return "cpu" if self.device.type == "cpu" else "gpu"
+
+    def _hit(self, key: str) -> CompactAdapter | None:
+        """The adapter, if it is on the device already. Called with the lock held."""
+        held = self._memory[self._top]
+        if key not in held:
+            return None
+        held.move_to_end(key)
+        self.tiers[self._top].hits += 1
+        return held[key]
+
+    def _load(self, key: str, make: Callable[[], CompactAdapter]) -> CompactAdapter:
+        adapter = self._lower(key)
+        if adapter is None:
+            adapter = make()
+            self.misses += 1
+        adapter = adapter.to(self.device)
+        self._put(self._top, key, adapter)
+        return adapter
+
+    def _loaded(self, key: str) -> None:
+        with self._lock:
+            self._loading.pop(key, None)
+
+    def _lower(self, key: str) -> CompactAdapter | None:
+        """Take the adapter from the tiers below; the file of one stays, as it can't change."""
+        if self._top == "gpu":
+            with self._lock:
+                adapter = self._memory["cpu"].pop(key, None)
+                if adapter is not None:
+                    self._count("cpu", -adapter.nbytes, -1)
+                    self.tiers["cpu"].hits += 1
+                    return adapter
+        return self._read(key)
+
+    def _read(self, key: str) -> CompactAdapter | None:
+        with self._lock:
+            if key not in self._files:
+                return None
+            self._files.move_to_end(key)
+        try:
+            adapter = CompactAdapter.load(self._path(key))
+        except (InputError, FormatError, OSError):  # a cache: what can't be read is made again
+            self._remove_file(key)
+            return None
+        self.tiers["disk"].hits += 1
+        # Copies: what was loaded is a view of the file, not in memory yet.
+        left, right = ({name: t.clone() for name, t in half.items()} for half in (adapter.left, adapter.right))
+        return replace(adapter, left=left, right=right)
+
+    # Keeping
+
+    def _put(self, tier: str, key: str, adapter: CompactAdapter) -> None:
+        """Hold an adapter in a tier, and push down what it has no room for."""
+        if tier == "disk":
+            self._write(key, adapter)
+            return
+        below = "cpu" if tier == "gpu" else "disk"
+        pushed = []
+        with self._lock:
+            held = self._memory[tier]
+            held[key] = adapter
+            self._count(tier, adapter.nbytes, 1)
+            while self.tiers[tier].used_bytes > self.tiers[tier].limit_bytes:
+                oldest, leaving = held.popitem(last=False)
+                self._count(tier, -leaving.nbytes, -1)
+                self.tiers[tier].evictions += 1
+                pushed.append((oldest, leaving))
+        for name, leaving in pushed:
+            self._put(below, name, leaving.to("cpu"))
+
+    def _write(self, key: str, adapter: CompactAdapter) -> None:
+        limit = self.tiers["disk"].limit_bytes
+        if adapter.nbytes > limit or key in self._files:
+            return
+        try:
+            adapter.save(self._path(key))
+            size = self._path(key).stat().st_size
+        except OSError as error:  # a cache: what can't be kept is made again
+            logger.warning("an adapter could not be cached: %s", error)
+            return
+        with self._lock:
+            self._files[key] = size
+            self._count("disk", size, 1)
+            leaving = self._oldest_files(limit)
+        for name in leaving:
+            self._unlink(name)
+
+    def _oldest_files(self, limit: int) -> list[str]:
+        """Forget files until the rest is within the bound. Called with the lock held."""
+        leaving = []
+        while self.tiers["disk"].used_bytes > limit:
+            name, size = self._files.popitem(last=False)
+            self._count("disk", -size, -1)
+            self.tiers["disk"].evictions += 1
+            leaving.append(name)
+        return leaving
+
+    def _remove_file(self, key: str) -> None:
+        with self._lock:
+            self._count("disk", -self._files.pop(key), -1)
+        self._unlink(key)
+
+    def _count(self, tier: str, size: int, entries: int) -> None:
+        self.tiers[tier].used_bytes += size
+        self.tiers[tier].entries += entries
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{key}{_SUFFIX}"
+
+    def _unlink(self, key: str) -> None:
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:  # it is not in the books any more, and is found again by the next run
+            logger.warning("a cached adapter could not be removed: %s", error)
+
+    def _find_files(self, folder: Path) -> None:
+        """Take over the files of an earlier run, the oldest first."""
+        if not self.tiers["disk"].limit_bytes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [(path, path.stat()) for path in folder.glob(f"*{_SUFFIX}") if not path.name.startswith(".")]
+        for path, status in sorted(found, key=lambda pair: pair[1].st_mtime):
+            self._files[path.name.removesuffix(_SUFFIX)] = status.st_size
+            self._count("disk", status.st_size, 1)
+        for name in self._oldest_files(self.tiers["disk"].limit_bytes):
+            self._unlink(name)

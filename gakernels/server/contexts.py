@@ -1,0 +1,290 @@
+"""Contexts: what users do with their contexts, on top of the store, the engine and the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import shutil
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from gakernels.adapters.compact import CompactAdapter
+from gakernels.errors import InputError
+from gakernels.model import GenerativeAdapter
+from gakernels.model.stream import encode
+from gakernels.server.adapter_cache import AdapterCache
+from gakernels.server.api_errors import ApiError, bad_request, no_such_context, storage_error
+from gakernels.server.context_store import Context, ContextStore, StaleError
+from gakernels.server.engine import Engine
+from gakernels.server.limits import Limits
+
+T = TypeVar("T")
+
+
+class Contexts:
+    """Create, append, read, export, delete. Belongs to one event loop.
+
+    Appends to one context follow one another; a context's states depend on its own appends alone, because each append
+    is encoded by itself, never in one batch with another's.
+
+    Args:
+        model: its tokenizer turns texts into tokens.
+        engine: runs the forward passes.
+        store: has the last word on what a context is.
+        cache: of the adapters that follow from the states.
+        limits: of contexts and appends.
+        scratch: folder for exports while they are put together; what an earlier run left there is removed.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeAdapter,
+        engine: Engine,
+        store: ContextStore,
+        cache: AdapterCache,
+        limits: Limits,
+        scratch: Path,
+    ) -> None:
+        self.store, self.cache, self._scratch = store, cache, scratch
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        self._model, self._engine, self._limits = model, engine, limits
+        # A copy for this object's one thread: a tokenizer is not safe to use from two at once.
+        self.tokenizer = copy.deepcopy(model.tokenizer)
+        self._text_thread = ThreadPoolExecutor(1, "gakernels-text")
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._creating = asyncio.Lock()
+        self._exporting = asyncio.Semaphore(2)  # whole files are in memory
+        self._deleted: list[Callable[[Context], Awaitable[None]]] = []
+        self.adapter_bytes = _adapter_bytes(model)
+
+    def when_deleted(self, callback: Callable[[Context], Awaitable[None]]) -> None:
+        """Have a function called after a context has been deleted."""
+        self._deleted.append(callback)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._text_thread.shutdown()
+
+    async def with_text(self, function: Callable[[], T]) -> T:
+        """Run something that uses the tokenizer."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, function)
+
+    def get(self, identifier: str, owner: str) -> Context:
+        """The user's context. Raises: ApiError: there is none of that name, or it is somebody else's."""
+        context = self.store.get(identifier, owner)
+        if context is None:
+            raise no_such_context(identifier)
+        return context
+
+    async def create(self, owner: str, label: str, text: str | None) -> Context:
+        """A new context, with a first text if one is given; it is on disk when this returns.
+
+        Raises:
+            ApiError: there are as many contexts as there may be, or the text can't be read; then no context is made.
+        """
+        tokens = None if text is None else await self._encode(text, first=True)
+        limits = self._limits
+        async with self._creating:
+            if len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key:
+                raise ApiError(409, "there are as many contexts as there may be; delete one first", "too_many_contexts")
+            with _storage("the context could not be written"):
+                context = await asyncio.to_thread(self.store.create, owner, label)
+        if tokens is None:
+            return context
+        try:
+            return await self.append(context.id, owner, tokens, None)
+        except Exception:
+            await self.delete(context.id, owner)
+            raise
+
+    async def append(self, identifier: str, owner: str, more: str | Sequence[int], revision: int | None) -> Context:
+        """Read more of a context; it is on disk when this returns.
+
+        Args:
+            identifier: of the context.
+            owner: the user.
+            more: text or token ids.
+            revision: the append is refused if the context is not of this revision.
+
+        Raises:
+            ApiError: there is no such context, it is of another revision, or the text can't be read.
+        """
+        self.get(identifier, owner)
+        # Once begun it is brought to its end, also if the client goes away.
+        return await asyncio.shield(asyncio.create_task(self._append(identifier, owner, more, revision)))
+
+    async def _append(self, identifier: str, owner: str, more: str | Sequence[int], revision: int | None) -> Context:
+        async with self._lock(identifier):
+            context = self.get(identifier, owner)
+            if revision is not None and revision != context.revision:
+                raise ApiError(409, f"the context is of revision {context.revision}, not {revision}", "wrong_revision")
+            tokens = await self._encode(more, first=context.tokens_seen == 0)
+            if context.tokens_seen + len(tokens) > self._limits.context_tokens:
+                raise bad_request(f"a context may have {self._limits.context_tokens} tokens; this would be more")
+            try:
+                with _storage("the context could not be read"):
+                    before = await asyncio.to_thread(self._states, context)
+                work = self._engine.work(lambda: self._passes(tokens, before))
+                after = await asyncio.wrap_future(work)
+                with _storage("the context could not be written; it is as it was before"):
+                    new = await asyncio.to_thread(self.store.commit, context, after, len(tokens))
+            except StaleError as error:  # somebody has changed or removed its file
+                now = self.get(identifier, owner)
+                raise ApiError(409, f"the context is of revision {now.revision}", "wrong_revision") from error
+            for name in (_key(context), _key(new)):  # of the new name there may be one from before a backup came back
+                await asyncio.to_thread(self.cache.drop, name)
+            self.adapter(new)  # ahead of need
+        return new
+
+    async def delete(self, identifier: str, owner: str) -> None:
+        """Remove a context and what was made of it. Raises: ApiError: there is none of that name."""
+        self.get(
+            identifier, owner
+        )  # before the lock: nobody may learn that somebody else's context is being appended to
+        async with self._lock(identifier):
+            context = self.get(identifier, owner)
+            with _storage("the context could not be removed"):
+                await asyncio.to_thread(self.store.delete, context)
+            await asyncio.to_thread(self.cache.drop, _key(context))
+        for callback in self._deleted:
+            await callback(context)
+
+    async def export(self, identifier: str, owner: str, form: str) -> tuple[str, bytes]:
+        """Name and content of a file with the context's adapter.
+
+        Args:
+            identifier: of the context.
+            owner: the user.
+            form: `compact` and `adapter`: this library's files; `peft`: a zip archive of a PEFT folder.
+
+        Raises:
+            ApiError: there is no such context, or it is empty.
+        """
+        context = self.get(identifier, owner)
+        if not context.revision:
+            raise ApiError(409, "the context is empty; append to it first", "empty_context")
+        async with self._exporting:
+            try:
+                with _storage("the adapter could not be written"):
+                    compact = await asyncio.wrap_future(self.adapter(context))
+                    return await asyncio.to_thread(self._export, f"{context.id}-{context.revision}", compact, form)
+            except StaleError:
+                raise no_such_context(identifier) from None
+
+    def adapter(self, context: Context) -> Future[CompactAdapter]:
+        """Begin to bring the context's adapter, as it is now, to the device.
+
+        The future raises StaleError if the context has been deleted.
+        """
+        outcome: Future[CompactAdapter] = Future()
+        outcome.set_running_or_notify_cancel()  # whoever waits may go away, but not cancel it
+
+        def attempt() -> None:
+            current = self.store.get(context.id, context.owner)
+            if current is None:
+                outcome.set_exception(StaleError(f"context {context.id} has been deleted"))
+                return
+            self.cache.request(_key(current), partial(self._make, current)).add_done_callback(done)
+
+        def done(found: Future[CompactAdapter]) -> None:
+            error = found.exception()
+            if isinstance(error, StaleError):  # an append came in between
+                attempt()
+            elif error is not None:
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(found.result())
+
+        attempt()
+        return outcome
+
+    # Steps
+
+    def _lock(self, identifier: str) -> asyncio.Lock:
+        """One for each context in use; it goes when nobody holds it."""
+        lock = self._locks.get(identifier)
+        if lock is None:
+            lock = self._locks[identifier] = asyncio.Lock()
+        return lock
+
+    async def _encode(self, more: str | Sequence[int], first: bool) -> list[int]:
+        try:
+            tokens = await self.with_text(lambda: encode(self.tokenizer, more, first))
+        except InputError as error:
+            raise bad_request(str(error)) from error
+        if not tokens:
+            raise bad_request("the text must have at least one token, but it has none")
+        if len(tokens) > self._limits.append_tokens:
+            raise bad_request(f"an append may have {self._limits.append_tokens} tokens, but this has {len(tokens)}")
+        vocabulary = self._model.base.get_input_embeddings().num_embeddings
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise bad_request(f"token ids must be between 0 and {vocabulary - 1}", "tokens")
+        return tokens
+
+    def _states(self, context: Context) -> dict[str, Tensor]:
+        """The context's states, where its generators are."""
+        return {
+            name: state.to(self._model.generator(name).sketch.device)
+            for name, state in self.store.states(context).items()
+        }
+
+    def _passes(self, tokens: list[int], before: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        return self._model.passes([tokens], before or None)
+
+    def _make(self, context: Context) -> CompactAdapter:
+        """The compact adapter in the base model's dtype; of one context at a time, so that it is the same each time."""
+        states = self._states(context)
+        return self._model.compact_adapters(states, [context.tokens_seen], self._model.base.dtype)[0]
+
+    def _export(self, name: str, compact: CompactAdapter, form: str) -> tuple[str, bytes]:
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            path = Path(folder) / "adapter"
+            if form == "compact":
+                compact.to("cpu").save(path)
+                return f"{name}.compact.safetensors", path.read_bytes()
+            adapter = self._model.expand(compact)
+            if form == "adapter":
+                adapter.save(path)
+                return f"{name}.safetensors", path.read_bytes()
+            adapter.save_peft(path)
+            return f"{name}.peft.zip", _zipped(path)
+
+
+@contextmanager
+def _storage(what: str) -> Iterator[None]:
+    """A disk that can't be read or written is not a defect of the server."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, what) from error
+
+
+def _key(context: Context) -> str:
+    return f"{context.id}-{context.revision}"
+
+
+def _adapter_bytes(model: GenerativeAdapter) -> int:
+    """Size of a compact adapter: U and V of every layer, in the base model's dtype."""
+    settings = model.config
+    return 2 * settings.state_size * settings.rank * len(model.adapted_names) * model.base.dtype.itemsize
+
+
+def _zipped(folder: Path) -> bytes:
+    """An archive of a folder's files, not compressed: noise does not get smaller."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+    return buffer.getvalue()

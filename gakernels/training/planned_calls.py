@@ -1,0 +1,184 @@
+"""Which calls of the operations a model makes, and what would run them: found by running the library without data.
+
+The base model gets the true widths and one decoder layer, all tensors are fakes of PyTorch, and what `dispatch.choose`
+is asked is written down. No list of shapes can get out of step with the code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from gakernels.cost.shapes import ModelShape
+from gakernels.data.chat import EncodedConversation
+from gakernels.errors import InputError
+from gakernels.model import GenerativeAdapter
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.window_losses import WindowBatch, pretraining_windows
+from gakernels.nn import CompactFactors, LowRankFactors
+from gakernels.ops import dispatch
+from gakernels.training.instruction.batches import instruction_batch
+from gakernels.training.instruction.losses import adapters, encode_windows
+
+PASS = 8  # chunks of a context that go through the model at once, as by default
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kind of call of an operation, and what would run it.
+
+    Attributes:
+        operation: its name.
+        dtype: of its first argument.
+        sizes: what its speed depends on, by name.
+        training: whether a backward follows.
+        choice: the backend, and why.
+    """
+
+    operation: str
+    dtype: torch.dtype
+    sizes: tuple[tuple[str, int], ...]
+    training: bool
+    choice: dispatch.Choice
+
+
+class PlannedCalls:
+    """The calls of one model with generators.
+
+    Args:
+        base: configuration of the base model; its decoder layers count as alike, and one of them is made.
+        generator: what is adapted, and the generators' sizes.
+        dtype: of the base model's weights.
+        autocast: what a training step computes in, None for the dtypes as they are.
+
+    Raises:
+        InputError: transformers can't make the model, or it has no such linear layers.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedConfig,
+        generator: GeneratorConfig,
+        dtype: torch.dtype = torch.bfloat16,
+        autocast: torch.dtype | None = torch.bfloat16,
+    ) -> None:
+        self._autocast_dtype = autocast
+        self.chunk_size = generator.chunk_size
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(_one_layer(base), dtype=dtype)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"base must be the configuration of a causal language model, but: {reason}") from error
+        self._model = GenerativeAdapter(model, replace(generator, layers=None))
+        # Outside of the mode real tensors stay real, so that what the library decides on the host is decided.
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self._model.to_empty(device="cpu")
+
+    def training(self, segments: int, chunks: int, slices: int = 1) -> list[Call]:
+        """A pretraining step: segments of so many chunks, each with its reconstruction windows."""
+        tokens = torch.zeros(segments, chunks * self.chunk_size, dtype=torch.int64)
+        batch = pretraining_windows(tokens, chunks, torch.Generator().manual_seed(0), slices=slices)
+        return self._recorded(lambda: self._encode(batch), self._autocast())
+
+    def instructions(self, contexts: int, tokens: int, answers: int, window: int) -> list[Call]:
+        """A step of instruction tuning: contexts of so many tokens, each with one conversation of `answers` tokens."""
+        said = EncodedConversation(np.zeros(answers, np.int32), np.arange(answers) > 0)
+        batch = instruction_batch([[0] * tokens] * contexts, [[said]] * contexts, self.chunk_size, max(window, answers))
+
+        def step() -> None:
+            states = self._encode(batch.context)
+            encode_windows(self._model, batch, adapters(self._model, states, batch.owner))
+
+        return self._recorded(step, self._autocast())
+
+    def contextualizing(self, chunks: int, contexts: int = 1) -> list[Call]:
+        """Contexts become adapters, without gradients; of the passes that are alike only two are run."""
+        different = chunks if chunks <= 2 * PASS else 2 * PASS + chunks % PASS
+        ids = [[0] * (different * self.chunk_size)] * contexts
+
+        def run() -> None:
+            states = self._model.states(ids, chunks_per_pass=PASS)
+            for name in self._model.adapted_names:
+                self._model.generator(name).factors(states[name])
+
+        return self._recorded(torch.no_grad()(run))
+
+    def decoding(self, users: int, tokens: int = 1) -> list[Call]:
+        """One step for users with an adapter each; of several tokens where a prompt is read."""
+        return self._recorded(torch.no_grad()(lambda: self._decode(users, tokens)))
+
+    def _encode(self, batch: WindowBatch) -> dict[str, Tensor]:
+        return self._model(batch.input_ids, batch.mask, batch.chunks, batch.seen)[1]
+
+    def _decode(self, users: int, tokens: int) -> None:
+        factors: dict[str, LowRankFactors | CompactFactors] = {}
+        with self._mode:
+            ids = torch.zeros(users, tokens, dtype=torch.int64)
+            for name in self._model.adapted_names:
+                generator, size = self._model.generator(name), self._model.config.state_size
+                lora_a, lora_b = generator.factors(torch.zeros(users, size, size))
+                dtype = self._model.base.dtype
+                factors[name] = LowRankFactors(lora_a.to(dtype), lora_b.to(dtype), self._model.config.adapter_scale)
+            with self._model.using(factors):
+                self._model.base.get_decoder()(input_ids=ids, use_cache=True)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self._autocast_dtype
+        return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+    def _recorded(self, run: Callable[[], object], precision: AbstractContextManager[Any] | None = None) -> list[Call]:
+        """The kinds of calls that a function makes, in the order of the first of each."""
+        with _recording() as calls, precision or nullcontext():
+            run()
+        return list(dict.fromkeys(calls))
+
+
+@contextmanager
+def _recording() -> Iterator[list[Call]]:
+    calls: list[Call] = []
+
+    def note(operation: str, arguments: tuple[Any, ...], choice: dispatch.Choice) -> None:
+        sizes = dispatch.module(operation, "eager").sizes(*arguments)
+        plain = tuple((name, int(size)) for name, size in sizes.items())
+        calls.append(Call(operation, arguments[0].dtype, plain, dispatch.needs_backward(arguments), choice))
+
+    before = dispatch.exchange_listener(note)
+    try:
+        yield calls
+    finally:
+        dispatch.exchange_listener(before)
+
+
+def _one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same model with a single decoder layer."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types[:1])
+    return small
+
+
+def llama_config(shape: ModelShape) -> LlamaConfig:
+    """A configuration of a Llama-like model of some shape."""
+    ffn = next(linear.outputs for linear in shape.linears if linear.name == "mlp.up_proj")
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+    )
