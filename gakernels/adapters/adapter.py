@@ -1,80 +1,21 @@
 """Adapter: the low-rank factors that one context became."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gakernels.adapters.factors import AdapterFactors
 from gakernels.adapters.gguf_export import write_gguf
 from gakernels.adapters.peft_export import write_peft
 from gakernels.errors import FormatError, InputError
 from gakernels.files import by_suffix, count_entry, entry, read_tensors, write_tensors
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A low-rank adapter of some linear layers of a base model: W becomes W + scale lora_B lora_A.
-
-    Attributes:
-        lora_a: (r, d_in) by name of the layer in the base model (`model.layers.0.self_attn.o_proj`).
-        lora_b: (d_out, r) by the same names.
-        scale: factor of every product.
-        base_fingerprint: of the base model it was made for.
-        generator_fingerprint: of the generator that made it.
-        base_name: name or path of the base model, for readers of the PEFT format.
-        tokens_seen: number of context tokens behind it.
-        target_modules: names that select exactly the adapted layers in the base model, for readers of the PEFT format:
-            short ones (`o_proj`) where they do; empty for the full names.
-        base_config: what readers of other formats need to know of the base model: `model_type`, `num_hidden_layers`,
-            `num_attention_heads` and `num_key_value_heads`, as transformers names them; empty in early files.
-    """
-
-    lora_a: dict[str, Tensor]
-    lora_b: dict[str, Tensor]
-    scale: float
-    base_fingerprint: str
-    generator_fingerprint: str
-    base_name: str = ""
-    tokens_seen: int = 0
-    target_modules: tuple[str, ...] = ()
-    base_config: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """r, the same for every layer."""
-        return next(iter(self.lora_a.values())).shape[0]
-
-    def numbers(self) -> int:
-        """How many numbers the adapter consists of."""
-        return sum(factor.numel() for factor in [*self.lora_a.values(), *self.lora_b.values()])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Adapter":
-        """The same adapter on another device or in another dtype."""
-        lora_a, lora_b = (
-            {name: factor.to(device=device, dtype=dtype) for name, factor in factors.items()}
-            for factors in (self.lora_a, self.lora_b)
-        )
-        return Adapter(lora_a, lora_b, **self._description())
-
-    def scaled(self, factor: float) -> "Adapter":
-        """The same factors with `factor` times the scale: 0 for no adapter at all, 0.5 for half of it, and so on.
-
-        Raises:
-            InputError: the factor is not finite.
-        """
-        if not math.isfinite(factor):
-            raise InputError(f"factor must be finite, but it is {factor}")
-        return replace(self, scale=self.scale * factor)
-
-    def delta(self, name: str) -> Tensor:
-        """scale lora_B lora_A (d_out, d_in), multiplied out in float32 or wider: for merging and for tests."""
-        a, b = self.lora_a[name], self.lora_b[name]
-        wide = torch.promote_types(a.dtype, torch.float32)
-        return self.scale * (b.to(wide) @ a.to(wide))
+class Adapter(AdapterFactors):
+    """A low-rank adapter of some linear layers of a base model, with its files; its attributes: `AdapterFactors`."""
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; `load` reads it.

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gakernels.adapters.factors import AdapterFactors
 from gakernels.errors import InputError
 from gakernels.files import replacing
-
-if TYPE_CHECKING:
-    from gakernels.adapters.adapter import Adapter
 
 # transformers' model_type: llama.cpp's architecture.
 ARCHITECTURES = {
@@ -38,7 +36,7 @@ ARCHITECTURES = {
 _INTERLEAVED = frozenset({"llama", "granite", "olmo"})
 
 
-def write_gguf(adapter: Adapter, path: Path) -> None:
+def write_gguf(adapter: AdapterFactors, path: Path) -> None:
     """See `Adapter.save_gguf`.
 
     llama.cpp multiplies by adapter.lora.alpha / r. Alpha is r here, and the scale is multiplied into lora_b.
@@ -79,7 +77,7 @@ def _import_gguf() -> Any:
     return gguf
 
 
-def _architecture(adapter: Adapter) -> str:
+def _architecture(adapter: AdapterFactors) -> str:
     if not adapter.base_config:
         raise InputError("the adapter does not say what its base model is (an early file?); make it again to export it")
     kind = adapter.base_config["model_type"]
@@ -89,7 +87,7 @@ def _architecture(adapter: Adapter) -> str:
     return ARCHITECTURES[kind]
 
 
-def _tensor_name(gguf: Any, architecture: str, adapter: Adapter, name: str) -> str:
+def _tensor_name(gguf: Any, architecture: str, adapter: AdapterFactors, name: str) -> str:
     """llama.cpp's name of the weight of a linear layer: `blk.3.attn_output.weight`."""
     number = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
     names = gguf.get_tensor_name_map(number, adapter.base_config["num_hidden_layers"])
@@ -99,7 +97,7 @@ def _tensor_name(gguf: Any, architecture: str, adapter: Adapter, name: str) -> s
     return target
 
 
-def _llama_cpp_rows(adapter: Adapter, architecture: str, name: str, lora_b: Tensor) -> Tensor:
+def _llama_cpp_rows(adapter: AdapterFactors, architecture: str, name: str, lora_b: Tensor) -> Tensor:
     """The rows of lora_B in llama.cpp's order: its rotary embedding pairs rows 2i and 2i + 1 of a head."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.rpartition(".")[2])
     if heads is None or architecture not in _INTERLEAVED:

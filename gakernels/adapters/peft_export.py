@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
+from gakernels.adapters.factors import AdapterFactors
 from gakernels.errors import InputError
 from gakernels.files import replacing_folder, write_plain_tensors
-
-if TYPE_CHECKING:
-    from gakernels.adapters.adapter import Adapter
 
 # The values of vLLM's --max-lora-rank; the names under which its decoder models have their linear layers.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -22,7 +19,7 @@ VLLM_MODULES = frozenset(
 )
 
 
-def write_peft(adapter: Adapter, folder: Path, for_vllm: bool) -> None:
+def write_peft(adapter: AdapterFactors, folder: Path, for_vllm: bool) -> None:
     """See `Adapter.save_peft`."""
     if for_vllm:
         adapter = fit_vllm(adapter)
@@ -34,7 +31,7 @@ def write_peft(adapter: Adapter, folder: Path, for_vllm: bool) -> None:
         (temporary / "adapter_config.json").write_text(json.dumps(_config(adapter), indent=2) + "\n")
 
 
-def fit_vllm(adapter: Adapter) -> Adapter:
+def fit_vllm(adapter: AdapterFactors) -> AdapterFactors:
     """The same adapter with a rank that vLLM can be started with: rows of lora_A and columns of lora_B that are zero.
 
     Raises:
@@ -55,7 +52,7 @@ def fit_vllm(adapter: Adapter) -> Adapter:
     )
 
 
-def _config(adapter: Adapter) -> dict[str, object]:
+def _config(adapter: AdapterFactors) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
