@@ -6,7 +6,7 @@ import torch
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.model import GenerativeAdapter
-from gakernels.model.stream import encode
+from gakernels.model.encoding import encode_context
 from gakernels.model.window_losses import token_losses
 from gakernels.model.windows import pad_windows, split_evenly
 
@@ -20,7 +20,7 @@ def document_loss(model: GenerativeAdapter, text: str, adapter: Adapter | None) 
     Raises:
         InputError: the text is empty.
     """
-    chunks = split_evenly(encode(model.tokenizer, text, first=True), model.config.chunk_size)
+    chunks = split_evenly(encode_context(model.tokenizer, text, first=True), model.config.chunk_size)
     input_ids, mask = (tensor.to(model.device) for tensor in pad_windows([[chunk] for chunk in chunks], pad=0))
     with model.adapted(adapter) if adapter is not None else nullcontext():
         output = model.base.get_decoder()(input_ids=input_ids[:, 0], use_cache=False)

@@ -1,5 +1,7 @@
 """A frozen language model with generators: attachment, passes over contexts, streams, and the files of a generator."""
 
-from gakernels.model.generative_adapter import GENERATOR_FILE, GenerativeAdapter, load_base, locate
+from gakernels.model.base_model import load_base, locate
+from gakernels.model.generative_adapter import GenerativeAdapter
+from gakernels.model.pretrained import GENERATOR_FILE
 
 __all__ = ["GENERATOR_FILE", "GenerativeAdapter", "load_base", "locate"]

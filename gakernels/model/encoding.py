@@ -1,7 +1,9 @@
 """Texts as token ids: one rule for contexts and prompts, wherever they are read."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.errors import InputError
@@ -45,3 +47,29 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: i
             f"{place} has the token {token!r} ({largest}), but the base model's embedding has {rows} rows: it does not "
             "know this token, or the tokenizer is that of another model"
         )
+
+
+def is_token(value: object) -> bool:
+    """Whether a value is one token id, and not a text or a sequence of token ids."""
+    return isinstance(value, Integral) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def encode_context(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[int], first: bool) -> list[int]:
+    """Token ids of a piece of context; text gets opening tokens (BOS) only where the context starts.
+
+    Raises:
+        InputError: the context is empty, or no sequence of token ids, or it is a text and there is no tokenizer.
+    """
+    if isinstance(context, str):
+        if tokenizer is None:
+            raise InputError("tokenizer is needed to turn text into tokens; pass one to GenerativeAdapter")
+        if not context.strip():
+            raise InputError("the context must have at least one token, but it is empty")
+        return encode_text(tokenizer, context, first)
+    try:
+        tokens = [int(token) for token in context]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"a context must be a text or a sequence of token ids, but it is {context!r:.60}") from error
+    if not tokens:
+        raise InputError("the context must have at least one token, but it is empty")
+    return tokens

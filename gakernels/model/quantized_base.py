@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from gakernels.errors import InputError
 from gakernels.model.attachment import decoder_layers
-from gakernels.model.base_fingerprint import remember_fingerprint
+from gakernels.model.base_model import remember_fingerprint
 from gakernels.nn import AdaptedLinear
 from gakernels.nn.adapted_quantized_linear import is_plain_linear
 from gakernels.nn.bitsandbytes_linear import check_bitsandbytes, int8_linear, nf4_linear

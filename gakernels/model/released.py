@@ -22,15 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.errors import FormatError, InputError
 from gakernels.files import entry, read_plain_tensors, replacing_folder, write_plain_tensors
+from gakernels.model.attached_generators import AttachedGenerators
 from gakernels.model.attachment import unwrapped
+from gakernels.model.base_model import load_base, locate
 from gakernels.model.config import GeneratorConfig
-from gakernels.model.generative_adapter import GENERATOR_FILE, GenerativeAdapter, load_base, locate
+from gakernels.model.pretrained import GENERATOR_FILE, Pretrained
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -58,15 +59,14 @@ def is_released(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and not (folder / GENERATOR_FILE).is_file()
 
 
-def load_released(
+def read_released(
     folder: str | Path,
     base: nn.Module | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype = torch.float32,
     damping: float = RELEASED_DAMPING,
     seed: int = 0,
     **base_options: Any,
-) -> GenerativeAdapter:
+) -> Pretrained:
     """A released generator with its base model and tokenizer.
 
     Args:
@@ -74,7 +74,6 @@ def load_released(
         base: the base model, or its name or path; if not given, the one that the checkpoint names. The format has no
             fingerprint of it, so only the shapes are checked.
         tokenizer: if not given, and the base model is loaded here, the checkpoint's, or else the base model's.
-        dtype: of the generators' parameters.
         damping: tau. 0 is what the released code computes, for contexts of at least r tokens.
         seed: of the sketches.
         base_options: for `AutoModelForCausalLM.from_pretrained`.
@@ -100,21 +99,11 @@ def load_released(
     base = unwrapped(base)
     every = numbers == tuple(range(base.config.get_text_config().num_hidden_layers))
     config = replace(config, linears=linears, layers=None if every else numbers)
-    try:
-        model = GenerativeAdapter(base, config, tokenizer, dtype)
-    except InputError as error:
-        raise FormatError(f"{source} does not fit the base model: {error}") from error
-    sketches = {name: tensor for name, tensor in model.generator_tensors().items() if name.endswith(".sketch")}
-    try:
-        model.load_generator_tensors({**sketches, **tensors}, str(source))
-    except FormatError:
-        model.detach()
-        raise
-    return model
+    return Pretrained(base, tokenizer, config, tensors, source, has_sketches=False)
 
 
-def save_released(model: GenerativeAdapter, folder: str | Path, base_name: str | None = None) -> None:
-    """Write a generator in the authors' layout; `load_released` and the released code read it.
+def save_released(model: AttachedGenerators, folder: str | Path, base_name: str | None = None) -> None:
+    """Write a generator in the authors' layout; `GenerativeAdapter.from_pretrained` and the released code read it.
 
     The format has no damping and no sketch. The released code computes with neither, so it makes the same adapters up
     to its random sketch where the damping does not matter.
@@ -210,7 +199,7 @@ def _check_sizes(path: Path, config: GeneratorConfig, tensors: Mapping[str, Tens
             raise FormatError(f"{path} does not fit its settings: {name} must have {config.state_size} rows")
 
 
-def _check_expressible(model: GenerativeAdapter) -> None:
+def _check_expressible(model: AttachedGenerators) -> None:
     config = model.config
     count = model.base.config.get_text_config().num_hidden_layers
     if config.layers is not None and sorted(config.layers) != list(range(count)):

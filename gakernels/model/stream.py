@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import FormatError, InputError
 from gakernels.files import count_entry, entry, read_tensors, write_tensors
-from gakernels.model.encoding import encode_text
+from gakernels.model.adapter_making import make_adapters, make_compact_adapters
+from gakernels.model.attached_generators import AttachedGenerators
 from gakernels.model.own_lock import OwnLock
 from gakernels.model.state_arithmetic import Part, scale_states, state_fingerprint, subtract_states, sum_states
-
-if TYPE_CHECKING:
-    from gakernels.model.generative_adapter import GenerativeAdapter
 
 
 class ContextStream:
@@ -32,7 +28,7 @@ class ContextStream:
         parts: the contexts that were added as a whole, and with which weight each of them is in the state.
     """
 
-    def __init__(self, model: GenerativeAdapter) -> None:
+    def __init__(self, model: AttachedGenerators) -> None:
         self._model = model
         self._states: dict[str, Tensor] = {}
         self.tokens_seen = 0
@@ -54,7 +50,7 @@ class ContextStream:
             InputError: the context is empty, or there is no tokenizer for a text.
         """
         with self._lock:
-            tokens = self._model._encode_context(context, first=self.tokens_seen == 0)
+            tokens = self._model.encode_context(context, first=self.tokens_seen == 0)
             self._states = self._model.states([tokens], self._states or None, chunks_per_pass)
             self.tokens_seen += len(tokens)
         return self
@@ -158,7 +154,7 @@ class ContextStream:
     def adapter(self) -> Adapter:
         """The adapter of everything appended so far. Raises: InputError: nothing has been appended yet."""
         states, tokens, _ = self._content()
-        return self._model.adapters(states, [tokens])[0]
+        return make_adapters(self._model, states, [tokens])[0]
 
     def compact(self, dtype: torch.dtype | None = None) -> CompactAdapter:
         """The compact form of that adapter, in the given dtype or that of the state; see `CompactAdapter`.
@@ -167,7 +163,7 @@ class ContextStream:
             InputError: nothing has been appended yet, or the generator's norm is `frobenius`.
         """
         states, tokens, _ = self._content()
-        return self._model.compact_adapters(states, [tokens], dtype)[0]
+        return make_compact_adapters(self._model, states, [tokens], dtype)[0]
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file; `load` goes on exactly where it stopped.
@@ -187,7 +183,7 @@ class ContextStream:
         write_tensors(Path(path), "state", tensors, description)
 
     @classmethod
-    def load(cls, model: GenerativeAdapter, path: str | Path) -> ContextStream:
+    def load(cls, model: AttachedGenerators, path: str | Path) -> ContextStream:
         """Read what `save` wrote.
 
         Raises:
@@ -229,29 +225,3 @@ def _read_parts(path: Path, description: dict[str, Any]) -> tuple[Part, ...]:
         )
         for part in parts
     )
-
-
-def is_token(value: object) -> bool:
-    """Whether a value is one token id, and not a text or a sequence of token ids."""
-    return isinstance(value, Integral) or (isinstance(value, Tensor) and value.dim() == 0)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[int], first: bool) -> list[int]:
-    """Token ids of a piece of context; text gets opening tokens (BOS) only where the context starts.
-
-    Raises:
-        InputError: the context is empty, or no sequence of token ids, or it is a text and there is no tokenizer.
-    """
-    if isinstance(context, str):
-        if tokenizer is None:
-            raise InputError("tokenizer is needed to turn text into tokens; pass one to GenerativeAdapter")
-        if not context.strip():
-            raise InputError("the context must have at least one token, but it is empty")
-        return encode_text(tokenizer, context, first)
-    try:
-        tokens = [int(token) for token in context]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"a context must be a text or a sequence of token ids, but it is {context!r:.60}") from error
-    if not tokens:
-        raise InputError("the context must have at least one token, but it is empty")
-    return tokens

@@ -21,7 +21,7 @@ from torch import Tensor
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
-from gakernels.model.stream import encode
+from gakernels.model.encoding import encode_context
 from gakernels.server.adapter_cache import AdapterCache
 from gakernels.server.api_errors import ApiError, bad_request, no_such_context, storage_error
 from gakernels.server.context_store import Context, ContextStore, StaleError
@@ -220,7 +220,7 @@ class Contexts:
 
     async def _encode(self, more: str | Sequence[int], first: bool) -> list[int]:
         try:
-            tokens = await self.with_text(lambda: encode(self.tokenizer, more, first))
+            tokens = await self.with_text(lambda: encode_context(self.tokenizer, more, first))
         except InputError as error:
             raise bad_request(str(error)) from error
         if not tokens:

@@ -336,7 +336,7 @@ def test_the_pass_without_a_graph_changes_nothing(monkeypatch: pytest.MonkeyPatc
         lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     with monkeypatch.context() as patched:
-        patched.setattr("gakernels.model.generative_adapter.only_first_is_plain", lambda seen, chunks: False)
+        patched.setattr("gakernels.model.attached_generators.only_first_is_plain", lambda seen, chunks: False)
         in_one = run()
     assert passes == [2 * len(seen)]
     for value, wanted in zip(in_two, in_one, strict=True):

@@ -10,7 +10,7 @@ from tiny import FAMILIES, make_base, make_config, make_model, plain_copy
 
 from gakernels import GenerativeAdapter, fingerprint
 from gakernels.fingerprint import tensor_fingerprint
-from gakernels.model.base_fingerprint import model_fingerprint
+from gakernels.model.base_model import model_fingerprint
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,7 +105,7 @@ def test_the_fingerprint_of_a_generator_is_computed_again_only_after_a_change(mo
         computed.clear()
         found = model.generator_fingerprint()
         fresh = not computed
-        assert found == model._fingerprint_of(model.generator_tensors())
+        assert found == model.fingerprint_of(model.generator_tensors())
         return fresh
 
     assert not unchanged()

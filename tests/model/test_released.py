@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gakernels import FormatError, GenerativeAdapter, InputError
 from gakernels.model.hub import PATTERNS
-from gakernels.model.released import load_released, save_released
+from gakernels.model.released import save_released
 
 WIDTH, INNER, STATE, RANK, WINDOW, ALPHA = 32, 48, 12, 5, 16, 9
 SHAPES = {"o_proj": (WIDTH, WIDTH), "down_proj": (INNER, WIDTH)}  # d_in, d_out
@@ -163,7 +163,7 @@ def test_logits_are_those_of_the_released_code(
     plain = Plain(make_base("mistral", torch.float64), tensors, linears, norm)
     plain.base.load_state_dict(base.state_dict())
     settings = {} if damping is None else {"damping": damping}
-    model = load_released(tmp_path, base, dtype=torch.float64, **settings)
+    model = GenerativeAdapter.from_pretrained(tmp_path, base, dtype=torch.float64, **settings)
 
     context, ids = random_context(length), random_ids(1, 10)
     for window in even_windows(context):
@@ -184,7 +184,7 @@ def test_logits_are_those_of_the_released_code(
 
 def test_the_settings_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
-    model = load_released(tmp_path, make_base("mistral"))
+    model = GenerativeAdapter.from_pretrained(tmp_path, make_base("mistral"))
     assert (
         model.config.to_dict()
         == make_config(
@@ -198,12 +198,12 @@ def test_the_settings_are_those_of_the_checkpoint(tmp_path: Path) -> None:
         ).to_dict()
     )
     make_checkpoint(tmp_path, layers=2)
-    assert load_released(tmp_path, make_base("mistral")).config.layers == (0, 1)
+    assert GenerativeAdapter.from_pretrained(tmp_path, make_base("mistral")).config.layers == (0, 1)
 
 
 def test_a_context_of_few_tokens_has_a_finite_adapter(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
-    model = load_released(tmp_path, make_base("mistral"))
+    model = GenerativeAdapter.from_pretrained(tmp_path, make_base("mistral"))
     adapter = model.adapt([[1, 7]])[0]
     assert all(factor.isfinite().all() for factor in [*adapter.lora_a.values(), *adapter.lora_b.values()])
     norms = [float((adapter.delta(name)).norm()) for name in adapter.lora_a]
@@ -213,7 +213,9 @@ def test_a_context_of_few_tokens_has_a_finite_adapter(tmp_path: Path) -> None:
 def test_a_bfloat16_checkpoint_is_read_exactly(tmp_path: Path) -> None:
     tensors = {name: tensor.bfloat16() for name, tensor in make_checkpoint(tmp_path).items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    generator = load_released(tmp_path, make_base("mistral")).generator("model.layers.1.self_attn.o_proj")
+    generator = GenerativeAdapter.from_pretrained(tmp_path, make_base("mistral")).generator(
+        "model.layers.1.self_attn.o_proj"
+    )
     prefix = "base_model.model.model.layers.1.base_layer.self_attn.o_proj.fastlora_"
     assert torch.equal(generator.key_projection, tensors[f"{prefix}A2.weight"].mT.float())
     assert torch.equal(generator.input_map, tensors[f"{prefix}A1.weight"].float())
@@ -222,7 +224,7 @@ def test_a_bfloat16_checkpoint_is_read_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("linears", [("o_proj",), ("o_proj", "down_proj")])
 def test_export_writes_the_layout_that_was_read(tmp_path: Path, linears: tuple[str, ...]) -> None:
     tensors = make_checkpoint(tmp_path / "there", linears)
-    model = load_released(tmp_path / "there", make_base("mistral"))
+    model = GenerativeAdapter.from_pretrained(tmp_path / "there", make_base("mistral"))
     save_released(model, tmp_path / "back", base_name="base")
     back = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert back.keys() == tensors.keys()
@@ -242,7 +244,7 @@ def test_own_generators_are_exported_where_the_released_code_can_follow(tmp_path
     sketches = {name: tensor.clone() for name, tensor in model.generator_tensors().items() if name.endswith("sketch")}
     save_released(model, tmp_path)
     model.detach()
-    again = load_released(tmp_path, base)
+    again = GenerativeAdapter.from_pretrained(tmp_path, base)
     again.load_generator_tensors({**again.generator_tensors(), **sketches}, "the model")
     found = again.adapt([context])[0]
     assert all(torch.allclose(found.delta(name), expected.delta(name), atol=1e-5) for name in expected.lora_a)
@@ -276,7 +278,7 @@ def test_from_pretrained_finds_the_base_and_the_tokenizer(tmp_path: Path, tokeni
     tokenizer.save_pretrained(tmp_path / "released")
     model = GenerativeAdapter.from_pretrained(tmp_path / "released")
     assert model.tokenizer is not None
-    expected = load_released(tmp_path / "released", base).adapt([[1, 5, 9, 5, 20, 30]])[0]
+    expected = GenerativeAdapter.from_pretrained(tmp_path / "released", base).adapt([[1, 5, 9, 5, 20, 30]])[0]
     found = model.adapt(["w5 w9 w5 w20 w30"])[0]
     assert all(torch.equal(found.lora_b[name], expected.lora_b[name]) for name in expected.lora_b)
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from gakernels.adapters.adapter import Adapter
 from gakernels.evaluation.cases import Case, Scenario
 from gakernels.model import GenerativeAdapter
-from gakernels.model.stream import encode
+from gakernels.model.encoding import encode_context
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SimpleMethod:
     def adapt(self, texts: Sequence[str]) -> list[Adapter]:
         """The generated adapters of contexts, as many in a pass as `batch_tokens` allows; equal texts are read once."""
         unique = list(dict.fromkeys(texts))
-        tokens = [encode(self.model.tokenizer, text, first=True) for text in unique]
+        tokens = [encode_context(self.model.tokenizer, text, first=True) for text in unique]
         made: dict[str, Adapter] = {}
         for numbers in self._passes([len(row) for row in tokens]):
             rows = [tokens[number] for number in numbers]

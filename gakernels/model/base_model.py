@@ -1,17 +1,79 @@
-"""The fingerprint of a base model: which one a file belongs to."""
+"""The base model of a generator: loading it by name, and its fingerprint."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, first_line
+from gakernels.model.attachment import decoder_layers
 from gakernels.nn.offloading import offloaded_weight
 
 _REMEMBERED = "_gakernels_fingerprint"
 _SAMPLES = 256
 _TINY = 2.0**-16  # below it, float16 holds fewer bits than bfloat16
+
+
+def load_base(
+    name: str, tokenizer: PreTrainedTokenizerBase | None = None, tokenizer_name: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A causal language model and its tokenizer, if it has one, from a folder or the Hugging Face hub.
+
+    Args:
+        name: folder or name of the model.
+        tokenizer: the tokenizer, if there is one already.
+        tokenizer_name: folder or name of the tokenizer, if it is not with the model.
+        options: for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        InputError: there is no model of that name, a file of it is damaged, or it is a PEFT adapter.
+    """
+    try:
+        base = AutoModelForCausalLM.from_pretrained(name, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever transformers trips over in a damaged folder, or a pickle with more than tensors
+        raise InputError(f"base model {name!r} can't be loaded: {first_line(error)}") from error
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"base model {name!r} is a PEFT adapter (adapter_config.json) on top of a base model; merge it first and "
+            "name the merged folder: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
+        )
+    _keep_soft_cap(base, options)
+    if tokenizer is not None:
+        return base, tokenizer
+    name = tokenizer_name or name
+    try:
+        return base, AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the package tokenizers raises nothing narrower
+        if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
+            raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
+        return base, None
+
+
+def _keep_soft_cap(base: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Transformers before 5.21 gives Gemma 2 an attention that leaves the soft cap of its logits out."""
+    config = base.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and config._attn_implementation == "sdpa" and options.get("attn_implementation") is None:
+        base.set_attn_implementation("eager")
+
+
+def layers_fingerprint(base: PreTrainedModel) -> str:
+    """Fingerprint of the decoder layers alone."""
+    return model_fingerprint(base, decoder_layers(base)[0])
+
+
+def locate(folder: Path, name: str) -> str:
+    """A relative path counts from the generator's folder, if it exists there."""
+    beside = folder / name
+    return str(beside) if name and beside.is_dir() else name
 
 
 def model_fingerprint(model: nn.Module, under: str = "") -> str:

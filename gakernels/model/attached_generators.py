@@ -1,0 +1,431 @@
+"""Generators attached to a base model: passes over windows, and the states of contexts."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gakernels.errors import FormatError, InputError
+from gakernels.fingerprint import FingerprintCache, tensor_fingerprint
+from gakernels.model.attachment import (
+    Site,
+    decoder_layers,
+    describe,
+    find_sites,
+    put_in_lean_modules,
+    take_out_lean_modules,
+    target_modules,
+    unwrapped,
+)
+from gakernels.model.base_model import layers_fingerprint, model_fingerprint
+from gakernels.model.compilation import uncompile_layers
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.context_pass import ContextPass
+from gakernels.model.encoding import encode_context
+from gakernels.model.own_lock import OwnLock
+from gakernels.model.positions import check_chunk_size, position_limit
+from gakernels.model.shared_weights import SharedWeights
+from gakernels.model.windows import only_first_is_plain, pad_windows, split_evenly
+from gakernels.nn import AdaptedLinear, AdapterGenerator, CompactFactors, LowRankFactors
+from gakernels.nn.adapted_quantized_linear import adapted
+from gakernels.nn.cpu_attention import CpuAttention
+from gakernels.nn.factors_in_force import Block, innermost
+from gakernels.nn.offloading import execution_device
+from gakernels.nn.side_stream import Streams, streams_of
+from gakernels.nn.token_loss import token_loss
+
+
+class _BeforeLayer:
+    """The hook in front of a decoder layer; no closure, so that it is copied and pickled with its model."""
+
+    def __init__(self, model: "AttachedGenerators", sites: list[Site]) -> None:
+        self._model, self._sites = model, sites
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model._form_adapters(self._sites, layer, args[0] if args else kwargs["hidden_states"])
+
+
+class AttachedGenerators(nn.Module):
+    """A frozen base model with generators, as `GenerativeAdapter` describes it; what it needs of text is a lock.
+
+    Attributes:
+        weights: who uses the weights of the base model, and what is merged into them.
+        tokenizing: held while the tokenizer is used, which threads can't share.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: GeneratorConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        base = unwrapped(base)
+        check_chunk_size(base.config, config.chunk_size)
+        find_sites(base, config.linears, config.layers)  # refuses before anything is changed
+        put_in_lean_modules(base)
+        self._sites = find_sites(base, config.linears, config.layers)
+        self.target_modules = target_modules(base, self.adapted_names)
+        self.base_config = describe(base)
+        self.base = base.requires_grad_(False).eval()
+        self.generators = nn.ModuleDict()
+        self._hooks: list[Any] = []
+        self._streams: Streams | None = None
+        self.weights, self.tokenizing = SharedWeights(), OwnLock()
+        self._base_fingerprint: str | None = None
+        self._layers_fingerprint: str | None = None
+        self._other_bases: tuple[str, ...] = ()  # fingerprints that stand for this base too
+        self._generator_fingerprint = FingerprintCache()
+        self._attach(dtype)
+
+    # Attaching
+
+    def _attach(self, dtype: torch.dtype) -> None:
+        hidden_size = self.base.config.get_text_config().hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            for number, site in enumerate(self._sites):
+                generator = AdapterGenerator(
+                    hidden_size,
+                    site.linear.in_features,
+                    site.linear.out_features,
+                    state_size=self.config.state_size,
+                    rank=self.config.rank,
+                    norm=self.config.norm,
+                    damping=self.config.damping,
+                    power_iterations=self.config.power_iterations,
+                    sketch_seed=self.config.seed * 1000 + number,
+                    sketch_side=self.config.sketch_side,
+                    static_rank=self.config.static_rank,
+                )
+                self.generators[_key(site.name)] = generator.to(execution_device(site.linear), dtype)
+        layers = decoder_layers(self.base)[1]
+        for number in sorted({site.layer for site in self._sites}):
+            before = _BeforeLayer(self, [site for site in self._sites if site.layer == number])
+            self._hooks.append(layers[number].register_forward_pre_hook(before, with_kwargs=True))
+        for site in self._sites:
+            site.replace(adapted(site.linear))
+
+    def detach(self) -> PreTrainedModel:
+        """Take the generators off: the base model as it was (frozen). This object can't be used afterwards."""
+        self.weights.unmerge(self.linears())
+        uncompile_layers(self.base)
+        for hook in self._hooks:
+            hook.remove()
+        for site in self._sites:
+            linear = site.linear
+            if isinstance(linear, AdaptedLinear):
+                site.replace(linear.to_linear())
+        take_out_lean_modules(self.base)
+        return self.base
+
+    def _form_adapters(self, sites: Sequence[Site], layer: nn.Module, hidden: Tensor) -> None:
+        """Form the adapters of one decoder layer from its input, during a context pass."""
+        block = innermost()
+        if block is None or sites[0].linear not in block.factors:
+            return
+        if torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise InputError(
+                "gradient checkpointing computes a layer again when its adapter is no longer in use; leave the base "
+                "model in eval mode (gakernels.cost.memory.set_recomputation saves memory)"
+            )
+        if not isinstance(block.work, ContextPass):
+            return
+        for site in sites:
+            arguments = (site.name, self.generator(site.name), hidden, self.config.adapter_scale)
+            block.factors[site.linear] = (
+                block.work.factors(*arguments)
+                if self._streams is None
+                else block.work.factors_later(*arguments, self._streams)
+            )
+
+    def overlap_generators(self, wanted: bool = True) -> None:
+        """Form the adapters of a decoder layer on a second stream of the GPU, in the forward and in the backward.
+
+        It runs beside what the layer does before it needs them: with `o_proj` adapted beside its attention. A layer
+        whose `q_proj`, `k_proj` or `v_proj` is adapted needs them at once. On other devices only the order of the
+        operations changes. Not for parameters whose memory comes and goes during a pass (FSDP).
+
+        Raises:
+            InputError: the base model is on several devices.
+        """
+        devices = {parameter.device for parameter in self.base.parameters()}
+        if wanted and len(devices) > 1:
+            raise InputError(f"the base model must be on one device to overlap the generators, but is on {devices}")
+        self._streams = streams_of(self.device) if wanted else None
+
+    def generator(self, name: str) -> AdapterGenerator:
+        """The generator of a linear layer, by its name in the base model."""
+        module = self.generators[_key(name)]
+        assert isinstance(module, AdapterGenerator)
+        return module
+
+    @property
+    def adapted_names(self) -> list[str]:
+        """Names of the adapted linear layers in the base model."""
+        return [site.name for site in self._sites]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model takes its input; of one on several devices, the first."""
+        return execution_device(self.base)
+
+    def train(self, mode: bool = True) -> "AttachedGenerators":
+        """Training mode for the generators only: the base model is frozen, so its dropout stays off."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    # Passes over windows
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        chunks: int,
+        seen: Sequence[int],
+        initial_states: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encode windows, each with the adapter of the context chunks that it sees.
+
+        Args:
+            input_ids: (B, W, M), the first `chunks` windows of each row are its context.
+            mask: (B, W, M) bool, False for padding, which must be on the right of each window.
+            chunks: T >= 1.
+            seen: (W,), how many context chunks the adapter of each window has seen: 0 for none (or only the initial
+                states), t for window t of the context, and up to T for windows after it.
+            initial_states: S_0 (B, d_r, d_r) by adapted layer.
+
+        Returns:
+            The last hidden states (B, W, M, d_h), for `logits`, and the states after the context by adapted layer.
+
+        Raises:
+            InputError: a shape does not fit, a window is longer than the base model reads, or an adapter is merged into
+                it.
+        """
+        self._check_pass(input_ids, mask, chunks, seen, initial_states)
+        first_is_plain = initial_states is None and chunks > 1 and only_first_is_plain(seen, chunks)
+        if torch.is_grad_enabled() and first_is_plain and not self.config.static_rank:
+            return self._forward_in_two(input_ids, mask, chunks, seen)
+        context = ContextPass(len(input_ids), chunks, tuple(seen), mask[:, :chunks], initial_states)
+        return self._encode(context, input_ids)
+
+    def _forward_in_two(
+        self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first window alone, without a graph or a backward: nothing in it depends on the generators. Then the rest
+        as a context that continues its states."""
+        batch = len(input_ids)
+        alone = ContextPass(batch, 1, (0,), mask[:, :1])  # made here, where gradients are on: its states carry them
+        with torch.no_grad():
+            first, first_states = self._encode(alone, input_ids[:, :1])
+        rest = ContextPass(batch, chunks - 1, tuple(count - 1 for count in seen[1:]), mask[:, 1:chunks], first_states)
+        hidden, states = self._encode(rest, input_ids[:, 1:])
+        return torch.cat([first, hidden], dim=1), states
+
+    def _encode(self, context: ContextPass, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The last hidden states (B, W, M, d_h) and the states after the context by adapted layer, of one pass."""
+        with self._block({}, context), CpuAttention():
+            # No attention mask: attention is causal and the padding is on the right, so no token sees it.
+            output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
+            for name in self.adapted_names:  # all are formed, so that all states are there
+                self._linear(name).current_factors()
+        return output.last_hidden_state.unflatten(0, input_ids.shape[:2]), context.states
+
+    def _check_pass(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        chunks: int,
+        seen: Sequence[int],
+        initial_states: Mapping[str, Tensor] | None,
+    ) -> None:
+        if input_ids.dim() != 3 or mask.shape != input_ids.shape or mask.dtype != torch.bool:
+            raise InputError(
+                "input_ids must have shape (B, W, M) and mask must be bool of the same shape, but they are "
+                f"{tuple(input_ids.shape)} and {mask.dtype} {tuple(mask.shape)}"
+            )
+        limit = position_limit(self.base.config)
+        if limit is not None and input_ids.shape[2] > limit:
+            raise InputError(
+                f"windows must be at most the {limit} positions of the base model long, but are {input_ids.shape[2]}"
+            )
+        if not 1 <= chunks <= input_ids.shape[1] or len(seen) != input_ids.shape[1]:
+            raise InputError(
+                f"chunks must be between 1 and the {input_ids.shape[1]} windows and seen have one entry for each, "
+                f"but they are {chunks} and {tuple(seen)}"
+            )
+        missing = [name for name in self.adapted_names if initial_states is not None and name not in initial_states]
+        if missing:
+            raise InputError(f"initial_states must have the states of all adapted layers, but {missing[0]} is missing")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (..., vocabulary) of last hidden states (..., d_h), as the base model's own head gives."""
+        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        settings = self.base.config.get_text_config()
+        factor = getattr(settings, "logit_scale", 1.0)  # Cohere
+        divisor = getattr(settings, "logits_scaling", 1.0)  # Granite
+        # Logits are large: a factor of one would cost another copy of them, and one more in the backward.
+        logits = logits if factor == 1 else logits * factor
+        logits = logits if divisor == 1 else logits / divisor
+        cap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood (N,) of tokens (N,) behind hidden states (N, d_h); see `gakernels.nn.token_loss`."""
+        return token_loss(hidden, targets, self.logits, self.base.config.get_text_config().vocab_size)
+
+    # States of contexts
+
+    @torch.no_grad()
+    def states(
+        self,
+        contexts: Sequence[Sequence[int]],
+        initial_states: Mapping[str, Tensor] | None = None,
+        chunks_per_pass: int = 8,
+    ) -> dict[str, Tensor]:
+        """The states (B, d_r, d_r) by adapted layer after B contexts of token ids, each cut into even chunks.
+
+        Args:
+            contexts: token ids of each context.
+            initial_states: S_0 (B, d_r, d_r) by adapted layer.
+            chunks_per_pass: how many chunks of each context go in one forward pass; longer contexts take more passes,
+                so memory does not grow with their length. The result is the same.
+
+        Raises:
+            InputError: a context is empty, a token id is not in the vocabulary, or chunks_per_pass is below 1.
+        """
+        states: dict[str, Tensor] = {}
+        for states in self.passes(contexts, initial_states, chunks_per_pass):  # noqa: B007 (the last ones are meant)
+            pass
+        return states
+
+    @torch.no_grad()
+    def passes(
+        self,
+        contexts: Sequence[Sequence[int]],
+        initial_states: Mapping[str, Tensor] | None = None,
+        chunks_per_pass: int = 8,
+    ) -> Iterator[dict[str, Tensor]]:
+        """As `states`, one forward pass at a time: yields the states after each, so that a caller can do other things
+        between them."""
+        if chunks_per_pass < 1:
+            raise InputError(f"chunks_per_pass must be at least 1, but it is {chunks_per_pass}")
+        if not contexts:
+            raise InputError("contexts must be at least one context, but there is none")
+        ids, mask = pad_windows([split_evenly(tokens, self.config.chunk_size) for tokens in contexts], pad=0)
+        vocabulary = self.base.get_input_embeddings().num_embeddings
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise InputError(
+                f"token ids must be between 0 and {vocabulary - 1}, but {ids.min()}..{ids.max()} are there"
+            )
+        states = initial_states
+        for start in range(0, ids.shape[1], chunks_per_pass):
+            part, part_mask = (tensor[:, start : start + chunks_per_pass].to(self.device) for tensor in (ids, mask))
+            chunks = part.shape[1]
+            states = self(part, part_mask, chunks, range(chunks), states)[1]
+            yield dict(states)
+
+    def encode_context(self, context: str | Sequence[int], first: bool) -> list[int]:
+        """Token ids of a piece of context; see `encoding.encode_context`."""
+        with self.tokenizing:
+            return encode_context(self.tokenizer, context, first)
+
+    # Adapters in use
+
+    @contextmanager
+    def using(self, factors: Mapping[str, LowRankFactors | CompactFactors]) -> Iterator[None]:
+        """The base model with the given factors, by adapted layer, while the block runs; as `adapted` otherwise."""
+        with self._block(factors):
+            yield
+
+    @contextmanager
+    def _block(
+        self, factors: Mapping[str, LowRankFactors | CompactFactors], work: ContextPass | None = None
+    ) -> Iterator[None]:
+        block = Block({site.linear: factors.get(site.name) for site in self._sites}, work)
+        with self.weights.in_use(merged=not factors and work is None), block.in_force():
+            yield
+
+    def _linear(self, name: str) -> AdaptedLinear:
+        linear = self.base.get_submodule(name)
+        assert isinstance(linear, AdaptedLinear)
+        return linear
+
+    def linears(self) -> dict[str, AdaptedLinear]:
+        """The adapted linear layers, by name in the base model."""
+        return {name: self._linear(name) for name in self.adapted_names}
+
+    # Identity
+
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model; computed once."""
+        if self._base_fingerprint is None:
+            self._base_fingerprint = model_fingerprint(self.base)
+        return self._base_fingerprint
+
+    def base_layers_fingerprint(self) -> str:
+        """Fingerprint of its decoder layers alone, which is what a generator depends on; computed once."""
+        if self._layers_fingerprint is None:
+            self._layers_fingerprint = layers_fingerprint(self.base)
+        return self._layers_fingerprint
+
+    def base_fingerprints(self) -> tuple[str, ...]:
+        """Fingerprints that files for this base model may name: its own first, then those that it was let stand for."""
+        return self.base_fingerprint(), *self._other_bases
+
+    def set_base_fingerprints(self, fingerprints: tuple[str, ...]) -> None:
+        """Let the base model go by these: the first one in new files, the others in old ones; none leaves its own."""
+        if fingerprints:
+            self._base_fingerprint, self._other_bases = fingerprints[0], fingerprints[1:]
+
+    def generator_fingerprint(self) -> str:
+        """Fingerprint of the generators' present parameters and sketches, and of what turns states into adapters."""
+        tensors = [*self.generators.parameters(), *self.generators.buffers()]
+        return self._generator_fingerprint.get(tensors, lambda: self.fingerprint_of(self.generator_tensors()))
+
+    def fingerprint_of(self, tensors: Mapping[str, Tensor]) -> str:
+        """The fingerprint that generators with these tensors and the settings of this one have."""
+        settings = {name: getattr(self.config, name) for name in ("norm", "damping", "power_iterations")}
+        settings["scale"] = self.config.adapter_scale
+        if self.config.sketch_side != "input":  # the name came later; fingerprints from before stay
+            settings["sketch_side"] = self.config.sketch_side
+        return tensor_fingerprint(tensors.items(), json.dumps(settings))
+
+    def generator_tensors(self) -> dict[str, Tensor]:
+        """Parameters and sketches of all generators, named by adapted layer.
+
+        Where they are sharded over several processes, all of these make the call together.
+        """
+        return {
+            f"{name}.{key}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name in self.adapted_names
+            for key, tensor in self.generator(name).state_dict().items()
+        }
+
+    def load_generator_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Put saved parameters and sketches into the generators.
+
+        Raises:
+            FormatError: names or shapes differ; nothing has been changed then.
+        """
+        own = self.generator_tensors()
+        for name in sorted(set(own) | set(tensors)):
+            if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+                raise FormatError(
+                    f"{source} does not fit this generator: {name} is missing, unknown or of another shape"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a ModuleDict key can't contain dots
