@@ -20,10 +20,10 @@ from gakernels.cli.recipe_options import (
 from gakernels.data.bad_records import BadRecords
 from gakernels.distributed import process_group
 from gakernels.paths import user_path
+from gakernels.training.instruction.answers import AnswerReport
 from gakernels.training.instruction.finetuning import finetune, make_tuned_model
 from gakernels.training.instruction.plan import TuningPlan, plan_finetuning
 from gakernels.training.instruction.recipe import FinetuningRecipe
-from gakernels.training.instruction.report import AnswerReport
 
 # What each option stands for in the recipe.
 FLAGS = {

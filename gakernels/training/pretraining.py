@@ -31,7 +31,7 @@ from gakernels.training.plan import largest_step, step_setting
 from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
 from gakernels.training.run_folder import only_run
-from gakernels.training.throughput import StepCost
+from gakernels.training.run_log import StepCost
 from gakernels.training.trainer import Trainer
 from gakernels.training.trainer_config import TrainerConfig
 

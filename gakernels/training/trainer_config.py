@@ -7,8 +7,8 @@ import torch
 
 from gakernels.errors import InputError
 from gakernels.training.run_log import REPORTS
-from gakernels.training.schedule import SCHEDULES
 
+SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # Settings that change nothing of what is computed: a run may be resumed with others.
 OUTER_SETTINGS = ("keep_checkpoints", "reports", "peak_tflops", "label")

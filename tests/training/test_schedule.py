@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gakernels import InputError
-from gakernels.training.schedule import SCHEDULES, learning_rate_factor, steps_of_epochs
+from gakernels.training.step import learning_rate_factor
+from gakernels.training.trainer_config import SCHEDULES
 
 
 def test_values_at_the_borders() -> None:
@@ -49,11 +50,3 @@ def test_a_cosine_falls_by_half_a_wave() -> None:
 def test_an_unknown_schedule_is_named() -> None:
     with pytest.raises(InputError, match="schedule must be one of linear, cosine, constant, but it is 'step'"):
         learning_rate_factor("step", 0, 0, 1)
-
-
-def test_epochs_become_steps() -> None:
-    examples, batch = int(torch.randint(1, 100, ())), int(torch.randint(1, 20, ()))
-    steps = steps_of_epochs(2, examples, batch)
-    assert (steps - 1) * batch < 2 * examples <= steps * batch
-    with pytest.raises(InputError, match="examples must be above 0, but it is 0"):
-        steps_of_epochs(2, 0, batch)

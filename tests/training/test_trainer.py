@@ -11,7 +11,7 @@ from regression import Problem, drawn_seed, make_trainer
 from torch import Tensor
 
 from gakernels import InputError
-from gakernels.training.schedule import learning_rate_factor
+from gakernels.training.step import learning_rate_factor
 from gakernels.training.trainer import TrainerConfig
 
 

@@ -12,10 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.data.chat import template_of
-from gakernels.data.clock import shows_time
-from gakernels.data.examples import Example
-from gakernels.data.given import changes
+from gakernels.data.chat import Example, shows_time, template_of
+from gakernels.data.instruction_sources import changes
 from gakernels.distributed import Parallel, Ranks
 from gakernels.errors import FormatError, InputError
 from gakernels.files import write_text
@@ -31,15 +29,13 @@ from gakernels.training.generator_run import (
     save_generators,
     write_recipe,
 )
-from gakernels.training.instruction.losses import can_pack
-from gakernels.training.instruction.objective import InstructionObjective
+from gakernels.training.instruction.answers import AnswerReport, InstructionObjective, can_pack, score_answers
 from gakernels.training.instruction.recipe import FinetuningRecipe
-from gakernels.training.instruction.report import AnswerReport, score_answers
 from gakernels.training.instruction.steps import InstructionSteps
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
 from gakernels.training.recipes import load_recipe
 from gakernels.training.run_folder import only_run
-from gakernels.training.throughput import StepCost
+from gakernels.training.run_log import StepCost
 from gakernels.training.trainer import Trainer
 
 _NOT_SAID = (

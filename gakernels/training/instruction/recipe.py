@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from gakernels.data.clock import parse_clock
+from gakernels.data.chat import parse_clock
 from gakernels.data.instruction_sources import InstructionSource
 from gakernels.errors import InputError
 from gakernels.model.config import GeneratorConfig

@@ -21,11 +21,12 @@ from tiny import make_model
 
 import gakernels.training.instruction.finetuning as finetuning
 from gakernels import FormatError, GenerativeAdapter, GeneratorConfig, InputError
-from gakernels.data.examples import Example
+from gakernels.data.chat import Example
 from gakernels.data.instruction_sources import InstructionSource
 from gakernels.data.people import draw_document
 from gakernels.demo.experiment import accuracy, answer
 from gakernels.training.base_model import BaseConfig
+from gakernels.training.instruction.answers import score_answers
 from gakernels.training.instruction.batches import InstructionBatch
 from gakernels.training.instruction.finetuning import finetune, make_tuned_model
 from gakernels.training.instruction.recipe import (
@@ -34,7 +35,6 @@ from gakernels.training.instruction.recipe import (
     FinetuningTrainerConfig,
     InstructionDataConfig,
 )
-from gakernels.training.instruction.report import score_answers
 from gakernels.training.instruction.steps import BatchConfig
 from gakernels.training.recipes import load_recipe
 
