@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gakernels.cli.common import add_command, process_device
-from gakernels.cli.plan_table import USUAL_TFLOPS, duration, operations
+from gakernels.cli.plan_table import print_finetuning_plan
 from gakernels.cli.recipe_options import (
     add_base_options,
     add_log_options,
@@ -17,13 +17,12 @@ from gakernels.cli.recipe_options import (
     planned_processes,
     recipe_of,
 )
-from gakernels.data.bad_records import BadRecords
 from gakernels.distributed import process_group
 from gakernels.paths import user_path
 from gakernels.training.instruction.answers import AnswerReport
 from gakernels.training.instruction.finetuning import finetune, make_tuned_model
-from gakernels.training.instruction.plan import TuningPlan, plan_finetuning
 from gakernels.training.instruction.recipe import FinetuningRecipe
+from gakernels.training.plan import plan_finetuning
 
 # What each option stands for in the recipe.
 FLAGS = {
@@ -103,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan, or tune and print the report."""
     recipe = recipe_of(FinetuningRecipe, options, FLAGS)
     if options.dry_run:
-        _print_plan(plan_finetuning(recipe, planned_processes(options)), options.tflops)
+        print_finetuning_plan(plan_finetuning(recipe, planned_processes(options)), options.tflops)
         return 0
     folder = output_of(options)
     device = process_device(options.device)
@@ -130,36 +129,3 @@ def _print(report: AnswerReport) -> None:
     console = Console()
     console.print(table)
     console.print("exact: greedy decoding gives the whole answer; own / this: 95% interval over contexts")
-
-
-def _print_plan(plan: TuningPlan, tflops: float | None) -> None:
-    data, load = plan.data, plan.load
-    rows = [
-        ("parameters of the base, frozen", f"{plan.base_parameters:,}"),
-        ("parameters of the generators, trained", f"{plan.generator_parameters:,}"),
-        ("contexts to train on", f"{data.contexts:,}, with {data.conversations:,} conversations"),
-        ("contexts held out", f"{len(data.held_out):,}"),
-        ("records left out", _counts(data.skipped)),
-        ("conversations cut to their last exchanges", _counts(data.shortened)),
-        ("steps", f"{plan.steps:,} of {plan.contexts} contexts: {plan.rounds:,.2f} rounds"),
-        ("tokens in a step", f"{load.tokens:,.0f} on average, {load.padding:.1%} of the positions are padding"),
-        ("passes in a step", f"{load.batches:,.1f} on each of {plan.processes} process(es)"),
-        ("operations of a step, at most about", operations(plan.flops)),
-        *[
-            (f"time at {rate:,g} TFLOP/s a process, at most about", duration(plan.seconds(rate)))
-            for rate in ([tflops] if tflops else USUAL_TFLOPS)
-        ],
-    ]
-    table = Table(title=f"Plan for {plan.name}", show_header=False, title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    if data.refusal is not None:
-        console.print(f"A run stops: {data.refusal}", markup=False)
-
-
-def _counts(records: BadRecords) -> str:
-    return "\n".join(f"{count:,} x {kind}" for kind, count in records.counts.items()) or "none"

@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from gakernels.cli.common import add_command, process_device
-from gakernels.cli.plan_table import print_plan
+from gakernels.cli.plan_table import print_pretraining_plan
 from gakernels.cli.recipe_options import (
     add_base_options,
     add_log_options,
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     recipe = recipe_of(PretrainingRecipe, options, FLAGS)
     if options.dry_run:
         plan = plan_pretraining(recipe, planned_processes(options), torch.device(options.device).type)
-        print_plan(plan, options.tflops, _segments(recipe))
+        print_pretraining_plan(plan, options.tflops, _segments(recipe))
         return 0
     folder = output_of(options)
     device = process_device(options.device)

@@ -54,7 +54,7 @@ class BaseConfig:
         name: a folder or a hub name; for a plan a folder with only a config.json will do.
         dtype: of its weights: `float32`, `bfloat16` or `float16`.
         quantization: of its linear layers: `fp8`, `int8` or `nf4`; None leaves them as they are.
-        shape: its sizes, for a plan where the model is not at hand: a name out of `evaluation.shapes.SHAPES`, or the
+        shape: its sizes, for a plan where the model is not at hand: a name out of `cost.shapes.SHAPES`, or the
             sizes themselves. A run does not look at them.
 
     Raises:

@@ -20,7 +20,7 @@ class WindowsConfig:
 
     Attributes:
         chunks: T, context chunks in a segment (8 in the paper).
-        reconstruction: see `objectives.pretraining_windows`.
+        reconstruction: see `window_losses.pretraining_windows`.
         slices: reconstruction windows for each adapter; 0 for completion alone.
         batch_size: segments in a step, on all processes together.
         single_share: in that share of the steps, the first ones, every chunk is a segment of its own (T = 1, as many
@@ -76,7 +76,7 @@ class WindowsConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is scored during a run and at its end (`evaluation.perplexity`).
+    """What is scored during a run and at its end (`training.perplexity`).
 
     Attributes:
         contexts: held-out contexts of the report at the end; what follows each has as many tokens.
@@ -120,7 +120,7 @@ class PretrainingRecipe:
             stay below; None for no limit.
         overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
             not with `shards`.
-        compile: compile the decoder layers while training (`compilation.compile_layers`).
+        compile: compile the decoder layers while training (`model.compilation.compile_layers`).
 
     Raises:
         InputError: a value is out of range, or a chunk has no token to predict.

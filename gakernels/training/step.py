@@ -4,7 +4,7 @@ import fnmatch
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from gakernels.errors import InputError
 from gakernels.model.window_losses import Loss
 from gakernels.training.objective import Objective, as_objective
 from gakernels.training.sharding import whole
-from gakernels.training.trainer_config import PRECISIONS, SCHEDULES, TrainerConfig
+from gakernels.training.trainer_config import SCHEDULES, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class TrainingStep:
         objective = as_objective(self.objective)
         seed_step(self._config.seed, number, self._parallel.ranks.rank)
         self._set_rates(number)
-        with self._autocast():
+        with self._config.autocast(self.device):
             batches = objective.batches(number)
             tokens = self._count([objective.target_counts(batch) for batch in batches], number)
         divisors = {name: count.clamp(min=1) for name, count in tokens.items()}
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(len(tokens), dtype=torch.float64, device=self.device)
         for place, batch in enumerate(batches):
-            with self._autocast():
+            with self._config.autocast(self.device):
                 losses = objective.losses(batch)
                 loss = self._weighted(losses, divisors)
             self._parallel.backward(loss, last=place == len(batches) - 1)
@@ -111,10 +111,6 @@ class TrainingStep:
         self.learning_rate = config.learning_rate * factor
         for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
             group["lr"] = self.learning_rate * factor
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = PRECISIONS[self._config.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _count(self, counts: Sequence[Mapping[str, int | Tensor]], number: int) -> dict[str, Tensor]:
         """Target tokens of each loss over all micro-batches and processes."""

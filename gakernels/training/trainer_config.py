@@ -1,7 +1,9 @@
 """TrainerConfig: how a run optimises, and what it writes when."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,3 +97,8 @@ class TrainerConfig:
         for report in self.reports:
             if report not in REPORTS:
                 raise InputError(f"reports must be out of {', '.join(REPORTS)}, but has {report!r}")
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What forward passes run under."""
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

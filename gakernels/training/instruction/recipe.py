@@ -67,7 +67,7 @@ class FinetuningTrainerConfig(TrainerConfig):
 
 @dataclass(frozen=True)
 class AnswerEvaluationConfig:
-    """What is scored during a run and at its end (`instruction.report`).
+    """What is scored during a run and at its end (`score_answers`).
 
     Attributes:
         contexts: held-out contexts, with all their conversations.

@@ -33,7 +33,7 @@ class TuningData:
         shortened: conversations that lost their oldest exchanges.
         refusal: in words, why a run stops unless the recipe allows it: too much of a source can't be used. None: it is
             not so.
-        given: what all of it was made of, in JSON types (`instruction.given`).
+        given: what all of it was made of, in JSON types (`source_given`).
     """
 
     sources: Sequence[Sequence[Example]]
