@@ -13,6 +13,7 @@ from gakernels.cli.recipe_options import (
     add_log_options,
     add_optimisation_options,
     add_recipe_options,
+    add_setting,
     output_of,
     planned_processes,
     recipe_of,
@@ -24,30 +25,6 @@ from gakernels.training.instruction.finetuning import finetune, make_tuned_model
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.plan import plan_finetuning
 
-# What each option stands for in the recipe.
-FLAGS = {
-    "generator": ("start",),
-    "model": ("model.name",),
-    "dtype": ("model.dtype",),
-    "data": ("data.path",),
-    "held_out_data": ("data.held_out_path",),
-    "context_tokens": ("data.context_tokens",),
-    "strict": ("data.strict",),
-    "allow_skipped": ("data.allow_skipped",),
-    "batch_size": ("batches.batch_size",),
-    "conversations": ("batches.conversations",),
-    "losses": ("batches.losses",),
-    "epochs": ("epochs",),
-    "steps": ("trainer.steps",),
-    "learning_rate": ("trainer.learning_rate",),
-    "warmup_steps": ("trainer.warmup_steps",),
-    "weight_decay": ("trainer.weight_decay",),
-    "log_every": ("trainer.log_every",),
-    "checkpoint_every": ("trainer.checkpoint_every",),
-    "evaluate_every": ("trainer.evaluate_every",),
-    "held_out": ("evaluation.contexts",),
-    "seed": ("seed", "trainer.seed"),
-}
 ADAPTERS = {
     "none": "base model, no adapter",
     "empty": "adapter of an empty context",
@@ -68,39 +45,53 @@ def add_parser(commands: Any) -> None:
         "  gakernels finetune --generator my-generator --data questions.jsonl --output my-tuned-generator\n"
         "  gakernels finetune --config mistral-7b-finetuning --set data.path=mix/ --dry-run",
     )
-    parser.add_argument("--generator", help="generator to go on from, a folder or hub name")
-    parser.add_argument("--model", help="base model, a folder or hub name (default: the one that --generator names)")
-    parser.add_argument(
-        "--data", help="file or folder of .jsonl, .json and .parquet (also .gz, .xz, .bz2, .zst), or hub:NAME"
+    add_setting(parser, "--generator", "start", "generator to go on from, a folder or hub name")
+    add_setting(
+        parser, "--model", "model.name", "base model, a folder or hub name (default: the one that --generator names)"
+    )
+    add_setting(
+        parser,
+        "--data",
+        "data.path",
+        "file or folder of .jsonl, .json and .parquet (also .gz, .xz, .bz2, .zst), or hub:NAME",
     )
     parser.add_argument("--output", type=user_path, help="folder for generator, log, checkpoints and report")
     add_recipe_options(parser)
     data = parser.add_argument_group("data and batches")
-    data.add_argument("--held-out-data", help="file or folder to score (default: the end of --data)")
-    data.add_argument("--context-tokens", type=int, help="longer contexts are left out (default: 8192)")
-    data.add_argument("--strict", action="store_true", default=None, help="a record that can't be used is an error")
-    data.add_argument(
-        "--allow-skipped",
-        action="store_true",
-        default=None,
-        help="go on where more than 5%% of a source's rows can't be used",
+    add_setting(data, "--held-out-data", "data.held_out_path", "file or folder to score (default: the end of --data)")
+    add_setting(
+        data, "--context-tokens", "data.context_tokens", "longer contexts are left out (default: 8192)", type=int
     )
-    data.add_argument("--batch-size", type=int, help="contexts in a step (default: 32)")
-    data.add_argument("--conversations", type=int, help="about each context in a step, at most (default: 16)")
-    data.add_argument("--losses", help="answers, and reconstruction, completion beside it, with commas")
+    add_setting(data, "--strict", "data.strict", "a record that can't be used is an error", action="store_true")
+    add_setting(
+        data,
+        "--allow-skipped",
+        "data.allow_skipped",
+        "go on where more than 5%% of a source's rows can't be used",
+        action="store_true",
+    )
+    add_setting(data, "--batch-size", "batches.batch_size", "contexts in a step (default: 32)", type=int)
+    add_setting(
+        data,
+        "--conversations",
+        "batches.conversations",
+        "about each context in a step, at most (default: 16)",
+        type=int,
+    )
+    add_setting(data, "--losses", "batches.losses", "answers, and reconstruction, completion beside it, with commas")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=float, help="how often the contexts are gone through (default: 2)")
-    optimisation.add_argument("--steps", type=int, help="optimizer steps, if they are to be fewer")
-    add_optimisation_options(optimisation)
+    add_setting(optimisation, "--epochs", "epochs", "how often the contexts are gone through (default: 2)", type=float)
+    add_setting(optimisation, "--steps", "trainer.steps", "optimizer steps, if they are to be fewer", type=int)
+    add_optimisation_options(optimisation, "seed trainer.seed")
     report = parser.add_argument_group("log and report")
-    report.add_argument("--held-out", type=int, help="contexts kept for the report (default: 32)")
+    add_setting(report, "--held-out", "evaluation.contexts", "contexts kept for the report (default: 32)", type=int)
     add_log_options(report)
     add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan, or tune and print the report."""
-    recipe = recipe_of(FinetuningRecipe, options, FLAGS)
+    recipe = recipe_of(FinetuningRecipe, options)
     if options.dry_run:
         print_finetuning_plan(plan_finetuning(recipe, planned_processes(options)), options.tflops)
         return 0

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +15,7 @@ from gakernels.data.files import JSON_LINES, PARQUET, find_files
 from gakernels.data.records import UNREADABLE, Record, read_records
 from gakernels.data.sources import HUB, HubSource, file_sha256, source_of
 from gakernels.errors import InputError
-from gakernels.paths import expand_fields
+from gakernels.settings import Count, PathText, Positive, settings
 from gakernels.user_text import decode_user_text
 
 NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
@@ -26,7 +25,7 @@ _JSON = {".json"}
 KINDS = JSON_LINES | PARQUET | _JSON
 
 
-@dataclass(frozen=True)
+@settings
 class InstructionSource:
     """One source of a mixture.
 
@@ -38,18 +37,10 @@ class InstructionSource:
         queries: how many further ones are asked for.
     """
 
-    path: str
-    weight: float | None = None
-    shots: int = 16
-    queries: int = 4
-
-    def __post_init__(self) -> None:
-        expand_fields(self, "path")
-        if self.weight is not None and not 0 < self.weight < math.inf:
-            raise InputError(f"weight must be above 0, but it is {self.weight}")
-        for name in ("shots", "queries"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+    path: PathText
+    weight: Positive | None = None
+    shots: Count = 16
+    queries: Count = 4
 
 
 def read_source(source: InstructionSource, bad: BadRecords, seed: int = 0) -> list[ContextRecord]:

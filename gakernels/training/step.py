@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from gakernels.errors import InputError
 from gakernels.model.window_losses import Loss
 from gakernels.training.objective import Objective, as_objective
 from gakernels.training.sharding import whole
-from gakernels.training.trainer_config import SCHEDULES, TrainerConfig
+from gakernels.training.trainer_config import Schedule, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,8 @@ def learning_rate_factor(schedule: str, step: int, warmup_steps: int, total_step
     Raises:
         InputError: there is no schedule of that name.
     """
-    if schedule not in SCHEDULES:
-        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, but it is {schedule!r}")
+    if schedule not in get_args(Schedule):
+        raise InputError(f"schedule must be one of {', '.join(get_args(Schedule))}, but it is {schedule!r}")
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     left = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))

@@ -98,9 +98,9 @@ def test_sizes_in_a_recipe_are_those_of_such_a_model() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dtype": "int4"}, r"model\.dtype must be one of float32, bfloat16, float16, but it is 'int4'"),
-        ({"quantization": "int2"}, r"model\.quantization must be one of fp8, .*, but it is 'int2'"),
-        ({"shape": "mistral-8b"}, r"model\.shape must be one of .*mistral-7b, .*, but it is 'mistral-8b'"),
+        ({"dtype": "int4"}, r"^dtype must be one of float32, bfloat16, float16, but it is 'int4'"),
+        ({"quantization": "int2"}, r"^quantization must be one of fp8, .*, but it is 'int2'"),
+        ({"shape": "mistral-8b"}, r"^shape must be one of .*mistral-7b, .*, but it is 'mistral-8b'"),
     ],
 )
 def test_a_base_that_can_not_be_is_refused(values: dict[str, str], message: str) -> None:

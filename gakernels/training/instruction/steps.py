@@ -13,6 +13,7 @@ from gakernels.data.chat import EncodedConversation, Example
 from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
 from gakernels.errors import InputError
+from gakernels.settings import Count, Int, settings
 from gakernels.training.instruction.batches import InstructionBatch, instruction_batch
 
 LOSSES = ("answers", "reconstruction", "completion")
@@ -20,7 +21,7 @@ POOL_STEPS = 128
 PACKED = 4  # a window of several conversations to a single one: what is left over at its end weighs less then
 
 
-@dataclass(frozen=True)
+@settings
 class BatchConfig:
     """How contexts and conversations become batches.
 
@@ -39,17 +40,14 @@ class BatchConfig:
         InputError: a value is out of range.
     """
 
-    batch_size: int = 32
-    conversations: int = 16
-    group_size: int | None = None
-    positions: int = 16384
-    window: int | None = None
+    batch_size: Count = 32
+    conversations: Count = 16
+    group_size: Int | None = None
+    positions: Count = 16384
+    window: Count | None = None
     losses: tuple[str, ...] = ("answers",)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "conversations", "positions", "window"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         if self.group_size is not None and (self.group_size < 1 or self.batch_size % self.group_size):
             raise InputError(f"group_size must divide batch_size ({self.batch_size}), but it is {self.group_size}")
         unknown = [name for name in self.losses if name not in LOSSES]

@@ -416,8 +416,8 @@ def test_data_that_can_not_be_used_is_told_before_the_first_step(people: Path, t
     [
         ({"model": None}, r"model\.name is needed where there is no generator to start from"),
         ({"start": "x"}, "generator must not be given with start"),
-        ({"epochs": 0.0}, "epochs must be above 0, but it is 0.0"),
-        ({"seed": -1}, r"seed must be between 0 and 2\^32 - 1, but it is -1"),
+        ({"epochs": 0.0}, "epochs must be finite and above 0, but it is 0.0"),
+        ({"seed": -1}, r"seed must be between 0 and 4294967295, but it is -1"),
         ({"parallel": "all"}, "parallel must be one of replicas, shards, but it is 'all'"),
     ],
 )
@@ -431,9 +431,9 @@ def test_data_and_evaluation_that_make_no_sense_are_refused() -> None:
         InstructionDataConfig()
     with pytest.raises(InputError, match="data must have either a path or sources"):
         InstructionDataConfig("x", {"y": InstructionSource("y")})
-    with pytest.raises(InputError, match=r"data\.context_tokens must be at least 2, but it is 1"):
+    with pytest.raises(InputError, match=r"^context_tokens must be at least 2, but it is 1"):
         InstructionDataConfig("x", context_tokens=1)
-    with pytest.raises(InputError, match=r"evaluation\.batch_size must be at least 2, but it is 1"):
+    with pytest.raises(InputError, match=r"^batch_size must be at least 2, but it is 1"):
         AnswerEvaluationConfig(batch_size=1)
 
 
