@@ -18,14 +18,6 @@ def user_path(name: str) -> Path:
     return Path(expanded(name))
 
 
-def expand_fields(config: object, *names: str) -> None:
-    """Expand `~` in fields of a frozen dataclass, from its `__post_init__`."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            object.__setattr__(config, name, type(value)(expanded(str(value))))
-
-
 def cache_folder(kind: str) -> Path:
     """`$XDG_CACHE_HOME/gakernels/<kind>`, by default in `~/.cache`.
 

@@ -11,8 +11,7 @@ from starlette.testclient import TestClient
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter, InputError
-from gakernels.data.chat import PLAIN_TEMPLATE, ChatEncoder
-from gakernels.data.chat_templates import chat_template
+from gakernels.data.chat import PLAIN_TEMPLATE, ChatEncoder, chat_template
 from gakernels.data.conversations import Message
 from gakernels.evaluation.asking import Asker
 from gakernels.server.api import create_app

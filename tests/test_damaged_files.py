@@ -35,10 +35,10 @@ from gakernels.ops import dispatch, gpus, measured, tuned
 from gakernels.ops.measured import calibration
 from gakernels.server.context_store import ContextStore
 from gakernels.training.checkpoint import RunState, load_checkpoint, newest_good
+from gakernels.training.curves import read_runs
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import CONFIGS, load_recipe
-from gakernels.training.run_series import read_runs
 
 GPU = gpus.known("NVIDIA H100 80GB HBM3")
 Read = Callable[[Path], object]  # gives everything that stands in the files, as something to compare

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter, InputError
 from gakernels.data.bad_records import BadRecords
+from gakernels.data.chat import Limits, encode_records
 from gakernels.data.conversations import ContextRecord, Message
-from gakernels.data.examples import Limits, encode_records
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.asking import Asker
 from gakernels.evaluation.records import Context, Dataset, Question, Skipped

@@ -17,9 +17,8 @@ from gakernels.files import write_text
 from gakernels.model.released import save_released
 from gakernels.server.context_store import ContextStore
 from gakernels.training.checkpoint import RunState, save_checkpoint
-from gakernels.training.curves import plot_runs
+from gakernels.training.curves import RunSeries, Series, plot_runs
 from gakernels.training.run_log import RunLog
-from gakernels.training.run_series import RunSeries, Series
 
 
 class Writers:

@@ -1,16 +1,17 @@
-"""A plan as it is printed by --dry-run."""
+"""Plans as --dry-run prints them."""
 
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from gakernels.training.plan import Plan
+from gakernels.data import BadRecords
+from gakernels.training.plan import FinetuningPlan, Plan, PretrainingPlan
 
 USUAL_TFLOPS = (100.0, 300.0, 600.0)
 
 
-def print_plan(plan: Plan, tflops: float | None, segments: int | None) -> None:
+def print_pretraining_plan(plan: PretrainingPlan, tflops: float | None, segments: int | None) -> None:
     """Print it.
 
     Args:
@@ -18,27 +19,64 @@ def print_plan(plan: Plan, tflops: float | None, segments: int | None) -> None:
         tflops: 10^12 operations a second of one process; None for a few usual rates.
         segments: of the data, if that is known.
     """
-    console = Console()
-    for title, rows in (
-        (f"Plan for {plan.name}", _size_rows(plan, segments)),
-        ("Operations of a step", _flops_rows(plan)),
-        (f"Memory of a process: {plan.memory.moment}", _memory_rows(plan)),
-        ("Time, without evaluations", _time_rows(plan, [tflops] if tflops else USUAL_TFLOPS)),
-    ):
-        table = Table(title=title, show_header=False, title_justify="left")
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    _print_table(f"Plan for {plan.name}", _size_rows(plan, segments))
+    _print_table("Operations of a step", _flops_rows(plan))
+    _print_table(f"Memory of a process: {plan.memory.moment}", _memory_rows(plan))
+    _print_table("Time, without evaluations", _time_rows(plan, _rates(tflops)))
 
 
-def _size_rows(plan: Plan, segments: int | None) -> list[tuple[str, str]]:
-    seen = plan.steps * plan.segments
-    epochs = "not known before the data is tokenised" if segments is None else f"{seen / segments:,.2f}"
+def print_finetuning_plan(plan: FinetuningPlan, tflops: float | None) -> None:
+    """Print it, and why the run would stop, if it would; `tflops` as above."""
+    data, load = plan.data, plan.load
+    rows = [
+        *_parameter_rows(plan),
+        ("contexts to train on", f"{data.contexts:,}, with {data.conversations:,} conversations"),
+        ("contexts held out", f"{len(data.held_out):,}"),
+        ("records left out", _counts(data.skipped)),
+        ("conversations cut to their last exchanges", _counts(data.shortened)),
+        ("steps", f"{plan.steps:,} of {plan.contexts} contexts: {plan.rounds:,.2f} rounds"),
+        ("tokens in a step", f"{load.tokens:,.0f} on average, {load.padding:.1%} of the positions are padding"),
+        ("passes in a step", f"{load.batches:,.1f} on each of {plan.processes} process(es)"),
+        ("operations of a step, at most about", _operations(plan.operations)),
+        *[
+            (f"time at {rate:,g} TFLOP/s a process, at most about", _duration(plan.seconds(rate)))
+            for rate in _rates(tflops)
+        ],
+    ]
+    _print_table(f"Plan for {plan.name}", rows)
+    if data.refusal is not None:
+        Console().print(f"A run stops: {data.refusal}", markup=False)
+
+
+def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _parameter_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("parameters of the base, frozen", f"{plan.base_parameters:,}"),
         ("parameters of the generators, trained", f"{plan.generator_parameters:,}"),
+    ]
+
+
+def _rates(tflops: float | None) -> Sequence[float]:
+    return [tflops] if tflops else USUAL_TFLOPS
+
+
+def _counts(records: BadRecords) -> str:
+    return "\n".join(f"{count:,} x {kind}" for kind, count in records.counts.items()) or "none"
+
+
+def _size_rows(plan: PretrainingPlan, segments: int | None) -> list[tuple[str, str]]:
+    seen = plan.steps * plan.segments
+    epochs = "not known before the data is tokenised" if segments is None else f"{seen / segments:,.2f}"
+    return [
+        *_parameter_rows(plan),
         ("steps", f"{plan.steps:,}"),
         ("segments in a step", f"{plan.segments:,} on {plan.processes} process(es), {plan.segments_at_once} at once"),
         ("tokens in a segment", f"{plan.segment_tokens:,}, as {plan.windows} windows"),
@@ -48,18 +86,18 @@ def _size_rows(plan: Plan, segments: int | None) -> list[tuple[str, str]]:
     ]
 
 
-def _flops_rows(plan: Plan) -> list[tuple[str, str]]:
+def _flops_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
     forward, backward = plan.flops.forward.to_dict(), plan.flops.backward.to_dict()
     names = {"linear": "linear layers", "attention": "attention", "head": "logits", "adapter": "low-rank products"}
     names |= {"generator": "generators", "total": "all"}
     rows = [
-        (label, f"{operations(forward[name])} forward, {operations(backward[name])} backward")
+        (label, f"{_operations(forward[name])} forward, {_operations(backward[name])} backward")
         for name, label in names.items()
     ]
-    return [*rows, ("the run", operations(plan.flops.total * plan.steps))]
+    return [*rows, ("the run", _operations(plan.operations * plan.steps))]
 
 
-def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
+def _memory_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
     rows = [(name, f"{size / 1e9:,.3f} GB") for name, size in plan.memory.parts.items()]
     layers = len(plan.memory.recomputed_layers)
     return [
@@ -69,17 +107,17 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _time_rows(plan: Plan, rates: Sequence[float]) -> list[tuple[str, str]]:
+def _time_rows(plan: PretrainingPlan, rates: Sequence[float]) -> list[tuple[str, str]]:
     return [
         (
             f"at {rate:,g} TFLOP/s a process",
-            f"{duration(plan.seconds(rate))}, {plan.tokens_per_second(rate):,.0f} tokens/s",
+            f"{_duration(plan.seconds(rate))}, {plan.tokens_per_second(rate):,.0f} tokens/s",
         )
         for rate in rates
     ]
 
 
-def operations(count: float) -> str:
+def _operations(count: float) -> str:
     """A number of floating-point operations in words."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G")):
         if count >= 10**power:
@@ -87,7 +125,7 @@ def operations(count: float) -> str:
     return f"{count / 1e6:,.2f} MFLOP"
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A time in words."""
     if seconds >= 2 * 86400:
         return f"{seconds / 86400:,.1f} days"

@@ -5,8 +5,7 @@ from typing import Any
 
 from gakernels.cli.common import add_command, output_file
 from gakernels.paths import user_path
-from gakernels.training.curves import plot_runs
-from gakernels.training.run_series import read_runs
+from gakernels.training.curves import plot_runs, read_runs
 
 
 def add_parser(commands: Any) -> None:

@@ -10,12 +10,13 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from gakernels.cli.common import add_command, process_device
-from gakernels.cli.plan_table import print_plan
+from gakernels.cli.plan_table import print_pretraining_plan
 from gakernels.cli.recipe_options import (
     add_base_options,
     add_log_options,
     add_optimisation_options,
     add_recipe_options,
+    add_setting,
     output_of,
     planned_processes,
     recipe_of,
@@ -30,33 +31,6 @@ from gakernels.training.pretraining import make_model, pretrain
 from gakernels.training.pretraining_data import cached_segments
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 
-# What each option stands for in the recipe.
-FLAGS = {
-    "model": ("model.name",),
-    "dtype": ("model.dtype",),
-    "data": ("data.path",),
-    "linears": ("generator.linears",),
-    "layers": ("generator.layers",),
-    "state_size": ("generator.state_size",),
-    "rank": ("generator.rank",),
-    "scale": ("generator.scale",),
-    "norm": ("generator.norm",),
-    "chunk_size": ("generator.chunk_size",),
-    "chunks": ("windows.chunks",),
-    "reconstruction": ("windows.reconstruction",),
-    "batch_size": ("windows.batch_size",),
-    "steps": ("trainer.steps",),
-    "learning_rate": ("trainer.learning_rate",),
-    "warmup_steps": ("trainer.warmup_steps",),
-    "weight_decay": ("trainer.weight_decay",),
-    "log_every": ("trainer.log_every",),
-    "checkpoint_every": ("trainer.checkpoint_every",),
-    "evaluate_every": ("trainer.evaluate_every",),
-    "held_out": ("evaluation.contexts",),
-    "static_lora": ("evaluation.static_lora",),
-    "seed": ("seed", "generator.seed", "trainer.seed"),
-}
-
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
@@ -70,40 +44,45 @@ def add_parser(commands: Any) -> None:
         "  gakernels pretrain --config my-recipe.yaml --set trainer.learning_rate=1e-4 --output my-generator\n"
         "  gakernels pretrain --config mistral-7b-pretraining --dry-run --processes 8",
     )
-    parser.add_argument("--model", help="base model, a folder or hub name")
-    parser.add_argument(
-        "--data", help="folder of .txt, .jsonl and .parquet files (also .gz, .xz, .bz2, .zst), or hub:NAME"
+    add_setting(parser, "--model", "model.name", "base model, a folder or hub name")
+    add_setting(
+        parser,
+        "--data",
+        "data.path",
+        "folder of .txt, .jsonl and .parquet files (also .gz, .xz, .bz2, .zst), or hub:NAME",
     )
     parser.add_argument("--output", type=user_path, help="folder for generator, log, checkpoints and report")
     add_recipe_options(parser)
     generator = parser.add_argument_group("generator")
-    generator.add_argument("--linears", help="linear layers to adapt, with commas (default: o_proj)")
-    generator.add_argument("--layers", help="decoder layers to adapt, with commas (default: all)")
-    generator.add_argument("--state-size", type=int, help="d_r (default: 1024)")
-    generator.add_argument("--rank", type=int, help="r (default: 128)")
-    generator.add_argument("--scale", type=float, help="factor of the adapter (default: 64 / d_r)")
-    generator.add_argument("--norm", choices=NORMS, help="default: polar")
+    add_setting(generator, "--linears", "generator.linears", "linear layers to adapt, with commas (default: o_proj)")
+    add_setting(generator, "--layers", "generator.layers", "decoder layers to adapt, with commas (default: all)")
+    add_setting(generator, "--state-size", "generator.state_size", "d_r (default: 1024)", type=int)
+    add_setting(generator, "--rank", "generator.rank", "r (default: 128)", type=int)
+    add_setting(generator, "--scale", "generator.scale", "factor of the adapter (default: 64 / d_r)", type=float)
+    add_setting(generator, "--norm", "generator.norm", "default: polar", choices=NORMS)
     windows = parser.add_argument_group("windows")
-    windows.add_argument("--chunk-size", type=int, help="tokens in a window (default: 1024)")
-    windows.add_argument("--chunks", type=int, help="context windows in a segment (default: 8)")
-    windows.add_argument("--reconstruction", choices=RECONSTRUCTIONS, help="default: random_slice")
+    add_setting(windows, "--chunk-size", "generator.chunk_size", "tokens in a window (default: 1024)", type=int)
+    add_setting(windows, "--chunks", "windows.chunks", "context windows in a segment (default: 8)", type=int)
+    add_setting(windows, "--reconstruction", "windows.reconstruction", "default: random_slice", choices=RECONSTRUCTIONS)
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=int, help="optimizer steps")
-    optimisation.add_argument("--batch-size", type=int, help="segments in a step (default: 8)")
-    add_optimisation_options(optimisation)
+    add_setting(optimisation, "--steps", "trainer.steps", "optimizer steps", type=int)
+    add_setting(optimisation, "--batch-size", "windows.batch_size", "segments in a step (default: 8)", type=int)
+    add_optimisation_options(optimisation, "seed generator.seed trainer.seed")
     report = parser.add_argument_group("log and report")
-    report.add_argument("--held-out", type=int, help="contexts kept for the report (default: 32)")
-    report.add_argument("--static-lora", action="store_true", default=None, help="also train a static LoRA, as long")
+    add_setting(report, "--held-out", "evaluation.contexts", "contexts kept for the report (default: 32)", type=int)
+    add_setting(
+        report, "--static-lora", "evaluation.static_lora", "also train a static LoRA, as long", action="store_true"
+    )
     add_log_options(report)
     add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan, or train and print the report."""
-    recipe = recipe_of(PretrainingRecipe, options, FLAGS)
+    recipe = recipe_of(PretrainingRecipe, options)
     if options.dry_run:
         plan = plan_pretraining(recipe, planned_processes(options), torch.device(options.device).type)
-        print_plan(plan, options.tflops, _segments(recipe))
+        print_pretraining_plan(plan, options.tflops, _segments(recipe))
         return 0
     folder = output_of(options)
     device = process_device(options.device)

@@ -1,9 +1,8 @@
 """Options of the commands that run a recipe: --config, --set, --dry-run, and flags that stand for single settings."""
 
 import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +13,7 @@ from gakernels.paths import user_path
 from gakernels.training.recipes import load_recipe
 
 Recipe = TypeVar("Recipe")
+_SETTING = "recipe: "
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -36,25 +36,48 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--tflops", type=float, help="10^12 operations a second of one process, for the plan's time")
 
 
-def add_optimisation_options(group: argparse._ArgumentGroup) -> None:
-    """--learning-rate, --warmup-steps, --weight-decay and --seed."""
-    group.add_argument("--learning-rate", type=float, help="default: 5e-5")
-    group.add_argument("--warmup-steps", type=int, help="default: 100")
-    group.add_argument("--weight-decay", type=float, help="default: 0.01")
-    group.add_argument("--seed", type=int, help="default: 0")
+def add_setting(group: argparse._ActionsContainer, option: str, settings: str, text: str, **details: Any) -> None:
+    """An option that stands for settings of the recipe.
+
+    Args:
+        group: gets it.
+        option: its name.
+        settings: their dotted names, with spaces.
+        text: its help.
+        details: see `ArgumentParser.add_argument`.
+    """
+    if not details.keys() & {"action", "choices"}:
+        details["metavar"] = option.lstrip("-").upper().replace("-", "_")
+    group.add_argument(option, dest=_SETTING + settings, default=None, help=text, **details)
+
+
+def add_optimisation_options(group: argparse._ArgumentGroup, seeds: str) -> None:
+    """--learning-rate, --warmup-steps, --weight-decay, and --seed for the given settings."""
+    add_setting(group, "--learning-rate", "trainer.learning_rate", "default: 5e-5", type=float)
+    add_setting(group, "--warmup-steps", "trainer.warmup_steps", "default: 100", type=int)
+    add_setting(group, "--weight-decay", "trainer.weight_decay", "default: 0.01", type=float)
+    add_setting(group, "--seed", seeds, "default: 0", type=int)
 
 
 def add_log_options(group: argparse._ArgumentGroup) -> None:
     """--log-every, --evaluate-every and --checkpoint-every."""
-    group.add_argument("--log-every", type=int, help="steps (default: 10)")
-    group.add_argument("--evaluate-every", type=int, help="steps between evaluations (default: only at the end)")
-    group.add_argument("--checkpoint-every", type=int, help="steps (default: 500)")
+    add_setting(group, "--log-every", "trainer.log_every", "steps (default: 10)", type=int)
+    add_setting(
+        group,
+        "--evaluate-every",
+        "trainer.evaluate_every",
+        "steps between evaluations (default: only at the end)",
+        type=int,
+    )
+    add_setting(group, "--checkpoint-every", "trainer.checkpoint_every", "steps (default: 500)", type=int)
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     """--device and --dtype."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the base model that --model names (default: float32)")
+    add_setting(
+        parser, "--dtype", "model.dtype", "of the base model that --model names (default: float32)", choices=DTYPES
+    )
 
 
 def output_of(options: argparse.Namespace) -> Path:
@@ -71,20 +94,15 @@ def output_of(options: argparse.Namespace) -> Path:
     return folder
 
 
-def recipe_of(kind: type[Recipe], options: argparse.Namespace, flags: Mapping[str, Sequence[str]]) -> Recipe:
-    """The recipe that the options give: the file, then flags, then --set.
-
-    Args:
-        kind: the recipe's class.
-        options: the parsed command line.
-        flags: for each option, by its name there, the settings that it stands for.
+def recipe_of(kind: type[Recipe], options: argparse.Namespace) -> Recipe:
+    """The recipe that the options give: the file, then those of `add_setting`, then --set.
 
     Raises:
         InputError: see `load_recipe`.
     """
-    given = {name: getattr(options, name) for name in flags}
-    overrides = [f"{key}={given[name]}" for name in flags for key in flags[name] if given[name] is not None]
-    return load_recipe(kind, options.config, [*overrides, *options.set])
+    given = [(name, value) for name, value in vars(options).items() if name.startswith(_SETTING) and value is not None]
+    flags = {key: value for name, value in given for key in name.removeprefix(_SETTING).split()}
+    return load_recipe(kind, options.config, options.set, flags)
 
 
 def planned_processes(options: argparse.Namespace) -> int:

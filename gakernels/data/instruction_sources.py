@@ -1,9 +1,9 @@
 """Where instruction data comes from: files and data sets of the hub, as records with one context each."""
 
+import hashlib
 import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,9 +13,9 @@ from gakernels.data.compression import kind_of, opened
 from gakernels.data.conversations import ContextRecord, record_of
 from gakernels.data.files import JSON_LINES, PARQUET, find_files
 from gakernels.data.records import UNREADABLE, Record, read_records
-from gakernels.data.sources import HUB, HubSource, source_of
+from gakernels.data.sources import HUB, HubSource, file_sha256, source_of
 from gakernels.errors import InputError
-from gakernels.paths import expand_fields
+from gakernels.settings import Count, PathText, Positive, settings
 from gakernels.user_text import decode_user_text
 
 NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
@@ -25,7 +25,7 @@ _JSON = {".json"}
 KINDS = JSON_LINES | PARQUET | _JSON
 
 
-@dataclass(frozen=True)
+@settings
 class InstructionSource:
     """One source of a mixture.
 
@@ -37,18 +37,10 @@ class InstructionSource:
         queries: how many further ones are asked for.
     """
 
-    path: str
-    weight: float | None = None
-    shots: int = 16
-    queries: int = 4
-
-    def __post_init__(self) -> None:
-        expand_fields(self, "path")
-        if self.weight is not None and not 0 < self.weight < math.inf:
-            raise InputError(f"weight must be above 0, but it is {self.weight}")
-        for name in ("shots", "queries"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+    path: PathText
+    weight: Positive | None = None
+    shots: Count = 16
+    queries: Count = 4
 
 
 def read_source(source: InstructionSource, bad: BadRecords, seed: int = 0) -> list[ContextRecord]:
@@ -158,3 +150,47 @@ def _objects(row: object, place: str, bad: BadRecords) -> Iterator[Record]:
             yield from _objects(paragraph, f"paragraph {number} of {place}", bad)
     else:
         yield Record(row, place)
+
+
+def source_given(source: InstructionSource, records: Sequence[ContextRecord]) -> dict[str, Any]:
+    """A source as it was read: how, from which files, and what came of it, in JSON types."""
+    rows = hashlib.sha256()
+    for record in records:
+        rows.update(json.dumps(asdict(record)).encode() + b"\n")
+    root = Path(source.path)
+    files = [] if source.path.startswith(HUB) else find_files(root, KINDS)
+    return {
+        "shots": source.shots,
+        "queries": source.queries,
+        "files": {(file.name if file == root else str(file.relative_to(root))): file_sha256(file) for file in files},
+        "rows": rows.hexdigest()[:32],
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, what is different between what two runs were given; their sources stand under `sources`."""
+    found = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted((before.keys() | now.keys()) - {"sources"})
+        if before.get(name) != now.get(name)
+    ]
+    there, here = before["sources"], now["sources"]
+    for name in [*here, *(name for name in there if name not in here)]:
+        if name not in there or name not in here:
+            found.append(f"the source {name!r} is {'new' if name in here else 'missing'}")
+        elif there[name]["rows"] != here[name]["rows"]:
+            found.append(f"the source {name!r} has other rows: " + "; ".join(_reasons(there[name], here[name])))
+    return found
+
+
+def _reasons(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    reasons = [
+        f"{name} was {before[name]} and is {now[name]}" for name in ("shots", "queries") if before[name] != now[name]
+    ]
+    there, here = before["files"], now["files"]
+    for name in sorted(there.keys() | here.keys()):
+        if name not in there or name not in here:
+            reasons.append(f"the file {name} is {'new' if name in here else 'missing'}")
+        elif there[name] != here[name]:
+            reasons.append(f"the file {name} has other contents")
+    yield from reasons or ["the data set of the hub has changed, or another version of gakernels reads the files"]

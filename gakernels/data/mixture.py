@@ -1,11 +1,13 @@
-"""Several sets of segments as one, each with its share of every batch."""
+"""Several sources as one: segments with their share of every batch, contexts in pools of every source."""
 
 import bisect
-import functools
 import hashlib
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
 
 import numpy as np
 import torch
@@ -86,8 +88,8 @@ class MixedOrder:
             raise InputError(f"weights must be one for each of {len(counts)} sources, but they are {list(weights)}")
         self._orders = [ShuffledOrder(count) for count in counts]
         self._offsets = list(itertools.accumulate(counts, initial=0))
-        self._shares = _shares(weights)
-        self._pattern = functools.lru_cache(2)(self._block_pattern)
+        self._shares = _block_shares(weights)
+        self._pattern = lru_cache(maxsize=2)(self._block_pattern)
 
     def indices(self, step: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
         """See `Order`; numbers of `JoinedSegments`."""
@@ -110,15 +112,88 @@ class MixedOrder:
         return pattern
 
 
-def _shares(weights: Sequence[float]) -> list[int]:
-    """How many of `BLOCK` places each weight gets, by the largest remainders."""
+def _block_shares(weights: Sequence[float]) -> list[int]:
+    """How many of `BLOCK` places each weight gets."""
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise InputError(f"weights must be positive numbers, but they are {list(weights)}")
-    exact = [weight / math.fsum(weights) * BLOCK for weight in weights]
-    shares = [int(share) for share in exact]
-    by_rest = sorted(range(len(exact)), key=lambda part: shares[part] - exact[part])
-    for part in by_rest[: BLOCK - sum(shares)]:
-        shares[part] += 1
+    shares = _rounded([weight / math.fsum(weights) * BLOCK for weight in weights], BLOCK)
     if 0 in shares:
         raise InputError(f"each weight must be at least 1/{BLOCK} of their sum, but they are {list(weights)}")
+    return shares
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One context: number of its source, its place there, and how often the source had been gone through before."""
+
+    source: int
+    index: int
+    round: int
+
+
+class MixedContexts:
+    """An endless sequence of contexts of several sources, in pools of equal size.
+
+    A pool holds every source by its weight, to the nearest whole number and at least one context; the sources go round
+    on their own, each round in a fresh order.
+
+    Args:
+        sizes: number of contexts of each source.
+        weights: share of each source, None for its size.
+        pool: contexts in a pool.
+        seed: of the orders.
+
+    Raises:
+        InputError: a source is empty, or a pool is too small for one context of each source.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float | None], pool: int, seed: int) -> None:
+        if not sizes or min(sizes) < 1:
+            raise InputError(f"every source must have a context, but the sources have {list(sizes)}")
+        if pool < len(sizes):
+            raise InputError(f"batch_size must be at least the number of sources ({len(sizes)}), but it is {pool}")
+        self.sizes, self.pool, self._seed = tuple(sizes), pool, seed
+        self.shares = _pool_shares(
+            [size if weight is None else weight for size, weight in zip(sizes, weights, strict=True)], pool
+        )
+        self._order = lru_cache(maxsize=2 * len(sizes) + 2)(self._draw_order)
+
+    def draw(self, number: int) -> list[Draw]:
+        """The contexts of a pool, counted from 0, source by source."""
+        draws = []
+        for source, share in enumerate(self.shares):
+            size = self.sizes[source]
+            for position in range(number * share, (number + 1) * share):
+                round_, place = divmod(position, size)
+                draws.append(Draw(source, self._order(source, round_)[place], round_))
+        return draws
+
+    def _draw_order(self, source: int, round_: int) -> list[int]:
+        order = list(range(self.sizes[source]))
+        Random(f"{self._seed} order {source} {round_}").shuffle(order)
+        return order
+
+
+def chosen(count: int, wanted: int, draw: Draw, seed: int) -> list[int]:
+    """Which of the `count` conversations of a context are had this time: later rounds go on where this one ends."""
+    order = list(range(count))
+    Random(f"{seed} conversations {draw.source} {draw.index}").shuffle(order)
+    if wanted >= count:
+        return order
+    return [order[(draw.round * wanted + offset) % count] for offset in range(wanted)]
+
+
+def _pool_shares(weights: Sequence[float], pool: int) -> tuple[int, ...]:
+    """How many of the contexts of a pool each weight gets, at least 1."""
+    rest, total = pool - len(weights), sum(weights)
+    exact = [max(0.0, pool * weight / total - 1) for weight in weights]
+    return tuple(share + 1 for share in _rounded([rest * value / (sum(exact) or 1) for value in exact], rest))
+
+
+def _rounded(exact: Sequence[float], total: int) -> list[int]:
+    """Numbers with the sum `total` as whole ones with that sum: the largest remainders go up."""
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda place: shares[place] - exact[place])
+    for place in by_remainder[: total - sum(shares)]:
+        shares[place] += 1
     return shares

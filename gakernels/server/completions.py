@@ -13,7 +13,7 @@ from functools import partial
 from pydantic import BaseModel
 
 from gakernels.adapters.compact import CompactAdapter
-from gakernels.data.chat_templates import chat_template
+from gakernels.data.chat import chat_template
 from gakernels.errors import InputError
 from gakernels.generation.running import Generation, Piece
 from gakernels.generation.sampling import Sampling

@@ -1,20 +1,23 @@
 """The base model of a run: what a recipe says about it, loading it, and its sizes without loading it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated
 
 import torch
+from pydantic import PlainValidator
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gakernels.cost.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.errors import InputError, first_line
 from gakernels.model import load_base
 from gakernels.model.quantized_base import QUANTIZATIONS, quantize_base
-from gakernels.paths import expand_fields
+from gakernels.settings import Count, Flag, PathText, one_of, settings, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
+@settings
 class LlamaSizes:
     """The sizes of a Llama-like model, named as in its configuration.
 
@@ -29,14 +32,14 @@ class LlamaSizes:
         tied: whether the head is the embedding.
     """
 
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool = False
+    hidden: Count
+    ffn: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    vocabulary: Count
+    tied: Flag = False
 
     def shape(self, name: str) -> ModelShape:
         """The shape of the model."""
@@ -46,7 +49,18 @@ class LlamaSizes:
         return replace(shape, parameters=shape.parameters - shared)
 
 
-@dataclass(frozen=True)
+def _shape(value: object) -> object:
+    if isinstance(value, Mapping):
+        try:
+            return LlamaSizes(**value)
+        except InputError as error:
+            raise InputError(f"model.shape.{error}") from error
+    if value is None or isinstance(value, LlamaSizes) or (isinstance(value, str) and value in SHAPES):
+        return value
+    raise ValueError(f"must be one of {', '.join(SHAPES)}, or sizes, but it is {shown(value)}")
+
+
+@settings
 class BaseConfig:
     """Which base model.
 
@@ -54,28 +68,17 @@ class BaseConfig:
         name: a folder or a hub name; for a plan a folder with only a config.json will do.
         dtype: of its weights: `float32`, `bfloat16` or `float16`.
         quantization: of its linear layers: `fp8`, `int8` or `nf4`; None leaves them as they are.
-        shape: its sizes, for a plan where the model is not at hand: a name out of `evaluation.shapes.SHAPES`, or the
+        shape: its sizes, for a plan where the model is not at hand: a name out of `cost.shapes.SHAPES`, or the
             sizes themselves. A run does not look at them.
 
     Raises:
         InputError: a value is none of those.
     """
 
-    name: str
-    dtype: str = "float32"
-    quantization: str | None = None
-    shape: str | LlamaSizes | None = None
-
-    def __post_init__(self) -> None:
-        expand_fields(self, "name")
-        if self.dtype not in DTYPES:
-            raise InputError(f"model.dtype must be one of {', '.join(DTYPES)}, but it is {self.dtype!r}")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise InputError(
-                f"model.quantization must be one of {', '.join(QUANTIZATIONS)}, but it is {self.quantization!r}"
-            )
-        if isinstance(self.shape, str) and self.shape not in SHAPES:
-            raise InputError(f"model.shape must be one of {', '.join(SHAPES)}, but it is {self.shape!r}")
+    name: PathText
+    dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    quantization: Annotated[str, one_of(QUANTIZATIONS)] | None = None
+    shape: Annotated[str | LlamaSizes | None, PlainValidator(_shape)] = None
 
 
 def load_base_model(

@@ -12,12 +12,13 @@ from gakernels.model import GenerativeAdapter
 from gakernels.model.positions import position_limit
 from gakernels.model.window_losses import Loss, WindowBatch, to_device, token_losses
 from gakernels.nn.token_loss import by_autograd, loss_in_blocks, wide
+from gakernels.settings import Count, Positive, settings
 
 NAME = "distillation"
 TOKENS_AT_ONCE = 1 << 14  # of the teacher's pass, which keeps nothing
 
 
-@dataclass(frozen=True)
+@settings
 class Distillation:
     """The loss `distillation`: KL(teacher || student) of the next token, in nats, times the square of the temperature.
 
@@ -35,16 +36,12 @@ class Distillation:
     """
 
     of: tuple[str, ...] = ("completion",)
-    top_k: int = 64
-    temperature: float = 1.0
+    top_k: Count = 64
+    temperature: Positive = 1.0
 
     def __post_init__(self) -> None:
         if not self.of or NAME in self.of:
             raise InputError(f"of must name other losses whose tokens are distilled, but it is {self.of}")
-        if self.top_k < 1:
-            raise InputError(f"top_k must be at least 1, but it is {self.top_k}")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature must be above 0, but it is {self.temperature}")
 
     def windows(self, batch: WindowBatch) -> WindowBatch:
         """The batch with the tokens to distil as one more set of targets.

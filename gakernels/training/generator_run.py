@@ -1,17 +1,21 @@
-"""What runs that train generators share: their processes, their precision, and what they leave in their folder."""
+"""A run that trains the generators of a model in a folder: what pretraining and instruction tuning share."""
 
-from contextlib import AbstractContextManager, nullcontext
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any, Generic, Protocol, TypeVar
 
 from gakernels.distributed import Parallel, Ranks, Replicas
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
+from gakernels.training.checkpoint import find_checkpoints
+from gakernels.training.objective import Objective
 from gakernels.training.recipes import recipe_text
+from gakernels.training.run_log import StepCost
 from gakernels.training.sharding import Shards
-from gakernels.training.trainer_config import PRECISIONS, TrainerConfig
+from gakernels.training.trainer import Trainer
+from gakernels.training.trainer_config import TrainerConfig
 
 RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
 
@@ -20,50 +24,69 @@ class RunRecipe(Protocol):
     """What all recipes of such runs have."""
 
     @property
-    def trainer(self) -> TrainerConfig: ...
-
-    @property
     def parallel(self) -> str: ...
 
 
-class GeneratorRun(Protocol):
-    """A run with a model, a recipe, a folder and its processes."""
+Recipe = TypeVar("Recipe", bound=RunRecipe)
+
+
+@dataclass(frozen=True)
+class GeneratorRun(Generic[Recipe]):
+    """One run, with where it writes.
+
+    Attributes:
+        model: generators with their base.
+        recipe: everything else that it depends on.
+        folder: gets `recipe.yaml`, `log.jsonl`, `checkpoints/`, the generator and `report.json`.
+        progress: whether this process shows progress bars.
+        ranks: this process among all of the run.
+    """
+
+    model: GenerativeAdapter
+    recipe: Recipe
+    folder: Path
+    progress: bool
+    ranks: Ranks
 
     @property
-    def model(self) -> GenerativeAdapter: ...
+    def leads(self) -> bool:
+        """Whether this process writes."""
+        return self.ranks.rank == 0
 
-    @property
-    def recipe(self) -> RunRecipe: ...
+    def train_generators(
+        self,
+        config: TrainerConfig,
+        objective: Objective[Any],
+        settings: Mapping[str, Any],
+        evaluate: Callable[[], Mapping[str, Any]],
+        cost: StepCost,
+    ) -> None:
+        """Train the generators from the newest checkpoint on, and write them; see `Trainer` for the arguments."""
+        parallel = self._processes()  # before the parameters are asked for: it may shard them
+        parameters = dict(self.model.generators.named_parameters())
+        trainer = Trainer(config, parameters, objective, self.folder, settings, self.progress, parallel, evaluate, cost)
+        if not find_checkpoints(self.folder / "checkpoints"):
+            self._write(RECIPE_FILE, recipe_text(self.recipe))
+        trainer.run()
+        self._save_generators()
+        self._write(RECIPE_FILE, recipe_text(self.recipe))  # again: some settings may change when a run is resumed
 
-    @property
-    def folder(self) -> Path: ...
+    def write_report(self, values: Mapping[str, Any]) -> None:
+        """`report.json`, of JSON types."""
+        self._write(REPORT_FILE, json.dumps(values, indent=2) + "\n")
 
-    @property
-    def ranks(self) -> Ranks: ...
+    def _processes(self) -> Parallel:
+        if self.ranks.world == 1:
+            return Parallel()
+        return Shards(self.ranks, self.model) if self.recipe.parallel == "shards" else Replicas(self.ranks)
 
+    def _save_generators(self) -> None:
+        """The first process writes; where the generators are sharded, all of them take part in gathering."""
+        if self.leads:
+            self.model.save_pretrained(self.folder)
+        elif self.recipe.parallel == "shards":
+            self.model.generator_tensors()
 
-def processes_of(run: GeneratorRun) -> Parallel:
-    """How the processes work together. Shards divide the model here, so this comes before its parameters are used."""
-    if run.ranks.world == 1:
-        return Parallel()
-    return Shards(run.ranks, run.model) if run.recipe.parallel == "shards" else Replicas(run.ranks)
-
-
-def precision_of(run: GeneratorRun) -> AbstractContextManager[Any]:
-    """The autocast of the recipe's precision."""
-    dtype = PRECISIONS[run.recipe.trainer.precision]
-    return nullcontext() if dtype is None else torch.autocast(run.model.device.type, dtype=dtype)
-
-
-def save_generators(run: GeneratorRun) -> None:
-    """The first process writes; where the generators are sharded, all of them take part in gathering."""
-    if run.ranks.rank == 0:
-        run.model.save_pretrained(run.folder)
-    elif run.recipe.parallel == "shards":
-        run.model.generator_tensors()
-
-
-def write_recipe(run: GeneratorRun) -> None:
-    """`recipe.yaml`, by the first process."""
-    if run.ranks.rank == 0:
-        write_text(run.folder / RECIPE_FILE, recipe_text(run.recipe))
+    def _write(self, name: str, text: str) -> None:
+        if self.leads:
+            write_text(self.folder / name, text)

@@ -1,8 +1,10 @@
-"""What a run will take, before it starts and without its weights: parameters, memory, operations, time."""
+"""What a run will take, before it starts and without its weights: parameters, operations, time, memory or data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gakernels.cost import flops
 from gakernels.cost.memory import (
@@ -16,7 +18,16 @@ from gakernels.cost.memory import (
 from gakernels.cost.shapes import ModelShape
 from gakernels.cost.step_flops import StepFlops, pretraining_flops
 from gakernels.cost.step_memory import generator_parameters
-from gakernels.training.base_model import DTYPES, base_shape
+from gakernels.distributed import Ranks
+from gakernels.errors import InputError, first_line
+from gakernels.files import entry, read_description
+from gakernels.model import GENERATOR_FILE, locate
+from gakernels.model.config import GeneratorConfig
+from gakernels.model.hub import local_folder
+from gakernels.training.base_model import DTYPES, BaseConfig, base_shape
+from gakernels.training.instruction.recipe import FinetuningRecipe
+from gakernels.training.instruction.steps import InstructionSteps, StepLoad
+from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 
 QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # of a weight; fp8 is kept in both layouts
@@ -24,31 +35,46 @@ QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # of a weight; fp8 is k
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan_pretraining` found.
+    """What both kinds of runs take.
 
     Attributes:
         name: of the base model.
         processes: of the run.
         steps: optimizer steps.
-        segments: in a step, all processes together.
-        segments_at_once: that go through the model together on one process.
-        segment_tokens: T * M.
-        windows: of a segment, context and reconstruction together.
         base_parameters: frozen.
         generator_parameters: trained.
-        flops: of a step, all processes together.
-        memory: of one process.
+        operations: floating-point operations of a step, all processes together.
     """
 
     name: str
     processes: int
     steps: int
+    base_parameters: int
+    generator_parameters: int
+    operations: float
+
+    def seconds(self, tflops: float) -> float:
+        """The time of the run if each process computes so many 10^12 operations a second."""
+        return self.steps * self.operations / (tflops * 1e12 * self.processes)
+
+
+@dataclass(frozen=True)
+class PretrainingPlan(Plan):
+    """What `plan_pretraining` found.
+
+    Attributes:
+        segments: in a step, all processes together.
+        segments_at_once: that go through the model together on one process.
+        segment_tokens: T * M.
+        windows: of a segment, context and reconstruction together.
+        flops: the operations of a step, by their kind.
+        memory: of one process.
+    """
+
     segments: int
     segments_at_once: int
     segment_tokens: int
     windows: int
-    base_parameters: int
-    generator_parameters: int
     flops: StepFlops
     memory: MemoryEstimate
 
@@ -57,16 +83,32 @@ class Plan:
         """Segment tokens of the whole run."""
         return self.steps * self.segments * self.segment_tokens
 
-    def seconds(self, tflops: float) -> float:
-        """The time of the run if each process computes so many 10^12 operations a second."""
-        return self.steps * self.flops.total / (tflops * 1e12 * self.processes)
-
     def tokens_per_second(self, tflops: float) -> float:
         """Segment tokens a second, all processes together, at that rate."""
         return self.tokens / self.seconds(tflops)
 
 
-def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str = "cuda") -> Plan:
+@dataclass(frozen=True)
+class FinetuningPlan(Plan):
+    """What `plan_finetuning` found; its operations are counted as those of pretraining windows: a little too many.
+
+    Attributes:
+        data: what was read.
+        contexts: in a step, all processes together.
+        load: tokens, positions and passes of a step.
+    """
+
+    data: TuningData
+    contexts: int
+    load: StepLoad
+
+    @property
+    def rounds(self) -> float:
+        """How often all contexts are gone through."""
+        return self.steps * self.contexts / self.data.contexts
+
+
+def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str = "cuda") -> PretrainingPlan:
     """The plan of a run, from shapes alone.
 
     Args:
@@ -81,9 +123,8 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
     shape, config, windows = base_shape(recipe.model), recipe.generator, recipe.windows
     at_once = windows.at_once(processes)
     one = pretraining_flops(shape, config, windows.chunks, config.chunk_size, windows.plain, windows.slices)
-    linears = flops.adapted_linears(shape, config)
-    each = sum(generator_parameters(config, shape.hidden, linear) for linear in linears)
-    return Plan(
+    operations = one * windows.batch_size
+    return PretrainingPlan(
         name=recipe.model.name,
         processes=processes,
         steps=recipe.trainer.steps,
@@ -92,8 +133,9 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
         segment_tokens=recipe.segment_tokens,
         windows=(1 + windows.slices) * windows.chunks,
         base_parameters=shape.parameters,
-        generator_parameters=each * len(flops.adapted_layers(shape, config)),
-        flops=one * windows.batch_size,
+        generator_parameters=_trained(shape, config),
+        operations=operations.total,
+        flops=operations,
         memory=_memory(recipe, shape, at_once, processes, device),
     )
 
@@ -126,3 +168,73 @@ def step_setting(recipe: PretrainingRecipe, world: int, device: str) -> StepSett
         accumulates=recipe.windows.batch_size // world > recipe.windows.at_once(world),
         device=device,
     )
+
+
+def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = True) -> FinetuningPlan:
+    """The plan of a run: its data is read and tokenised, no weights are loaded.
+
+    Args:
+        recipe: of the run.
+        world: number of processes.
+        progress: show bars.
+
+    Raises:
+        InputError: the data can't be used, there is no tokenizer or configuration of the base model, or something in
+            the recipe does not go together.
+    """
+    base, config = _models(recipe)
+    shape = base_shape(base)
+    data = load_tuning_data(
+        recipe.data,
+        _tokenizer(base.name),
+        shape.vocabulary,
+        recipe.batches.window or config.chunk_size,
+        recipe.evaluation.contexts,
+        recipe.seed,
+        progress,
+        recipe.moment,
+    )
+    steps = recipe.steps(data.contexts)
+    batches = InstructionSteps(
+        data.sources, data.weights, recipe.batches, config.chunk_size, seed=recipe.seed, ranks=Ranks(0, world)
+    )
+    load = batches.load(min(16, steps))
+    segment = pretraining_flops(shape, config, 8, config.chunk_size)
+    return FinetuningPlan(
+        name=base.name,
+        processes=world,
+        data=data,
+        steps=steps,
+        contexts=recipe.batches.batch_size,
+        load=load,
+        base_parameters=shape.parameters,
+        generator_parameters=_trained(shape, config),
+        operations=segment.total * load.positions / (16 * config.chunk_size),
+    )
+
+
+def _models(recipe: FinetuningRecipe) -> tuple[BaseConfig, GeneratorConfig]:
+    """The base model and the generator's settings, by name or out of the generator that the run starts from."""
+    if recipe.start is None:
+        assert recipe.model is not None
+        return recipe.model, recipe.generator or GeneratorConfig()
+    folder = local_folder(recipe.start)
+    path = folder / GENERATOR_FILE
+    description = read_description(path, "generator")
+    config = GeneratorConfig.from_dict(entry(path, description, "config", dict))
+    name = locate(folder, entry(path, description, "base_name", str))
+    return recipe.model or BaseConfig(name), config
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the package tokenizers raises nothing narrower
+        raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
+    return tokenizer
+
+
+def _trained(shape: ModelShape, config: GeneratorConfig) -> int:
+    """Parameters of the generators."""
+    each = sum(generator_parameters(config, shape.hidden, linear) for linear in flops.adapted_linears(shape, config))
+    return each * len(flops.adapted_layers(shape, config))

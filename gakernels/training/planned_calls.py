@@ -26,8 +26,8 @@ from gakernels.model.config import GeneratorConfig
 from gakernels.model.window_losses import WindowBatch, pretraining_windows
 from gakernels.nn import CompactFactors, LowRankFactors
 from gakernels.ops import dispatch
+from gakernels.training.instruction.answers import adapters, encode_windows
 from gakernels.training.instruction.batches import instruction_batch
-from gakernels.training.instruction.losses import adapters, encode_windows
 
 PASS = 8  # chunks of a context that go through the model at once, as by default
 

@@ -1,20 +1,18 @@
 """Pretraining a generator: from a recipe to the trained generator and the report on held-out contexts."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gakernels.cost.memory import fit_memory_budget, parse_bytes
 from gakernels.cost.shapes import ModelShape
 from gakernels.cost.step_flops import pretraining_flops
 from gakernels.distributed import Parallel, Ranks, Replicas
 from gakernels.errors import InputError
-from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.model.compilation import compile_layers, uncompile_layers
 from gakernels.model.positions import check_chunk_size
@@ -22,18 +20,16 @@ from gakernels.model.static_lora import STATIC_LORA_FILE, StaticLora, static_ada
 from gakernels.model.window_losses import WindowBatch, pretraining_windows, window_losses
 from gakernels.nn import LowRankFactors
 from gakernels.training.base_model import load_base_model
-from gakernels.training.checkpoint import find_checkpoints
 from gakernels.training.distillation import NAME as DISTILLATION
-from gakernels.training.generator_run import REPORT_FILE, precision_of, processes_of, save_generators, write_recipe
+from gakernels.training.generator_run import GeneratorRun
 from gakernels.training.objective import WindowObjective
 from gakernels.training.perplexity import HeldOutContexts, PerplexityReport, context_perplexity
 from gakernels.training.plan import largest_step, step_setting
 from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
 from gakernels.training.run_folder import only_run
-from gakernels.training.throughput import StepCost
+from gakernels.training.run_log import StepCost
 from gakernels.training.trainer import Trainer
-from gakernels.training.trainer_config import TrainerConfig
 
 
 def make_model(recipe: PretrainingRecipe, device: torch.device | str) -> GenerativeAdapter:
@@ -80,11 +76,12 @@ def pretrain(
             "put its files into the folder of the model, or pass one to GenerativeAdapter"
         )
     with only_run(folder, ranks):
-        run = _Run(model, recipe, _read(model, recipe, ranks, progress), folder, progress, ranks)
-        run.train_generators()
-        report = run.evaluate(run.data.held_out, {"static_lora": run.train_control()} if run.has_control else {})
-        if ranks.rank == 0:
-            write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=2) + "\n")
+        data = _read(model, recipe, ranks, progress)
+        run = _Pretraining(model, recipe, folder, progress and ranks.rank == 0, ranks, data)
+        run.train()
+        has_control = recipe.evaluation.static_lora
+        report = run.evaluate(data.held_out, {"static_lora": run.train_control()} if has_control else {}, run.progress)
+        run.write_report(report.to_dict())
     return report
 
 
@@ -99,35 +96,17 @@ def _read(model: GenerativeAdapter, recipe: PretrainingRecipe, ranks: Ranks, pro
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One run, with what it reads and where it writes."""
-
-    model: GenerativeAdapter
-    recipe: PretrainingRecipe
+class _Pretraining(GeneratorRun[PretrainingRecipe]):
     data: PretrainingData
-    folder: Path
-    progress: bool
-    ranks: Ranks
 
-    @property
-    def has_control(self) -> bool:
-        return self.recipe.evaluation.static_lora
-
-    def train_generators(self) -> None:
-        """Train them and write them."""
+    def train(self) -> None:
+        """Train the generators and write them."""
         settings = self.settings()
         self._prepare_base()
-        parallel = processes_of(self)
-        parameters = dict(self.model.generators.named_parameters())
-        trainer = self._trainer(self.recipe.trainer, parameters, self._objective(), parallel, settings)
-        if self.ranks.rank == 0 and not find_checkpoints(self.folder / "checkpoints"):
-            write_recipe(self)
         try:
-            trainer.run()
+            self.train_generators(self.recipe.trainer, self._objective(), settings, self._evaluate_some, self._cost())
         finally:
             uncompile_layers(self.model.base)
-        save_generators(self)
-        write_recipe(self)  # again: some settings may change when a run is gone on with
 
     def train_control(self) -> dict[str, LowRankFactors]:
         """The static LoRA, trained as the generators were, on the losses of the text itself."""
@@ -140,11 +119,17 @@ class _Run:
             evaluate_every=None,
         )
         objective = WindowObjective(self.windows, lambda batch: control.window_losses(self.model, batch))
-        parallel = Parallel() if self.ranks.world == 1 else Replicas(self.ranks)
-        self._trainer(
-            config, dict(control.named_parameters()), objective, parallel, self.settings(), "static_lora"
+        Trainer(
+            config,
+            dict(control.named_parameters()),
+            objective,
+            self.folder / "static_lora",
+            self.settings(),
+            self.progress,
+            Parallel() if self.ranks.world == 1 else Replicas(self.ranks),
+            cost=self._cost(),
         ).run()
-        if self.ranks.rank == 0:
+        if self.leads:
             static_adapter(self.model, control.factors()).save(self.folder / STATIC_LORA_FILE)
         return control.factors()
 
@@ -152,13 +137,12 @@ class _Run:
         self,
         held_out: HeldOutContexts,
         controls: Mapping[str, Mapping[str, LowRankFactors]] | None = None,
-        progress: bool = True,
+        progress: bool = False,
     ) -> PerplexityReport:
         """Perplexities of contexts, in the precision of the run."""
         chunks, size = self.recipe.context_chunks, self.recipe.evaluation.batch_size
-        shown = progress and self.progress and self.ranks.rank == 0
-        with precision_of(self):
-            return context_perplexity(self.model, held_out, chunks, controls, size, shown)
+        with self.recipe.trainer.autocast(self.model.device):
+            return context_perplexity(self.model, held_out, chunks, controls, size, progress)
 
     def settings(self) -> dict[str, Any]:
         """What a run depends on, for its checkpoints. The data counts by its tokens, not by its path."""
@@ -199,30 +183,9 @@ class _Run:
             lambda batch: distillation.losses(self.model, batch),
         )
 
-    def _trainer(
-        self,
-        config: TrainerConfig,
-        parameters: Mapping[str, nn.Parameter],
-        objective: WindowObjective,
-        parallel: Parallel,
-        settings: Mapping[str, Any],
-        part: str = "",
-    ) -> Trainer:
-        return Trainer(
-            config,
-            parameters,
-            objective,
-            self.folder / part,
-            settings,
-            self.progress,
-            parallel,
-            self._evaluate_some if config.evaluate_every else None,
-            self._cost(),
-        )
-
     def _evaluate_some(self) -> dict[str, object]:
         held_out = few(self.data.held_out, self.recipe.evaluation.contexts_at_intervals)
-        return self.evaluate(held_out, progress=False).to_dict()
+        return self.evaluate(held_out).to_dict()
 
     def _prepare_base(self) -> None:
         """How the base model is run: recomputation, streams, compilation."""

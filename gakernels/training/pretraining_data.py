@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,11 +26,11 @@ from gakernels.data.cache import DESCRIPTION
 from gakernels.data.caching import automatic_folder
 from gakernels.errors import InputError
 from gakernels.model.encoding import check_tokens
-from gakernels.paths import expand_fields
+from gakernels.settings import AtLeastTwo, Flag, Number, PathText, UserPath, settings
 from gakernels.training.perplexity import HeldOutContexts
 
 
-@dataclass(frozen=True)
+@settings
 class SourceConfig:
     """One source of a mixture.
 
@@ -41,15 +40,12 @@ class SourceConfig:
         text_key: the entry of a record, or the column, that holds the text.
     """
 
-    path: str
-    weight: float = 1.0
+    path: PathText
+    weight: Number = 1.0
     text_key: str = "text"
 
-    def __post_init__(self) -> None:
-        expand_fields(self, "path")
 
-
-@dataclass(frozen=True)
+@settings
 class DataConfig:
     """What a generator is pretrained on.
 
@@ -71,25 +67,22 @@ class DataConfig:
         InputError: there is neither a path nor sources, or both, or the settings do not go together.
     """
 
-    path: str | None = None
+    path: PathText | None = None
     sources: Mapping[str, SourceConfig] = field(default_factory=dict)
     text_key: str = "text"
-    within_documents: bool = False
-    held_out_path: str | None = None
-    held_out_every: int | None = None
-    cache: Path | None = None
-    strict: bool = False
+    within_documents: Flag = False
+    held_out_path: PathText | None = None
+    held_out_every: AtLeastTwo | None = None
+    cache: UserPath | None = None
+    strict: Flag = False
 
     def __post_init__(self) -> None:
-        expand_fields(self, "path", "held_out_path", "cache")
         if (self.path is None) == (not self.sources):
             raise InputError("data must have either a path or sources")
         if self.held_out_path is not None and self.held_out_every is not None:
             raise InputError("data.held_out_path and data.held_out_every must not both be given")
         if self.cache is not None and len(self.sources) > 1:
             raise InputError("data.cache must not be given with several sources: each has a cache of its own")
-        if self.held_out_every is not None and self.held_out_every < 2:
-            raise InputError(f"data.held_out_every must be at least 2, but it is {self.held_out_every}")
 
     def all_sources(self) -> Mapping[str, SourceConfig]:
         """The sources by name, also where there is only a path."""

@@ -1,26 +1,28 @@
 """The recipe of a pretraining run: everything that it depends on."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import Field
 
 from gakernels.cost.memory import parse_bytes
 from gakernels.errors import InputError
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.window_losses import RECONSTRUCTIONS, check_slices
+from gakernels.settings import AtLeastTwo, Count, Flag, Int, Number, Seed, one_of, settings
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
 from gakernels.training.pretraining_data import DataConfig
-from gakernels.training.trainer_config import TrainerConfig
-
-PARALLEL = ("replicas", "shards")
+from gakernels.training.trainer_config import Processes, TrainerConfig
 
 
-@dataclass(frozen=True)
+@settings
 class WindowsConfig:
     """How segments become windows, and how many go into a step.
 
     Attributes:
         chunks: T, context chunks in a segment (8 in the paper).
-        reconstruction: see `objectives.pretraining_windows`.
+        reconstruction: see `window_losses.pretraining_windows`.
         slices: reconstruction windows for each adapter; 0 for completion alone.
         batch_size: segments in a step, on all processes together.
         single_share: in that share of the steps, the first ones, every chunk is a segment of its own (T = 1, as many
@@ -33,27 +35,16 @@ class WindowsConfig:
         InputError: a value is out of range.
     """
 
-    chunks: int = 8
-    reconstruction: str = "random_slice"
-    slices: int = 1
-    batch_size: int = 8
-    single_share: float = 0.0
-    plain: bool = False
-    segments_at_once: int | None = None
+    chunks: Count = 8
+    reconstruction: Annotated[str, one_of(RECONSTRUCTIONS)] = "random_slice"
+    slices: Int = 1
+    batch_size: Count = 8
+    single_share: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    plain: Flag = False
+    segments_at_once: Count | None = None
 
     def __post_init__(self) -> None:
-        for name in ("chunks", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         check_slices(self.slices, 1 if self.single_share else self.chunks, self.reconstruction)
-        if not 0 <= self.single_share <= 1:
-            raise InputError(f"single_share must be between 0 and 1, but it is {self.single_share}")
-        if self.segments_at_once is not None and self.segments_at_once < 1:
-            raise InputError(f"segments_at_once must be at least 1, but it is {self.segments_at_once}")
-        if self.reconstruction not in RECONSTRUCTIONS:
-            raise InputError(
-                f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}, but it is {self.reconstruction!r}"
-            )
 
     def at_once(self, world: int) -> int:
         """Segments of a micro-batch.
@@ -74,9 +65,9 @@ class WindowsConfig:
         return size
 
 
-@dataclass(frozen=True)
+@settings
 class EvaluationConfig:
-    """What is scored during a run and at its end (`evaluation.perplexity`).
+    """What is scored during a run and at its end (`training.perplexity`).
 
     Attributes:
         contexts: held-out contexts of the report at the end; what follows each has as many tokens.
@@ -89,20 +80,14 @@ class EvaluationConfig:
         InputError: a value is out of range.
     """
 
-    contexts: int = 32
-    context_chunks: int | None = None
-    contexts_at_intervals: int = 8
-    batch_size: int = 4
-    static_lora: bool = False
-
-    def __post_init__(self) -> None:
-        least = {"contexts": 2, "contexts_at_intervals": 2, "context_chunks": 1, "batch_size": 1}
-        for name, value in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < value:
-                raise InputError(f"evaluation.{name} must be at least {value}, but it is {getattr(self, name)}")
+    contexts: AtLeastTwo = 32
+    context_chunks: Count | None = None
+    contexts_at_intervals: AtLeastTwo = 8
+    batch_size: Count = 4
+    static_lora: Flag = False
 
 
-@dataclass(frozen=True)
+@settings
 class PretrainingRecipe:
     """Everything that a pretraining run depends on; what it is called in a file is in docs/configuration.md.
 
@@ -120,7 +105,7 @@ class PretrainingRecipe:
             stay below; None for no limit.
         overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
             not with `shards`.
-        compile: compile the decoder layers while training (`compilation.compile_layers`).
+        compile: compile the decoder layers while training (`model.compilation.compile_layers`).
 
     Raises:
         InputError: a value is out of range, or a chunk has no token to predict.
@@ -132,18 +117,14 @@ class PretrainingRecipe:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     windows: WindowsConfig = field(default_factory=WindowsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
-    parallel: str = "replicas"
+    seed: Seed = 0
+    parallel: Processes = "replicas"
     distillation: Distillation | None = None
     memory_budget: str | None = None
-    overlap: bool = False
-    compile: bool = False
+    overlap: Flag = False
+    compile: Flag = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be between 0 and 2^32 - 1, but it is {self.seed}")
-        if self.parallel not in PARALLEL:
-            raise InputError(f"parallel must be one of {', '.join(PARALLEL)}, but it is {self.parallel!r}")
         if self.overlap and self.parallel == "shards":
             raise InputError("overlap must be false with parallel: shards, whose weights come and go during a step")
         if self.generator.chunk_size < 2:

@@ -1,23 +1,23 @@
-"""One optimizer step: micro-batches, gradients of all processes, clipping, guard, AdamW."""
+"""One optimizer step: rate, random numbers, micro-batches, gradients of all processes, clipping, guard, AdamW."""
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gakernels.distributed import Parallel
 from gakernels.errors import InputError
 from gakernels.model.window_losses import Loss
-from gakernels.training.guard import StepGuard
 from gakernels.training.objective import Objective, as_objective
-from gakernels.training.randomness import seed_step
-from gakernels.training.schedule import learning_rate_factor
 from gakernels.training.sharding import whole
-from gakernels.training.trainer_config import PRECISIONS, TrainerConfig
+from gakernels.training.trainer_config import Schedule, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class TrainingStep:
         objective = as_objective(self.objective)
         seed_step(self._config.seed, number, self._parallel.ranks.rank)
         self._set_rates(number)
-        with self._autocast():
+        with self._config.autocast(self.device):
             batches = objective.batches(number)
             tokens = self._count([objective.target_counts(batch) for batch in batches], number)
         divisors = {name: count.clamp(min=1) for name, count in tokens.items()}
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(len(tokens), dtype=torch.float64, device=self.device)
         for place, batch in enumerate(batches):
-            with self._autocast():
+            with self._config.autocast(self.device):
                 losses = objective.losses(batch)
                 loss = self._weighted(losses, divisors)
             self._parallel.backward(loss, last=place == len(batches) - 1)
@@ -111,10 +111,6 @@ class TrainingStep:
         self.learning_rate = config.learning_rate * factor
         for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
             group["lr"] = self.learning_rate * factor
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = PRECISIONS[self._config.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _count(self, counts: Sequence[Mapping[str, int | Tensor]], number: int) -> dict[str, Tensor]:
         """Target tokens of each loss over all micro-batches and processes."""
@@ -179,3 +175,112 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], config: TrainerConf
 def _factor(name: str, config: TrainerConfig) -> float:
     fitting = (factor for pattern, factor in config.learning_rate_factors if fnmatch.fnmatchcase(name, pattern))
     return next(fitting, 1.0)
+
+
+RECENT, LEAST = 64, 16  # losses that the median is taken of, and how many there must be
+
+
+class StepGuard:
+    """Decides about each step on the device, where AdamW reads the decision: nothing waits for it.
+
+    A step is bad if its loss or gradient norm is not finite, or if the loss is above `spike_factor` times the median of
+    the last 64 losses of good steps, once there are 16.
+    """
+
+    def __init__(self, device: torch.device, spike_factor: float = math.inf) -> None:
+        self._factor = spike_factor
+        self._recent = torch.full((RECENT,), math.nan, device=device)
+        self._good = torch.zeros((), dtype=torch.int64, device=device)
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """1.0 for a bad step and 0.0 for a good one (a tensor), of its loss and gradient norm."""
+        loss = loss.to(self._recent.dtype)
+        spike = (loss > self._factor * self._recent.nanmedian()) & (self._good >= LEAST)
+        bad = spike | ~(loss.isfinite() & norm.isfinite())
+        place = (self._good % RECENT)[None]
+        self._recent.index_copy_(0, place, torch.where(bad, self._recent[place], loss))
+        self._good += ~bad
+        return bad.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; a resumed run writes into these."""
+        return {"recent": self._recent, "good": self._good}
+
+
+@dataclass
+class SkippedSteps:
+    """Decisions of the guard on the host: on a GPU those of all steps but the newest, so that nothing waits for it."""
+
+    in_a_row: int = 0
+    _pending: list[tuple[int, Tensor, "torch.cuda.Event | None"]] = field(default_factory=list)
+
+    def add(self, step: int, bad: Tensor) -> None:
+        """The decision about a step is on its way."""
+        if bad.device.type != "cuda":
+            self._pending.append((step, bad, None))
+            return
+        host = torch.empty((), pin_memory=True)
+        host.copy_(bad, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((step, host, event))
+
+    def read(self, all_of_them: bool = False) -> list[int]:
+        """The bad steps among those decided since the last call."""
+        late = 1 if self._pending and self._pending[-1][2] is not None and not all_of_them else 0
+        ready, self._pending = self._pending[: len(self._pending) - late], self._pending[len(self._pending) - late :]
+        skipped = []
+        for step, bad, event in ready:
+            if event is not None:
+                event.synchronize()
+            self.in_a_row = self.in_a_row + 1 if bad.item() else 0
+            if self.in_a_row:
+                skipped.append(step)
+        return skipped
+
+
+def culprit(losses: Mapping[str, float], norm: float) -> str:
+    """What was wrong with a bad step, in words."""
+    names = [f"loss {name!r}" for name, value in losses.items() if not math.isfinite(value)]
+    if names:
+        return f"the {names[0]} is not finite"
+    return "the loss is far above those before it" if math.isfinite(norm) else "the gradient is not finite"
+
+
+def learning_rate_factor(schedule: str, step: int, warmup_steps: int, total_steps: int) -> float:
+    """Factor of the learning rate at a step, counted from 0.
+
+    The first step already learns: its factor is 1 / warmup_steps. After the warm-up the factor falls to zero along a
+    straight line (`linear`, the paper's schedule, appendix B) or half a cosine (`cosine`), or stays (`constant`).
+
+    Raises:
+        InputError: there is no schedule of that name.
+    """
+    if schedule not in get_args(Schedule):
+        raise InputError(f"schedule must be one of {', '.join(get_args(Schedule))}, but it is {schedule!r}")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    left = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    if schedule == "linear":
+        return left
+    return (1 - math.cos(math.pi * left)) / 2 if schedule == "cosine" else 1.0
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Whatever a step draws from the global generators follows from these three numbers alone."""
+    number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@contextmanager
+def random_kept(device: torch.device) -> Iterator[None]:
+    """The global generators are after the block as they were before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

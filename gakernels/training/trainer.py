@@ -1,12 +1,17 @@
 """The training loop: steps, log, evaluations, checkpoints, signals, on one or several processes."""
 
+from __future__ import annotations
+
 import math
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -17,14 +22,10 @@ from gakernels.distributed import Parallel
 from gakernels.errors import FormatError
 from gakernels.model.window_losses import Loss
 from gakernels.training.checkpoint import RunState, load_checkpoint, newest_good, save_checkpoint
-from gakernels.training.guard import SkippedSteps, culprit
 from gakernels.training.objective import Objective
-from gakernels.training.randomness import random_kept
-from gakernels.training.run_log import RunLog
+from gakernels.training.run_log import RunLog, StepCost, peak_bytes, peak_tflops
 from gakernels.training.sharding import local_part
-from gakernels.training.signals import StopRequest, TrainingStopped, stop_requests
-from gakernels.training.step import StepResult, TrainingStep
-from gakernels.training.throughput import StepCost, peak_bytes, peak_tflops
+from gakernels.training.step import SkippedSteps, StepResult, TrainingStep, culprit, random_kept
 from gakernels.training.trainer_config import OUTER_SETTINGS, TrainerConfig
 
 __all__ = ["Trainer", "TrainerConfig"]
@@ -121,12 +122,12 @@ class Trainer:
             log.close()
         return lines
 
-    def _bar(self, first: int) -> "tqdm[NoReturn]":
+    def _bar(self, first: int) -> tqdm[NoReturn]:
         return tqdm(
             total=self.config.steps, initial=first, desc=self.config.label, unit="step", disable=not self.progress
         )
 
-    def _show(self, bar: "tqdm[NoReturn]", line: Mapping[str, Any]) -> None:
+    def _show(self, bar: tqdm[NoReturn], line: Mapping[str, Any]) -> None:
         shown = {name: f"{value:.3f}" for name, value in line["loss"].items()}
         if "tokens_per_second" in line:
             shown["tokens/s"] = f"{line['tokens_per_second']:,.0f}"
@@ -174,7 +175,7 @@ class Trainer:
     def _evaluates(self, done: int) -> bool:
         return self.evaluate is not None and _due(done, self.config.evaluate_every)
 
-    def _line(self, done: int, clock: "_Clock") -> dict[str, Any]:
+    def _line(self, done: int, clock: _Clock) -> dict[str, Any]:
         """The line of the log about the steps since the one before; it waits for the device."""
         rows = [_numbers(result) for result in self._results]
         self._report_skipped(done, self._skipped.read(all_of_them=True))
@@ -306,3 +307,44 @@ def _due(done: int, every: int | None) -> bool:
 
 def _numbers(result: StepResult | list[float]) -> list[float]:
     return result if isinstance(result, list) else result.numbers()
+
+
+class TrainingStopped(SystemExit):
+    """A run stopped because it was asked to.
+
+    Uncaught it ends the process with the code that shells give a process ended by that signal: 143 for SIGTERM, 130
+    for SIGINT.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StopRequest:
+    """The signal that came, if any."""
+
+    number: int = 0
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler: a second signal does what it always did."""
+        self.number = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Signals to stop are noted while the block runs, in the main thread; elsewhere Python can't hear them."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -211,7 +211,7 @@ def test_mistakes_are_told_in_one_line(
     )
     assert "batch_size must be at least 1" in refused("finetune", *options, "--batch-size", 0)
     assert "learning_rate must be above 0" in refused("finetune", *options, "--learning-rate", -1)
-    assert "epochs must be above 0" in refused("finetune", *options, "--epochs", 0)
+    assert "epochs must be finite and above 0" in refused("finetune", *options, "--epochs", 0)
     assert "losses must be answers and others" in refused("finetune", *options, "--losses", "completion")
     assert "there is no file or folder" in refused("finetune", *options, "--data", tmp_path / "none.jsonl")
     assert "generator must not be given with start" in refused("finetune", *options, "--set", "generator.rank=4")

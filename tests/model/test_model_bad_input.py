@@ -1,6 +1,8 @@
 """Wrong input to the model layer is refused with a message that names it; and what is odd but right is taken."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -14,10 +16,13 @@ from gakernels import GenerativeAdapter, GeneratorConfig, InputError
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"linears": ()}, "linears must be a tuple of at least one"),
-        ({"linears": "o_proj"}, "linears must be a tuple.*'o_proj'"),
+        ({"linears": ()}, "linears must have at least 1 entry, but it has 0"),
+        ({"linears": "o_proj"}, "linears must be a list, but it is 'o_proj'"),
         ({"layers": ()}, "layers must be different numbers, at least one"),
         ({"layers": (1, 1)}, "layers must be different numbers"),
+        ({"state_size": True}, "state_size must be an integer, but it is True"),
+        ({"linears": ("o_proj", 3)}, r"linears\[1\] must be text, but it is 3"),
+        ({"scale": "large"}, "scale must be a number, but it is 'large'"),
         ({"rank": 17}, r"rank must be between 1 and state_size \(16\), but it is 17"),
         ({"rank": 0}, "rank must be between 1"),
         ({"state_size": 0, "rank": 0}, "state_size must be at least 1, but it is 0"),
@@ -34,14 +39,17 @@ def test_a_setting_out_of_range_is_named(settings: dict[str, object], message: s
         make_config(**settings)
 
 
-def test_unknown_settings_are_listed_beside_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown generator setting\(s\) ranks, sise; known are .*rank, scale"):
-        GeneratorConfig.from_dict({"ranks": 3, "sise": 2, "rank": 4})
+@pytest.mark.parametrize(("name", "hint"), [("ranks", r"did you mean rank\?"), ("flux", "known are .*rank, scale")])
+def test_an_unknown_setting_is_named_beside_the_nearest_one_or_all(name: str, hint: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} is no setting; {hint}"):
+        GeneratorConfig.from_dict({name: 3, "rank": 4})
 
 
 def test_settings_survive_their_dictionary() -> None:
     config = make_config(layers=(0, 2), norm="frobenius", scale=None)
     assert GeneratorConfig.from_dict(config.to_dict()) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(copy.deepcopy(config)) == hash(config)
     assert config.adapter_scale == 4.0  # alpha 64 / d_r 16
 
 

@@ -12,8 +12,7 @@ import torch
 
 from gakernels import InputError
 from gakernels.cli import main
-from gakernels.training.curves import draw_runs, plot_runs
-from gakernels.training.run_series import RunSeries, Series, read_runs
+from gakernels.training.curves import RunSeries, Series, draw_runs, plot_runs, read_runs
 
 
 def make_log(steps: range, offset: float = 0.0, evaluated: bool = True) -> list[dict[str, Any]]:

@@ -27,8 +27,7 @@ from gakernels.distributed import Parallel, Ranks, Replicas, process_group
 from gakernels.model.window_losses import WindowBatch, pretraining_windows, window_losses
 from gakernels.training.objective import WindowObjective
 from gakernels.training.sharding import Shards
-from gakernels.training.signals import TrainingStopped
-from gakernels.training.trainer import Trainer, TrainerConfig
+from gakernels.training.trainer import Trainer, TrainerConfig, TrainingStopped
 
 BATCH, CHUNKS, LENGTH, STEPS = 4, 3, 5, 6
 

@@ -159,8 +159,8 @@ def test_bad_input() -> None:
         ({"of": ()}, "of must name"),
         ({"of": ("distillation",)}, "of must name"),
         ({"top_k": 0}, "top_k must be at least 1, but it is 0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0"),
+        ({"temperature": float("nan")}, "temperature must be finite and above 0"),
     ):
         with pytest.raises(InputError, match=message):
             Distillation(**settings)

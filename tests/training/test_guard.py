@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gakernels.model.window_losses import Loss
 from gakernels.training.checkpoint import find_checkpoints
-from gakernels.training.guard import LEAST, RECENT, StepGuard
+from gakernels.training.step import LEAST, RECENT, StepGuard
 
 
 def spoiled(problem: Problem, bad: set[int], what: str) -> Any:

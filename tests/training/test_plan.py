@@ -14,6 +14,7 @@ from gakernels.training.base_model import BaseConfig, LlamaSizes
 from gakernels.training.plan import plan_pretraining, step_setting
 from gakernels.training.pretraining_data import DataConfig
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
+from gakernels.training.recipes import load_recipe
 from gakernels.training.trainer import TrainerConfig
 
 
@@ -95,12 +96,34 @@ def test_sizes_in_a_recipe_are_those_of_such_a_model() -> None:
         assert plan_pretraining(recipe, device="cpu").base_parameters == shape.parameters
 
 
+SIZES = "hidden: 576, ffn: 1536, layers: 30, heads: 9, kv_heads: 3, head_dim: 64, vocabulary: 49152, tied: true"
+
+
+def test_sizes_may_be_given_in_one_override() -> None:
+    recipe = load_recipe(PretrainingRecipe, Path("cpu-small-pretraining"), [f"model.shape={{{SIZES}}}"])
+    assert recipe.model.shape == LlamaSizes(576, 1536, 30, 9, 3, 64, 49152, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (f"{SIZES}, depth: 3", r"model\.shape\.depth is no setting; known are hidden, ffn"),
+        (SIZES.replace("576", "many"), r"model\.shape\.hidden must be an integer, but it is 'many'"),
+        (SIZES.replace("30", "0"), r"model\.shape\.layers must be at least 1, but it is 0"),
+        ("hidden: 576", r"model\.shape\.ffn is needed, but it is not given"),
+    ],
+)
+def test_a_mistake_in_sizes_is_named(sizes: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        load_recipe(PretrainingRecipe, Path("cpu-small-pretraining"), [f"model.shape={{{sizes}}}"])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dtype": "int4"}, r"model\.dtype must be one of float32, bfloat16, float16, but it is 'int4'"),
-        ({"quantization": "int2"}, r"model\.quantization must be one of fp8, .*, but it is 'int2'"),
-        ({"shape": "mistral-8b"}, r"model\.shape must be one of .*mistral-7b, .*, but it is 'mistral-8b'"),
+        ({"dtype": "int4"}, r"^dtype must be one of float32, bfloat16, float16, but it is 'int4'"),
+        ({"quantization": "int2"}, r"^quantization must be one of fp8, .*, but it is 'int2'"),
+        ({"shape": "mistral-8b"}, r"^shape must be one of .*mistral-7b, .*, but it is 'mistral-8b'"),
     ],
 )
 def test_a_base_that_can_not_be_is_refused(values: dict[str, str], message: str) -> None:

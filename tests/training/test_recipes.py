@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import pytest
@@ -11,32 +11,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gakernels import InputError
+from gakernels.settings import Flag, Int, Number, UserPath, Weights, settings
 from gakernels.training.recipes import load_recipe, recipe_text
 
 
-@dataclass(frozen=True)
+@settings
 class Optimiser:
-    steps: int
-    rate: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weights: tuple[tuple[str, float], ...] = ()
-    ends_early: bool = False
+    steps: Int
+    rate: Number = 5e-5
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    weights: Weights = ()
+    ends_early: Flag = False
 
 
-@dataclass(frozen=True)
+@settings
 class Source:
-    path: Path
-    weight: float = 1.0
+    path: UserPath
+    weight: Number = 1.0
 
 
-@dataclass(frozen=True)
+@settings
 class Whole:
     optimiser: Optimiser
     name: str = "base"
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Int, ...] | None = None
     linears: tuple[str, ...] = ("o_proj",)
-    cache: Path | None = None
-    scale: float | None = None
+    cache: UserPath | None = None
+    scale: Number | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
 
 
@@ -89,6 +90,7 @@ def test_nothing_can_be_given_where_nothing_is_a_value(tmp_path: Path) -> None:
 
 names = st.text("abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=9)
 numbers = st.floats(allow_nan=False)
+weights = st.floats(0, allow_nan=False, allow_infinity=False)
 recipes = st.builds(
     Whole,
     optimiser=st.builds(
@@ -96,7 +98,7 @@ recipes = st.builds(
         steps=st.integers(),
         rate=numbers,
         betas=st.tuples(numbers, numbers),
-        weights=st.dictionaries(names, numbers, max_size=3).map(lambda pairs: tuple(pairs.items())),
+        weights=st.dictionaries(names, weights, max_size=3).map(lambda pairs: tuple(pairs.items())),
         ends_early=st.booleans(),
     ),
     name=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=9),
@@ -121,7 +123,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
         ("", ["optimiser.stepps=1"], r"^optimiser\.stepps is no setting; did you mean optimiser\.steps\?$"),
         ("", ["optimiser.zzz=1"], r"^optimiser\.zzz is no setting; known are steps, rate, betas"),
         ("", ["sources.books.wait=1"], r"^sources\.books\.wait is no setting; did you mean sources\.books\.weight\?"),
-        ("", ["sources.books.weight=1"], r"^sources\.books\.path is needed"),
+        ("", ["optimiser.steps=1", "sources.books.weight=1"], r"^sources\.books\.path is needed"),
         ("optimiser: {steps: 1.5}", [], r"^optimiser\.steps must be an integer, but it is 1\.5$"),
         ("optimiser: {steps: yes}", [], r"^optimiser\.steps must be an integer, but it is True$"),
         ("optimiser: {steps: many}", [], r"^optimiser\.steps must be an integer, but it is 'many'$"),

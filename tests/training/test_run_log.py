@@ -13,8 +13,7 @@ from regression import InterruptionError, Problem, drawn_seed, interrupted, make
 
 from gakernels import InputError
 from gakernels.model.window_losses import Loss
-from gakernels.training.run_log import flat_numbers, read_log
-from gakernels.training.throughput import StepCost
+from gakernels.training.run_log import StepCost, flat_numbers, read_log
 
 
 def test_rates_come_from_the_cost_of_a_step(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The learning-rate schedule."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from gakernels import InputError
-from gakernels.training.schedule import SCHEDULES, learning_rate_factor, steps_of_epochs
+from gakernels.training.step import learning_rate_factor
+from gakernels.training.trainer_config import Schedule
 
 
 def test_values_at_the_borders() -> None:
@@ -34,7 +36,7 @@ def test_a_warmup_longer_than_the_run_only_rises() -> None:
     assert [learning_rate_factor("linear", step, 8, 4) for step in range(4)] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_all_begin_with_the_same_warmup(schedule: str) -> None:
     factors = [learning_rate_factor(schedule, step, 5, 20) for step in range(6)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
@@ -49,11 +51,3 @@ def test_a_cosine_falls_by_half_a_wave() -> None:
 def test_an_unknown_schedule_is_named() -> None:
     with pytest.raises(InputError, match="schedule must be one of linear, cosine, constant, but it is 'step'"):
         learning_rate_factor("step", 0, 0, 1)
-
-
-def test_epochs_become_steps() -> None:
-    examples, batch = int(torch.randint(1, 100, ())), int(torch.randint(1, 20, ()))
-    steps = steps_of_epochs(2, examples, batch)
-    assert (steps - 1) * batch < 2 * examples <= steps * batch
-    with pytest.raises(InputError, match="examples must be above 0, but it is 0"):
-        steps_of_epochs(2, 0, batch)

@@ -10,7 +10,7 @@ import pytest
 from regression import Problem, drawn_seed, log_of, make_trainer
 
 from gakernels.training.checkpoint import find_checkpoints
-from gakernels.training.signals import TrainingStopped, stop_requests
+from gakernels.training.trainer import TrainingStopped, stop_requests
 
 
 def signalled(problem: Problem, at: int, number: int, times: int = 1) -> Any:

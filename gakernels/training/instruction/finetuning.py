@@ -1,6 +1,5 @@
 """Instruction tuning: from a recipe to the tuned generator and the report on held-out answers."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,35 +11,22 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.data.chat import template_of
-from gakernels.data.clock import shows_time
-from gakernels.data.examples import Example
-from gakernels.data.given import changes
+from gakernels.data.chat import Example, shows_time, template_of
+from gakernels.data.instruction_sources import changes
 from gakernels.distributed import Parallel, Ranks
 from gakernels.errors import FormatError, InputError
-from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.model.config import GeneratorConfig
 from gakernels.training.base_model import BaseConfig, check_tokenizer, load_base_model
 from gakernels.training.checkpoint import find_checkpoints, saved_settings
-from gakernels.training.generator_run import (
-    RECIPE_FILE,
-    REPORT_FILE,
-    precision_of,
-    processes_of,
-    save_generators,
-    write_recipe,
-)
-from gakernels.training.instruction.losses import can_pack
-from gakernels.training.instruction.objective import InstructionObjective
+from gakernels.training.generator_run import RECIPE_FILE, GeneratorRun
+from gakernels.training.instruction.answers import AnswerReport, InstructionObjective, can_pack, score_answers
 from gakernels.training.instruction.recipe import FinetuningRecipe
-from gakernels.training.instruction.report import AnswerReport, score_answers
 from gakernels.training.instruction.steps import InstructionSteps
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
 from gakernels.training.recipes import load_recipe
 from gakernels.training.run_folder import only_run
-from gakernels.training.throughput import StepCost
-from gakernels.training.trainer import Trainer
+from gakernels.training.run_log import StepCost
 
 _NOT_SAID = (
     "its tokens are others, and this run of an earlier version does not say why. If the chat template shows the date, "
@@ -118,15 +104,13 @@ def finetune(
     )
     if data.refusal is not None:
         raise InputError(f"data: {data.refusal}")
-    run = _Run(model, recipe, data, folder, progress and ranks.rank == 0, ranks)
+    run = _Finetuning(model, recipe, folder, progress and ranks.rank == 0, ranks, data)
     if run.progress and data.skipped.total:
         tqdm.write(f"left out: {data.skipped}", file=sys.stderr)
     with only_run(folder, ranks):
         run.train()
         report = run.evaluate(data.held_out, run.progress)
-        if ranks.rank == 0:
-            values = {"answers": report.to_dict(), "data": data.to_dict()}
-            write_text(folder / REPORT_FILE, json.dumps(values, indent=2) + "\n")
+        run.write_report({"answers": report.to_dict(), "data": data.to_dict()})
     return report
 
 
@@ -146,42 +130,22 @@ def _with_clock(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One run, with what it reads and where it writes."""
-
-    model: GenerativeAdapter
-    recipe: FinetuningRecipe
+class _Finetuning(GeneratorRun[FinetuningRecipe]):
     data: TuningData
-    folder: Path
-    progress: bool
-    ranks: Ranks
 
     def train(self) -> None:
         """Train the generators and write them."""
-        steps = tuning_steps(self.recipe, self.data, self.model.config.chunk_size, can_pack(self.model), self.ranks)
-        settings = self._settings_to_resume()
-        config = replace(self.recipe.trainer, steps=self.recipe.steps(self.data.contexts))
-        parallel = processes_of(self)  # before the parameters are asked for: it may shard them
-        trainer = Trainer(
-            config,
-            dict(self.model.generators.named_parameters()),
-            InstructionObjective(self.model, steps),
-            self.folder,
-            settings,
-            self.progress,
-            parallel,
-            self._evaluate_some if config.evaluate_every else None,
-            StepCost(tokens=steps.load(min(8, config.steps)).tokens),
-        )
-        if self.ranks.rank == 0 and not find_checkpoints(self.folder / "checkpoints"):
-            write_recipe(self)
-        trainer.run()
-        save_generators(self)
-        write_recipe(self)  # again: some settings may change when a run is gone on with
+        recipe, data = self.recipe, self.data
+        pack, chunk_size = can_pack(self.model), self.model.config.chunk_size
+        steps = InstructionSteps(data.sources, data.weights, recipe.batches, chunk_size, pack, recipe.seed, self.ranks)
+        config = replace(recipe.trainer, steps=recipe.steps(data.contexts))
+        cost = StepCost(tokens=steps.load(min(8, config.steps)).tokens)
+        objective = InstructionObjective(self.model, steps)
+        self.train_generators(config, objective, self._settings_to_resume(), self._evaluate_some, cost)
 
     def evaluate(self, examples: Sequence[Example], progress: bool = False) -> AnswerReport:
         """Scores of examples, in the precision of the run."""
-        with precision_of(self):
+        with self.recipe.trainer.autocast(self.model.device):
             return score_answers(self.model, examples, self.recipe.evaluation.batch_size, progress)
 
     def settings(self) -> dict[str, Any]:
@@ -215,7 +179,7 @@ class _Run:
             FormatError: it is not the same; the message says what has changed.
         """
         settings, refusal = self.settings(), None
-        saved = saved_settings(self.folder / "checkpoints") if self.ranks.rank == 0 else None
+        saved = saved_settings(self.folder / "checkpoints") if self.leads else None
         before, now = (saved or {}).get("data", {}), settings["data"]
         if "tokens" in before:
             changed = changes(before["given"], now["given"]) if "given" in before else [_NOT_SAID]
@@ -229,10 +193,3 @@ class _Run:
 
     def _evaluate_some(self) -> dict[str, object]:
         return self.evaluate(self.data.held_out[: self.recipe.evaluation.contexts_at_intervals]).to_dict()
-
-
-def tuning_steps(
-    recipe: FinetuningRecipe, data: TuningData, chunk_size: int, pack: bool = True, ranks: Ranks | None = None
-) -> InstructionSteps:
-    """The batches of a run."""
-    return InstructionSteps(data.sources, data.weights, recipe.batches, chunk_size, pack, recipe.seed, ranks)

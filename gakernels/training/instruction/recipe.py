@@ -2,23 +2,25 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
+from typing import Annotated
 
-from gakernels.data.clock import parse_clock
+from pydantic import AfterValidator
+
+from gakernels.data.chat import parse_clock
 from gakernels.data.instruction_sources import InstructionSource
 from gakernels.errors import InputError
 from gakernels.model.config import GeneratorConfig
-from gakernels.paths import expand_fields
+from gakernels.settings import AtLeastTwo, Count, Flag, PathText, Positive, Seed, settings
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.instruction.steps import BatchConfig
-from gakernels.training.trainer_config import TrainerConfig
+from gakernels.training.trainer_config import Processes, TrainerConfig
 
-PARALLEL = ("replicas", "shards")
 MOST_STEPS = 2**31
 
 
-@dataclass(frozen=True)
+@settings
 class InstructionDataConfig:
     """What a generator is tuned on (docs/instruction_tuning.md).
 
@@ -37,37 +39,34 @@ class InstructionDataConfig:
             allowed and an error.
     """
 
-    path: str | None = None
+    path: PathText | None = None
     sources: Mapping[str, InstructionSource] = field(default_factory=dict)
-    held_out_path: str | None = None
-    context_tokens: int = 8192
-    strict: bool = False
-    allow_skipped: bool = False
+    held_out_path: PathText | None = None
+    context_tokens: AtLeastTwo = 8192
+    strict: Flag = False
+    allow_skipped: Flag = False
 
     def __post_init__(self) -> None:
         if self.strict and self.allow_skipped:
             raise InputError("data.strict and data.allow_skipped must not both be true")
-        expand_fields(self, "path", "held_out_path")
         if (self.path is None) == (not self.sources):
             raise InputError("data must have either a path or sources")
-        if self.context_tokens < 2:
-            raise InputError(f"data.context_tokens must be at least 2, but it is {self.context_tokens}")
 
     def all_sources(self) -> Mapping[str, InstructionSource]:
         """The sources by name, also where there is only a path."""
         return self.sources if self.path is None else {"data": InstructionSource(self.path)}
 
 
-@dataclass(frozen=True)
+@settings
 class FinetuningTrainerConfig(TrainerConfig):
     """How to optimise, see `TrainerConfig`; the number of steps follows from `epochs` unless it is given."""
 
-    steps: int = MOST_STEPS
+    steps: Count = MOST_STEPS
 
 
-@dataclass(frozen=True)
+@settings
 class AnswerEvaluationConfig:
-    """What is scored during a run and at its end (`instruction.report`).
+    """What is scored during a run and at its end (`score_answers`).
 
     Attributes:
         contexts: held-out contexts, with all their conversations.
@@ -78,17 +77,17 @@ class AnswerEvaluationConfig:
         InputError: a value is below 2.
     """
 
-    contexts: int = 32
-    contexts_at_intervals: int = 8
-    batch_size: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("contexts", "contexts_at_intervals", "batch_size"):
-            if getattr(self, name) < 2:
-                raise InputError(f"evaluation.{name} must be at least 2, but it is {getattr(self, name)}")
+    contexts: AtLeastTwo = 32
+    contexts_at_intervals: AtLeastTwo = 8
+    batch_size: AtLeastTwo = 4
 
 
-@dataclass(frozen=True)
+def _checked_clock(text: str) -> str:
+    parse_clock(text)
+    return text
+
+
+@settings
 class FinetuningRecipe:
     """Everything that a run of instruction tuning depends on.
 
@@ -111,31 +110,22 @@ class FinetuningRecipe:
     """
 
     data: InstructionDataConfig
-    start: str | None = None
+    start: PathText | None = None
     model: BaseConfig | None = None
     generator: GeneratorConfig | None = None
     batches: BatchConfig = field(default_factory=BatchConfig)
-    epochs: float = 2.0
+    epochs: Positive = 2.0
     trainer: FinetuningTrainerConfig = field(default_factory=FinetuningTrainerConfig)
     evaluation: AnswerEvaluationConfig = field(default_factory=AnswerEvaluationConfig)
-    seed: int = 0
-    parallel: str = "replicas"
-    clock: str | None = None
+    seed: Seed = 0
+    parallel: Processes = "replicas"
+    clock: Annotated[str, AfterValidator(_checked_clock)] | None = None
 
     def __post_init__(self) -> None:
-        expand_fields(self, "start")
         if self.start is None and self.model is None:
             raise InputError("model.name is needed where there is no generator to start from (start)")
         if self.start is not None and self.generator is not None:
             raise InputError("generator must not be given with start: its settings are those of the generator there")
-        if not 0 < self.epochs < math.inf:
-            raise InputError(f"epochs must be above 0, but it is {self.epochs}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be between 0 and 2^32 - 1, but it is {self.seed}")
-        if self.clock is not None:
-            parse_clock(self.clock)
-        if self.parallel not in PARALLEL:
-            raise InputError(f"parallel must be one of {', '.join(PARALLEL)}, but it is {self.parallel!r}")
 
     @property
     def moment(self) -> datetime | None:

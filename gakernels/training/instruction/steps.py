@@ -7,21 +7,21 @@ from functools import lru_cache
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 
-from gakernels.data.chat import EncodedConversation
-from gakernels.data.context_mixture import Draw, Mixture, chosen
-from gakernels.data.examples import Example
+from gakernels.data.chat import EncodedConversation, Example
+from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
 from gakernels.errors import InputError
+from gakernels.settings import Count, Int, settings
 from gakernels.training.instruction.batches import InstructionBatch, instruction_batch
-from gakernels.training.instruction.grouping import alike, divided
 
 LOSSES = ("answers", "reconstruction", "completion")
 POOL_STEPS = 128
 PACKED = 4  # a window of several conversations to a single one: what is left over at its end weighs less then
 
 
-@dataclass(frozen=True)
+@settings
 class BatchConfig:
     """How contexts and conversations become batches.
 
@@ -40,17 +40,14 @@ class BatchConfig:
         InputError: a value is out of range.
     """
 
-    batch_size: int = 32
-    conversations: int = 16
-    group_size: int | None = None
-    positions: int = 16384
-    window: int | None = None
+    batch_size: Count = 32
+    conversations: Count = 16
+    group_size: Int | None = None
+    positions: Count = 16384
+    window: Count | None = None
     losses: tuple[str, ...] = ("answers",)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "conversations", "positions", "window"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         if self.group_size is not None and (self.group_size < 1 or self.batch_size % self.group_size):
             raise InputError(f"group_size must divide batch_size ({self.batch_size}), but it is {self.group_size}")
         unknown = [name for name in self.losses if name not in LOSSES]
@@ -127,7 +124,7 @@ class InstructionSteps:
         sizes = [len(source) for source in sources]
         self.contexts = sum(sizes)
         self._steps = max(1, min(POOL_STEPS, self.contexts // config.batch_size))
-        self._mixture = Mixture(sizes, weights, self._steps * config.batch_size, seed)
+        self._mixture = MixedContexts(sizes, weights, self._steps * config.batch_size, seed)
         self._pool = lru_cache(maxsize=2)(self._draw_pool)
 
     def batches(self, step: int) -> list[InstructionBatch]:
@@ -187,3 +184,74 @@ class InstructionSteps:
     def _conversations(self, draw: Draw) -> list[EncodedConversation]:
         said = self._example(draw).conversations
         return [said[n] for n in chosen(len(said), self.config.conversations, draw, self._seed)]
+
+
+Sizes = npt.NDArray[np.int64]
+"""(n, 3): number of chunks T, tokens of a chunk, and tokens of all conversations of a context."""
+
+
+def alike(sizes: Sizes, group: int) -> list[list[int]]:
+    """The numbers 0..n-1 in groups of `group`, of contexts whose sizes are alike; `group` divides n.
+
+    All are cut in two where that saves the most padding, in order either of the context's size or of that of the
+    conversations, then each part again, down to single groups.
+    """
+    groups: list[list[int]] = []
+    parts = [np.arange(len(sizes))]
+    while parts:
+        part = parts.pop()
+        if len(part) <= group:
+            groups.append([int(number) for number in part])
+        else:
+            parts.extend(_cut(part, sizes, group))
+    return groups
+
+
+def divided(sizes: Sizes, limit: int, price: int, unit: int = 1) -> list[slice]:
+    """Consecutive parts of contexts in order of size, each for one pass: where a cut saves more padding than another
+    pass is worth, and where there would be too many positions in one.
+
+    Args:
+        sizes: of the contexts.
+        limit: positions in a pass of one process; a part of `unit` contexts may have more.
+        price: of one more pass, in positions.
+        unit: number of processes, which share each part evenly; divides n.
+    """
+    costs, cuts = [0], [0]
+    for end in range(unit, len(sizes) + 1, unit):
+        options = []
+        for begin in range(0, end, unit):
+            rows = (end - begin) // unit
+            positions = rows * int(_positions(sizes[begin:end].max(axis=0)[None])[0])
+            if positions <= limit or rows == 1:
+                options.append((costs[begin // unit] + positions + price, begin))
+        cost, cut = min(options)
+        costs.append(cost)
+        cuts.append(cut)
+    parts, end = [], len(sizes)
+    while end:
+        parts.append(slice(cuts[end // unit], end))
+        end = parts[-1].start
+    return parts[::-1]
+
+
+def _cut(part: npt.NDArray[np.int64], sizes: Sizes, group: int) -> Sequence[npt.NDArray[np.int64]]:
+    chunks, chunk, said = sizes[part].T
+    best: tuple[float, npt.NDArray[np.int64], int] | None = None
+    for order in (np.lexsort((said, chunk, chunks)), np.lexsort((chunk, chunks, said))):
+        ordered = sizes[part[order]]
+        places = np.arange(group, len(part), group)
+        left = np.maximum.accumulate(ordered)[places - 1]
+        right = np.maximum.accumulate(ordered[::-1])[::-1][places]
+        costs = places * _positions(left) + (len(part) - places) * _positions(right)
+        least = int(costs.argmin())
+        if best is None or costs[least] < best[0]:
+            best = (float(costs[least]), part[order], int(places[least]))
+    assert best is not None
+    return best[1][: best[2]], best[1][best[2] :]
+
+
+def _positions(largest: Sizes) -> npt.NDArray[np.int64]:
+    """Positions that each context takes among contexts of these largest sizes."""
+    positions: npt.NDArray[np.int64] = largest[:, 0] * largest[:, 1] + largest[:, 2]
+    return positions

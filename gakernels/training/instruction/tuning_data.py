@@ -10,11 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.data.bad_records import BadRecords
-from gakernels.data.chat import template_of
+from gakernels.data.chat import Example, Limits, encode_records, template_of
 from gakernels.data.conversations import ContextRecord
-from gakernels.data.examples import Example, Limits, encode_records
-from gakernels.data.given import source_given
-from gakernels.data.instruction_sources import FILE_FAULTS, InstructionSource, read_source
+from gakernels.data.instruction_sources import FILE_FAULTS, InstructionSource, read_source, source_given
 from gakernels.data.tokenizing import tokenizer_description
 from gakernels.errors import InputError
 from gakernels.model.encoding import check_tokens
@@ -35,7 +33,7 @@ class TuningData:
         shortened: conversations that lost their oldest exchanges.
         refusal: in words, why a run stops unless the recipe allows it: too much of a source can't be used. None: it is
             not so.
-        given: what all of it was made of, in JSON types (`instruction.given`).
+        given: what all of it was made of, in JSON types (`source_given`).
     """
 
     sources: Sequence[Sequence[Example]]

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from tiny import VOCABULARY
 
-from gakernels.data.chat import EncodedConversation
-from gakernels.data.examples import Example
+from gakernels.data.chat import EncodedConversation, Example
 
 
 def drawn_conversation(asked: int, answered: int) -> EncodedConversation:

@@ -11,14 +11,12 @@ from drawn_examples import drawn_example, realistic_examples
 from tiny import make_model
 
 from gakernels import InputError
-from gakernels.data.context_mixture import Draw, Mixture, chosen
-from gakernels.data.examples import Example
+from gakernels.data.chat import Example
+from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
-from gakernels.training.instruction.batches import InstructionBatch
-from gakernels.training.instruction.grouping import alike, divided
-from gakernels.training.instruction.losses import instruction_losses
-from gakernels.training.instruction.packing import pack, window_length
-from gakernels.training.instruction.steps import BatchConfig, InstructionSteps
+from gakernels.training.instruction.answers import instruction_losses
+from gakernels.training.instruction.batches import InstructionBatch, pack, window_length
+from gakernels.training.instruction.steps import BatchConfig, InstructionSteps, alike, divided
 
 
 def drawn(low: int, high: int) -> int:
@@ -46,7 +44,7 @@ def small_sources() -> list[list[Example]]:
 
 def test_every_round_of_a_source_has_each_context_once_and_in_another_order() -> None:
     size, pool, seed = drawn(20, 60), drawn(5, 20), drawn(0, 1000)
-    mixture = Mixture([size], [None], pool, seed)
+    mixture = MixedContexts([size], [None], pool, seed)
     draws = [draw for number in range(5 * size) for draw in mixture.draw(number)]
     rounds = [[draw for draw in draws if draw.round == number] for number in range(4)]
     for number, had in enumerate(rounds):
@@ -54,13 +52,13 @@ def test_every_round_of_a_source_has_each_context_once_and_in_another_order() ->
         assert draws[number * size : (number + 1) * size] == had
     orders = [[draw.index for draw in had] for had in rounds]
     assert orders[0] != orders[1] != orders[2]
-    assert Mixture([size], [None], pool, seed).draw(7) == mixture.draw(7)
-    assert Mixture([size], [None], pool, seed + 1).draw(0) != mixture.draw(0)
+    assert MixedContexts([size], [None], pool, seed).draw(7) == mixture.draw(7)
+    assert MixedContexts([size], [None], pool, seed + 1).draw(0) != mixture.draw(0)
 
 
 def test_sources_have_the_shares_of_their_weights() -> None:
     weights = [float(weight) for weight in torch.rand(4) + 0.05]
-    mixture = Mixture([drawn(1, 90) for _ in range(4)], weights, 1000, 0)
+    mixture = MixedContexts([drawn(1, 90) for _ in range(4)], weights, 1000, 0)
     assert sum(mixture.shares) == 1000
     for share, weight in zip(mixture.shares, weights, strict=True):
         assert abs(share - 1000 * weight / sum(weights)) <= 4  # one context each comes first
@@ -68,17 +66,17 @@ def test_sources_have_the_shares_of_their_weights() -> None:
 
 
 def test_without_weights_all_sources_go_round_together() -> None:
-    mixture = Mixture([60, 30, 10], [None] * 3, 50, 0)
+    mixture = MixedContexts([60, 30, 10], [None] * 3, 50, 0)
     assert mixture.shares == (30, 15, 5)
-    assert Mixture([10**6, 1], [None] * 2, 10, 0).shares == (9, 1)  # none is left out
-    assert Mixture([10, 10], [1e-9, 1.0], 2, 0).shares == (1, 1)
+    assert MixedContexts([10**6, 1], [None] * 2, 10, 0).shares == (9, 1)  # none is left out
+    assert MixedContexts([10, 10], [1e-9, 1.0], 2, 0).shares == (1, 1)
 
 
 def test_impossible_mixtures_are_refused() -> None:
     with pytest.raises(InputError, match=r"every source must have a context, but the sources have \[3, 0\]"):
-        Mixture([3, 0], [None, None], 8, 0)
+        MixedContexts([3, 0], [None, None], 8, 0)
     with pytest.raises(InputError, match=r"batch_size must be at least the number of sources \(3\), but it is 2"):
-        Mixture([3, 3, 3], [None] * 3, 2, 0)
+        MixedContexts([3, 3, 3], [None] * 3, 2, 0)
 
 
 def test_later_rounds_go_on_with_the_conversations_that_were_not_had() -> None:

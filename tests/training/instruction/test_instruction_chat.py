@@ -21,8 +21,7 @@ from chats import (
 from transformers import PreTrainedTokenizerFast
 
 from gakernels import InputError
-from gakernels.data.chat import ChatEncoder, EncodedConversation
-from gakernels.data.clock import at_time
+from gakernels.data.chat import ChatEncoder, EncodedConversation, at_time
 from gakernels.data.conversations import Message
 
 Pieces = list[tuple[str, bool]]

@@ -7,11 +7,11 @@ from drawn_examples import drawn_example
 from tiny import make_model
 
 from gakernels import GenerativeAdapter
-from gakernels.data.examples import Example
+from gakernels.data.chat import Example
 from gakernels.model.window_losses import Loss, WindowBatch, window_losses
 from gakernels.model.windows import pad_windows, split_evenly
+from gakernels.training.instruction.answers import can_pack, conversation_losses, instruction_losses
 from gakernels.training.instruction.batches import InstructionBatch, count_answers, instruction_batch
-from gakernels.training.instruction.losses import can_pack, conversation_losses, instruction_losses
 
 CHUNK = 6
 

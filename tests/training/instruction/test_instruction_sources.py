@@ -15,9 +15,8 @@ from chats import CHATML, conversation, drawn, word_tokenizer, words
 from gakernels import InputError
 from gakernels.data import sources as data_sources
 from gakernels.data.bad_records import BadRecords
-from gakernels.data.chat import ChatEncoder
+from gakernels.data.chat import ChatEncoder, Limits, encode_records
 from gakernels.data.conversations import ContextRecord, Message, record_of
-from gakernels.data.examples import Limits, encode_records
 from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.evaluation.prompts import demonstration_text, icl_prompt
 from gakernels.evaluation.squad import read_squad

@@ -1,4 +1,4 @@
-"""How well held-out answers are known: under the adapter of their own context, of another one, and of none."""
+"""Answers under the adapters of their contexts: their losses, the objective, and the scores of held-out ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,13 +9,83 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gakernels.bootstrap import ratio_of_perplexities
-from gakernels.data.examples import Example
+from gakernels.data.chat import Example
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.model.window_losses import Loss, token_losses
 from gakernels.nn import LowRankFactors
 from gakernels.nn.token_loss import LOGITS_AT_ONCE
-from gakernels.training.instruction.batches import InstructionBatch, instruction_batch
-from gakernels.training.instruction.losses import adapters, can_pack, encode_windows
+from gakernels.training.instruction.batches import InstructionBatch, count_answers, instruction_batch
+from gakernels.training.instruction.steps import InstructionSteps
+
+PACKED_ATTENTION = ("sdpa", "eager")
+"""Attention of transformers that keeps the conversations of a window apart by their positions."""
+
+
+def instruction_losses(model: GenerativeAdapter, batch: InstructionBatch) -> dict[str, Loss]:
+    """Encode the contexts, then the conversations under the adapters of the contexts, and take each loss."""
+    batch = batch.to(model.device)
+    hidden, states = model(batch.context.input_ids, batch.context.mask, batch.context.chunks, batch.context.seen)
+    targets = batch.context.targets
+    losses = token_losses(model, hidden, batch.context.input_ids, targets) if targets else {}
+    return {**conversation_losses(model, batch, adapters(model, states, batch.owner)), **losses}
+
+
+def adapters(model: GenerativeAdapter, states: Mapping[str, Tensor], owner: Tensor) -> dict[str, LowRankFactors]:
+    """The adapters of states (B, d_r, d_r) by adapted layer, for windows (N,) that belong to them."""
+    factors = {}
+    for name, state in states.items():
+        lora_a, lora_b = model.generator(name).factors(state)
+        factors[name] = LowRankFactors(lora_a, lora_b, model.config.adapter_scale, owner.to(lora_a.device))
+    return factors
+
+
+def conversation_losses(
+    model: GenerativeAdapter, batch: InstructionBatch, factors: Mapping[str, LowRankFactors]
+) -> dict[str, Loss]:
+    """The loss of the answers of a batch, under the given adapters (none at all for the base model)."""
+    batch = batch.to(model.device)
+    return token_losses(model, encode_windows(model, batch, factors), batch.input_ids, {"answers": batch.answers})
+
+
+def encode_windows(model: GenerativeAdapter, batch: InstructionBatch, factors: Mapping[str, LowRankFactors]) -> Tensor:
+    """The last hidden states (N, M, d_h) of the windows of conversations, each under its adapter."""
+    batch = batch.to(model.device)
+    with model.using(factors):
+        # No attention mask: padding is on the right, and positions that start anew tell conversations apart.
+        output = model.base.get_decoder()(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def can_pack(model: GenerativeAdapter) -> bool:
+    """Whether several conversations in one window stay apart: not with every kind of attention."""
+    return model.base.config.get_text_config()._attn_implementation in PACKED_ATTENTION
+
+
+@dataclass(frozen=True)
+class InstructionObjective:
+    """Losses of conversations about contexts, an `Objective`.
+
+    Attributes:
+        model: generators with their base.
+        steps: what each step has.
+    """
+
+    model: GenerativeAdapter
+    steps: InstructionSteps
+
+    def batches(self, step: int) -> Sequence[InstructionBatch]:
+        """See `Objective`: equally many on every process."""
+        return self.steps.batches(step)
+
+    def target_counts(self, batch: InstructionBatch) -> Mapping[str, int | Tensor]:
+        """See `Objective`."""
+        return count_answers(batch)
+
+    def losses(self, batch: InstructionBatch) -> Mapping[str, Loss]:
+        """See `Objective`."""
+        return instruction_losses(self.model, batch)
 
 
 @dataclass(frozen=True)
