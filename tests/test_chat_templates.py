@@ -14,7 +14,7 @@ from gakernels import GenerativeAdapter, InputError
 from gakernels.data.chat import PLAIN_TEMPLATE, ChatEncoder
 from gakernels.data.chat_templates import chat_template
 from gakernels.data.conversations import Message
-from gakernels.evaluation.asking import Asker
+from gakernels.evaluation.prompts import Asker
 from gakernels.server.api import create_app
 from gakernels.server.server import Settings, assemble
 

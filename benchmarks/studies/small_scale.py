@@ -27,13 +27,13 @@ from benchmarks.studies.small_scale_plots import draw
 from benchmarks.studies.small_scale_tables import tables
 from benchmarks.studies.small_scale_training import STATIC, VARIANTS, draw_texts
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.cases import Measurements, Scenario
 from gakernels.evaluation.methods import MethodSettings
+from gakernels.evaluation.metrics import compare, score
+from gakernels.evaluation.perplexity import perplexity
+from gakernels.evaluation.recall import RecallSettings, recall
 from gakernels.evaluation.report import build, describe_model
 from gakernels.evaluation.runner import Runner
-from gakernels.evaluation.samples import compare, score
-from gakernels.evaluation.scenarios.perplexity import perplexity
-from gakernels.evaluation.scenarios.recall import RecallSettings, recall
+from gakernels.evaluation.scenarios import Measurements, Scenario
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE

@@ -1,11 +1,14 @@
-"""Scores of answers: SQuAD's F1 and exact match, accuracy, macro-F1, the choice among options (docs/evaluation.md)."""
+"""Scores of answers: SQuAD's F1 and exact match, accuracy, macro-F1, the choice among options (docs/evaluation.md).
+
+Samples of a method become its score, or a comparison of two methods, with intervals over contexts.
+"""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +18,8 @@ from gakernels.bootstrap import interval
 from gakernels.errors import InputError
 
 PROTOCOLS = ("official", "released")
+PERPLEXITY = "perplexity"  # metrics whose name ends so are e to the power of the mean
+_LARGEST = 700.0  # e^700 is about the largest number there is
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -209,13 +214,83 @@ def _sums_by_context(values: Tensor, contexts: Sequence[int] | None) -> Tensor:
             f"there must be at least one score, and a context for each, but there are {len(values)} scores and "
             f"{len(values) if contexts is None else len(contexts)} contexts"
         )
-    numbers = torch.tensor(range(len(values)) if contexts is None else contexts)
-    order, rows = torch.unique(numbers, return_inverse=True)
-    sums = torch.zeros(len(order), values.shape[1] + 1, dtype=torch.float64)
-    return sums.index_add_(0, rows, torch.cat([values, torch.ones(len(values), 1, dtype=torch.float64)], dim=1))
+    ones = torch.ones(len(values), 1, dtype=torch.float64)
+    return _summed(torch.cat([values, ones], dim=1), range(len(values)) if contexts is None else contexts)
 
 
-def _score(sums: Tensor, statistic: Callable[[Tensor], Tensor], seed: int) -> Score:
+def _summed(values: Tensor, contexts: Sequence[int]) -> Tensor:
+    """(contexts, k): the values (questions, k), added up by context."""
+    order, rows = torch.unique(torch.tensor(contexts), return_inverse=True)
+    return torch.zeros(len(order), values.shape[1], dtype=torch.float64).index_add_(0, rows, values)
+
+
+def _score(sums: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> Score:
     low, high = interval(sums, statistic, seed=seed)
     total = sums.sum(0, keepdim=True)
     return Score(float(statistic(total)), low, high, int(total[0, -1]), len(sums))
+
+
+# Samples
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one question (or window, or task) adds to a metric, which is the sum of totals over that of weights.
+
+    Attributes:
+        context: number of the context it is about, which is what is resampled.
+        total: a score, or a loss in nats.
+        weight: 1, or the number of tokens.
+    """
+
+    context: int
+    total: float
+    weight: float = 1.0
+
+
+Samples = Mapping[Hashable, Sample]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another on the same questions, paired, with its 95% bootstrap interval.
+
+    Attributes:
+        value: difference of the scores; of perplexities their ratio.
+        low, high: the interval; of no width where there is only one context.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def score(metric: str, samples: Samples) -> Score:
+    """The value of a metric from at least one sample."""
+    return _score(_sample_sums([list(samples.values())]), lambda total: _value(metric, total))
+
+
+def compare(metric: str, first: Samples, second: Samples) -> Comparison | None:
+    """First minus second (of perplexities: first over second) on what both have; None where that is nothing."""
+    common = [key for key in first if key in second]
+    if not common:
+        return None
+    sums = _sample_sums([[first[key] for key in common], [second[key] for key in common]])
+
+    def statistic(total: Tensor) -> Tensor:
+        values = [_value(metric, total[:, :2]), _value(metric, total[:, 2:])]
+        return values[0] / values[1] if metric.endswith(PERPLEXITY) else values[0] - values[1]
+
+    low, high = interval(sums, statistic)
+    return Comparison(float(statistic(sums.sum(0, keepdim=True))), low, high)
+
+
+def _value(metric: str, total: Tensor) -> Tensor:
+    mean = total[:, 0] / total[:, 1]
+    return mean.clamp(max=_LARGEST).exp() if metric.endswith(PERPLEXITY) else mean
+
+
+def _sample_sums(parts: Sequence[Sequence[Sample]]) -> Tensor:
+    """(contexts, 2 a part): the totals and weights of each part, by context."""
+    columns = [[getattr(sample, name) for sample in part] for part in parts for name in ("total", "weight")]
+    return _summed(torch.tensor(columns, dtype=torch.float64).mT, [sample.context for sample in parts[0]])

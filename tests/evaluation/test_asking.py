@@ -4,7 +4,7 @@ import pytest
 from invented import make_tokenizer
 from worlds import answer_of, make, merged, run, scenario, text
 
-from gakernels.evaluation.asking import Asker
+from gakernels.evaluation.prompts import Asker
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}w10 {{ m.content }} w11{% endfor %}"
 TOKENIZER = make_tokenizer()

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from gakernels.cli.eval.docqa import read_documents
 from gakernels.errors import InputError
-from gakernels.evaluation.flat_qa import answers_of, read_flat_qa
-from gakernels.evaluation.records import Question
-from gakernels.evaluation.scenarios.docqa import docqa
+from gakernels.evaluation.datasets import Question, flat_answers, read_documents, read_flat_qa
+from gakernels.evaluation.scenarios import docqa
 
 ROWS: list[dict[str, Any]] = [
     {"context": " Warsaw is old. ", "question": "How old?", "answer": "old", "id": "a"},
@@ -64,7 +62,7 @@ def test_rows_about_the_same_context_are_one(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_answers_in_every_form(row: dict[str, Any], answers: tuple[str, ...]) -> None:
-    assert answers_of(row) == answers
+    assert flat_answers(row) == answers
 
 
 def test_what_can_not_be_used_is_counted(tmp_path: Path) -> None:
@@ -79,7 +77,7 @@ def test_what_can_not_be_used_is_counted(tmp_path: Path) -> None:
         "line that is no JSON object": 1,
         "line that is no JSON": 1,
     }
-    assert "line 2 of" in skipped.first["row without question"]
+    assert "line 2 of" in skipped.places["row without question"][0]
 
 
 @pytest.mark.parametrize(

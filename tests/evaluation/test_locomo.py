@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gakernels import InputError
-from gakernels.evaluation.locomo import read_locomo
+from gakernels.evaluation.datasets import read_locomo
 
 
 def entry(**changes: Any) -> dict[str, Any]:

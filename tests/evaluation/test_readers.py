@@ -11,12 +11,20 @@ import pytest
 import torch
 
 from gakernels.errors import InputError
-from gakernels.evaluation.metaicl import SEEDS, TEST_TASKS, Task, few_shot_context, read_task, task_file
-from gakernels.evaluation.msc import read_msc
-from gakernels.evaluation.persona_chat import COLUMNS, read_persona_chat
-from gakernels.evaluation.records import Context, Question
-from gakernels.evaluation.squad import group_contexts, read_squad
-from gakernels.evaluation.streaming_qa import read_streaming_qa
+from gakernels.evaluation.datasets import (
+    PERSONA_CHAT_COLUMNS,
+    EvaluationContext,
+    Question,
+    Task,
+    read_msc,
+    read_persona_chat,
+    read_squad,
+    read_streaming_qa,
+    read_task,
+    task_file,
+)
+from gakernels.evaluation.icl import SEEDS, TEST_TASKS, few_shot_context
+from gakernels.evaluation.scenarios import group_contexts
 
 
 @pytest.fixture
@@ -59,7 +67,9 @@ def test_squad(write: Callable[[Any], Path]) -> None:
         "\ufeff" + json.dumps(squad(paragraph(" Warsaw is old.\n", qa(" How old? ", "old", " very old", id="7"))))
     )
     data = read_squad(path)
-    assert data.contexts == (Context("Warsaw is old.", (Question("How old?", ("old", "very old"), id="7"),), "Warsaw"),)
+    assert data.contexts == (
+        EvaluationContext("Warsaw is old.", (Question("How old?", ("old", "very old"), id="7"),), "Warsaw"),
+    )
     assert data.skipped.total == 0
 
 
@@ -85,9 +95,9 @@ def test_bad_records_of_squad_are_counted_and_the_rest_goes_on(write: Callable[[
         "paragraph without questions": 2,
         "article without paragraphs": 2,
     }
-    assert data.skipped.first["question without text"] == f"{path}: data[0].paragraphs[4].qas[1]"
+    assert data.skipped.places["question without text"][0] == f"{path}: data[0].paragraphs[4].qas[1]"
     assert data.skipped.total == 12
-    assert f"2 x article without paragraphs (first: {path}: data[1])" in str(data.skipped)
+    assert f"2 x article without paragraphs (first: {path}: data[1], {path}: data[2])" in str(data.skipped)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +126,9 @@ def test_a_file_that_is_missing_or_no_text_is_named(tmp_path: Path, read: Callab
         read(tmp_path / "binary")
 
 
-def documents(draw: random.Random, count: int) -> list[Context]:
+def documents(draw: random.Random, count: int) -> list[EvaluationContext]:
     return [
-        Context("x" * draw.randint(20, 60) + str(n), (Question(f"q{n}", ("a",)),), f"title {n % 3}")
+        EvaluationContext("x" * draw.randint(20, 60) + str(n), (Question(f"q{n}", ("a",)),), f"title {n % 3}")
         for n in range(count)
     ]
 
@@ -138,7 +148,7 @@ def test_groups_hold_every_document_once_and_in_order(draw: random.Random) -> No
 
 
 def test_groups_are_measured_in_what_one_likes() -> None:
-    given = [Context(f"word {n}", (Question("q", ("a",)),)) for n in range(10)]
+    given = [EvaluationContext(f"word {n}", (Question("q", ("a",)),)) for n in range(10)]
     assert len(group_contexts(given, 5, measure=lambda text: len(text.split()))) == 4  # 20 words
     assert len(group_contexts(given, 88)) == 1  # 10 x 6 letters and 9 x 2 line ends
     assert len(group_contexts(given, 77)) == 2
@@ -152,8 +162,8 @@ def test_only_the_first_tenth_is_scored_in_the_released_protocol(draw: random.Ra
 
 
 def test_a_document_that_comes_twice_counts_once() -> None:
-    one, two = (Context("text", (Question(name, ("a",)),), name) for name in ("one", "two"))
-    other = Context("other", (Question("three", ("a",)),), "three")
+    one, two = (EvaluationContext("text", (Question(name, ("a",)),), name) for name in ("one", "two"))
+    other = EvaluationContext("other", (Question("three", ("a",)),), "three")
     group = group_contexts([one, other, two], 1000)[0]
     assert group.text == "text\n\nother"
     assert [question.text for question in group.questions] == ["one", "two", "three"]
@@ -191,7 +201,7 @@ def test_a_task(write: Callable[[Any], Path]) -> None:
         "item without output": 1,
         "item whose output is not among its options": 1,
     }
-    assert task.skipped.first["line that is no JSON object"] == f"{path}:4"
+    assert task.skipped.places["line that is no JSON object"][0] == f"{path}:4"
 
 
 def test_tasks_with_different_options_or_none_are_no_classification(write: Callable[[Any], Path]) -> None:
@@ -300,12 +310,12 @@ def test_bad_lines_of_conversations_are_counted(write: Callable[[Any], Path]) ->
         "line without earlier sessions": 2,
         "line without what self_instruct questions need": 1,
     }
-    assert data.skipped.first["line without earlier sessions"] == f"{path}:3"
+    assert data.skipped.places["line without earlier sessions"][0] == f"{path}:3"
     with pytest.raises(InputError, match="questions must be one of self_instruct, response, recall, but it is 'all'"):
         read_msc(path, "all")
 
 
-def rows(path: Path, *rows: tuple[str, ...], header: tuple[str, ...] = COLUMNS) -> Path:
+def rows(path: Path, *rows: tuple[str, ...], header: tuple[str, ...] = PERSONA_CHAT_COLUMNS) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
@@ -338,14 +348,14 @@ def test_bad_rows_of_a_chat_are_counted(tmp_path: Path) -> None:
     data = read_persona_chat(path)
     assert len(data.contexts) == 2
     assert data.skipped.counts == {"row without a conversation": 2, "row without personas": 1}
-    assert data.skipped.first["row without a conversation"].startswith(f"{path}:")
+    assert data.skipped.places["row without a conversation"][0].startswith(f"{path}:")
 
 
 def test_a_file_that_is_no_chat_is_refused(tmp_path: Path) -> None:
     path = rows(tmp_path / "chat.csv", ("x", "y"), header=("user 1 personas", "text"))
     with pytest.raises(InputError, match=r"must have the columns .*, but 'user 2 personas' is missing"):
         read_persona_chat(path)
-    path.write_text(",".join(COLUMNS) + '\n"open', encoding="utf-8")
+    path.write_text(",".join(PERSONA_CHAT_COLUMNS) + '\n"open', encoding="utf-8")
     with pytest.raises(InputError, match=r"chat.csv:\d is no CSV: unexpected end of data"):
         read_persona_chat(path)
     with pytest.raises(InputError, match="has no context with a question and an answer"):

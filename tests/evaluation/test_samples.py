@@ -6,8 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from gakernels.evaluation.metrics import mean_score
-from gakernels.evaluation.samples import Sample, compare, score
+from gakernels.evaluation.metrics import Sample, compare, mean_score, score
 
 
 @pytest.fixture

@@ -11,16 +11,21 @@ from tiny import random_context
 from worlds import contexts, make, merged, run, text
 
 from gakernels import InputError
-from gakernels.evaluation.cases import Case, Cell, Scenario, limited, with_others
-from gakernels.evaluation.metaicl import Task
-from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question, Task
+from gakernels.evaluation.icl import TaskData, icl
+from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1, score
+from gakernels.evaluation.perplexity import perplexity
 from gakernels.evaluation.prompts import icl_prompt, qa_prompt
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped
-from gakernels.evaluation.samples import score
-from gakernels.evaluation.scenarios.dialog import dialog
-from gakernels.evaluation.scenarios.docqa import AskSettings, docqa
-from gakernels.evaluation.scenarios.icl import TaskData, icl
-from gakernels.evaluation.scenarios.perplexity import perplexity
+from gakernels.evaluation.scenarios import (
+    AskSettings,
+    Cell,
+    EvaluationCase,
+    Scenario,
+    dialog,
+    docqa,
+    limited,
+    with_others,
+)
 from gakernels.model.windows import split_evenly
 
 
@@ -30,7 +35,7 @@ def random(generator: torch.Generator) -> Random:
 
 
 def data(count: int) -> Dataset:
-    return Dataset(tuple(contexts(count)), Skipped())
+    return Dataset(tuple(contexts(count)))
 
 
 def cells(asked: Scenario) -> list[Cell]:
@@ -52,7 +57,7 @@ def test_a_limit_is_one_of_questions() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_the_other_context_is_another_of_the_same_cell(count: int) -> None:
-    cases = [Case(context, (("length", n % 2),)) for n, context in enumerate(contexts(count))]
+    cases = [EvaluationCase(context, (("length", n % 2),)) for n, context in enumerate(contexts(count))]
     for number, case in enumerate(with_others(cases, first=10)):
         same = [n for n in range(count) if n % 2 == number % 2 and n != number]
         assert (case.other is None) == (not same)
@@ -138,7 +143,7 @@ def task(name: str, labels: tuple[str, ...], count: int, own_options: bool = Fal
         answer = labels[number % len(labels)]
         options = (answer, text(2) + str(number)) if own_options else labels
         items.append(Question(text(4), (answer,), options, str(number)))
-    return Task(name, tuple(items), Skipped())
+    return Task(name, tuple(items))
 
 
 def test_demonstrations_are_the_context_and_the_other_one_is_of_another_task() -> None:
@@ -267,5 +272,5 @@ def test_documents_that_are_too_short_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_context_keeps_its_name() -> None:
-    asked = dialog(Dataset((Context("w3", (Question("w4", ("w5",)),), "line 7"),), Skipped()), "recall")
+    asked = dialog(Dataset((EvaluationContext("w3", (Question("w4", ("w5",)),), "line 7"),)), "recall")
     assert asked.cases[0].context.name == "line 7"

@@ -15,14 +15,13 @@ from gakernels.distributed import Ranks, process_group
 from gakernels.errors import InputError
 from gakernels.evaluation import report as reports
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.cases import Scenario
-from gakernels.evaluation.methods import METHODS, MethodSettings
+from gakernels.evaluation.methods import MethodSettings
 from gakernels.evaluation.metrics import PROTOCOLS
 from gakernels.evaluation.plots import plots
 from gakernels.evaluation.prompts import STYLES
-from gakernels.evaluation.runner import Runner, RunSettings
-from gakernels.evaluation.scenarios.docqa import AskSettings
-from gakernels.evaluation.tables import ReportTable
+from gakernels.evaluation.runner import METHODS, Runner, RunSettings
+from gakernels.evaluation.scenarios import AskSettings, Scenario
+from gakernels.evaluation.tables import ReportTable, own_tables
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
 from gakernels.paths import user_path
@@ -213,7 +212,7 @@ def _run(runner: Runner, report: Path | None) -> None:
 def _finish(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str], path: Path | None, ranks: Ranks) -> None:
     report = reports.build(runner, {**settings, "processes": ranks.world}, notes)
     console = Console()
-    for table in reports.own_tables(report):
+    for table in own_tables(report):
         console.print(_rich(table))
     for note in report["notes"]:
         console.print(note, highlight=False)
