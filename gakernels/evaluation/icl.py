@@ -217,7 +217,7 @@ def _case_scores(case: EvaluationCase, number: int, answers: Answers, protocol: 
     if gold:
         scores["ranking_accuracy"] = sum(map(str.__eq__, chosen, gold)) / len(gold)
         if dict(case.cell)["kind"] == "classification":
-            scores["ranking_macro_f1"] = macro_f1(chosen, gold, gold_labels_only=True).value
+            scores["ranking_macro_f1"] = macro_f1(chosen, gold, gold_labels_only=True)
     return scores
 
 

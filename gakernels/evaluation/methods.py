@@ -75,8 +75,6 @@ class Method(Protocol):
 
     adapted: bool
 
-    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None: ...
-
     def missing(self, case: EvaluationCase) -> str | None:
         """Why a case can't be asked with this method; None if it can."""
 

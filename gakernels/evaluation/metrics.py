@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -148,32 +148,7 @@ def _check_protocol(protocol: str) -> None:
 # Many answers
 
 
-def mean_score(scores: Sequence[float], contexts: Sequence[int] | None = None, seed: int = 0) -> Score:
-    """The mean over questions; contexts are what is resampled, as questions about one context are not independent.
-
-    Args:
-        scores: of each question.
-        contexts: a number that says which context each question is about; None if each has its own.
-        seed: of the resampling.
-
-    Raises:
-        InputError: there is no score, or the lengths differ.
-    """
-    sums = _sums_by_context(torch.tensor(scores, dtype=torch.float64)[:, None], contexts)
-
-    def mean(total: Tensor) -> Tensor:
-        return total[:, 0] / total[:, 1]
-
-    return _score(sums, mean, seed)
-
-
-def macro_f1(
-    predictions: Sequence[str],
-    answers: Sequence[str],
-    gold_labels_only: bool = False,
-    contexts: Sequence[int] | None = None,
-    seed: int = 0,
-) -> Score:
+def macro_f1(predictions: Sequence[str], answers: Sequence[str], gold_labels_only: bool = False) -> float:
     """The mean over labels of the F1 score of each.
 
     Args:
@@ -181,8 +156,6 @@ def macro_f1(
         answers: the gold label of each.
         gold_labels_only: average over the labels that occur in the answers, as MetaICL does; otherwise also over those
             that occur in predictions only, with an F1 of 0, as scikit-learn does.
-        contexts: as for `mean_score`.
-        seed: of the resampling.
 
     Raises:
         InputError: there is no question, or the lengths differ.
@@ -191,46 +164,10 @@ def macro_f1(
         raise InputError(
             f"predictions must be as many as answers, at least one, but they are {len(predictions)} and {len(answers)}"
         )
-    labels = {label: number for number, label in enumerate(sorted({*predictions, *answers}))}
-    predicted, wanted = (
-        torch.nn.functional.one_hot(torch.tensor([labels[label] for label in row], dtype=torch.int64), len(labels))
-        for row in (predictions, answers)
-    )
-    sums = _sums_by_context(torch.cat([predicted & wanted, predicted, wanted], dim=1).double(), contexts)
-
-    def macro(total: Tensor) -> Tensor:
-        right, given, gold = total[:, :-1].chunk(3, dim=1)
-        f1 = 2 * right / (given + gold).clamp(min=1)
-        present = (gold if gold_labels_only else given + gold) > 0
-        return (f1 * present).sum(1) / present.sum(1)
-
-    return _score(sums, macro, seed)
-
-
-def _sums_by_context(values: Tensor, contexts: Sequence[int] | None) -> Tensor:
-    """Sums (contexts, k + 1) of the values (questions, k), and the number of questions."""
-    if not len(values) or (contexts is not None and len(contexts) != len(values)):
-        raise InputError(
-            f"there must be at least one score, and a context for each, but there are {len(values)} scores and "
-            f"{len(values) if contexts is None else len(contexts)} contexts"
-        )
-    ones = torch.ones(len(values), 1, dtype=torch.float64)
-    return _summed(torch.cat([values, ones], dim=1), range(len(values)) if contexts is None else contexts)
-
-
-def _summed(values: Tensor, contexts: Sequence[int]) -> Tensor:
-    """(contexts, k): the values (questions, k), added up by context."""
-    order, rows = torch.unique(torch.tensor(contexts), return_inverse=True)
-    return torch.zeros(len(order), values.shape[1], dtype=torch.float64).index_add_(0, rows, values)
-
-
-def _score(sums: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> Score:
-    low, high = interval(sums, statistic, seed=seed)
-    total = sums.sum(0, keepdim=True)
-    return Score(float(statistic(total)), low, high, int(total[0, -1]), len(sums))
-
-
-# Samples
+    given, gold = Counter(predictions), Counter(answers)
+    right = Counter(answer for prediction, answer in zip(predictions, answers, strict=True) if prediction == answer)
+    labels = gold if gold_labels_only else gold | given
+    return sum(2 * right[label] / (given[label] + gold[label]) for label in sorted(labels)) / len(labels)
 
 
 @dataclass(frozen=True)
@@ -267,7 +204,14 @@ class Comparison:
 
 def score(metric: str, samples: Samples) -> Score:
     """The value of a metric from at least one sample."""
-    return _score(_sample_sums([list(samples.values())]), lambda total: _value(metric, total))
+    sums = _sums([list(samples.values())])
+
+    def statistic(total: Tensor) -> Tensor:
+        return _value(metric, total)
+
+    low, high = interval(sums, statistic)
+    total = sums.sum(0, keepdim=True)
+    return Score(float(statistic(total)), low, high, int(total[0, 1]), len(sums))
 
 
 def compare(metric: str, first: Samples, second: Samples) -> Comparison | None:
@@ -275,7 +219,7 @@ def compare(metric: str, first: Samples, second: Samples) -> Comparison | None:
     common = [key for key in first if key in second]
     if not common:
         return None
-    sums = _sample_sums([[first[key] for key in common], [second[key] for key in common]])
+    sums = _sums([[first[key] for key in common], [second[key] for key in common]])
 
     def statistic(total: Tensor) -> Tensor:
         values = [_value(metric, total[:, :2]), _value(metric, total[:, 2:])]
@@ -290,7 +234,9 @@ def _value(metric: str, total: Tensor) -> Tensor:
     return mean.clamp(max=_LARGEST).exp() if metric.endswith(PERPLEXITY) else mean
 
 
-def _sample_sums(parts: Sequence[Sequence[Sample]]) -> Tensor:
+def _sums(parts: Sequence[Sequence[Sample]]) -> Tensor:
     """(contexts, 2 a part): the totals and weights of each part, by context."""
+    order, rows = torch.unique(torch.tensor([sample.context for sample in parts[0]]), return_inverse=True)
     columns = [[getattr(sample, name) for sample in part] for part in parts for name in ("total", "weight")]
-    return _summed(torch.tensor(columns, dtype=torch.float64).mT, [sample.context for sample in parts[0]])
+    values = torch.tensor(columns, dtype=torch.float64).mT
+    return torch.zeros(len(order), values.shape[1], dtype=torch.float64).index_add_(0, rows, values)

@@ -16,7 +16,7 @@ import transformers
 
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
-from gakernels.evaluation.cost import CostSettings, method_cost
+from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
 from gakernels.evaluation.metrics import compare, score
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.scenarios import Cell, Measurements, Scenario
@@ -27,17 +27,10 @@ from gakernels.version import __version__
 
 KIND = "gakernels evaluation"
 TOKENS_PER_WORD = 4 / 3  # of retrieved passages
-# How the costs of a method are counted, where that is not under its own name; those missing have no formula.
+# How the costs of a method are counted, where that is not under its own name.
 COUNTED_AS = {
-    "closed_book": "closed_book",
-    "prompt": "prompt",
-    "retrieval": "retrieval",
-    "adapter": "adapter",
     "adapter_streaming": "adapter",
-    "adapter_merged": "adapter_merged",
-    "adapter_retrieval": "adapter_retrieval",
     "other_adapter": "adapter",
-    "static_lora": "static_lora",
     "sft_lora": "static_lora",
     "sft_full": "closed_book",
     "cpt_lora": "lora_tuning",
@@ -136,8 +129,9 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
     for cell in _cost_cells(scenario):
         context, settings = _sizes(runner, cell)
         for name in runner.methods:
-            if name in COUNTED_AS:
-                cost = method_cost(COUNTED_AS[name], shape, runner.model.config, context, settings)
+            counted = COUNTED_AS.get(name, name)
+            if counted in COUNTED_METHODS:
+                cost = method_cost(counted, shape, runner.model.config, context, settings)
                 costs.append({**cost.to_dict(), "cell": dict(cell), "method": name, "context_tokens": context})
     return costs, ""
 

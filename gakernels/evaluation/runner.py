@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -30,20 +31,12 @@ from gakernels.evaluation.measuring import measured
 from gakernels.evaluation.methods import ClosedBook, FullPrompt, Method, MethodSettings, Prepared, Retrieval
 from gakernels.evaluation.prompts import Asker
 from gakernels.evaluation.scenarios import Answer, EvaluationRequest, Measurements, Scenario
-from gakernels.evaluation.tuned_methods import (
-    ContextTuning,
-    ContinualPretraining,
-    ContinualPretrainingFull,
-    FewShotTuning,
-    FewShotTuningFull,
-    SupervisedTuning,
-    SupervisedTuningFull,
-)
+from gakernels.evaluation.tuned_methods import ContextTuning, FewShotTuning, SupervisedTuning
 from gakernels.generation.decoder import Decoder, Row, SharedStart, plan_batches
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import check_tokens
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Method]] = {
     "closed_book": ClosedBook,
     "prompt": FullPrompt,
     "retrieval": Retrieval,
@@ -54,12 +47,12 @@ METHODS: dict[str, type[Method]] = {
     "other_adapter": OtherAdapter,
     "static_lora": StaticLoraControl,
     "sft_lora": SupervisedTuning,
-    "sft_full": SupervisedTuningFull,
-    "cpt_lora": ContinualPretraining,
-    "cpt_full": ContinualPretrainingFull,
+    "sft_full": partial(SupervisedTuning, kind="full"),
+    "cpt_lora": partial(SupervisedTuning, continual=True),
+    "cpt_full": partial(SupervisedTuning, kind="full", continual=True),
     "context_lora": ContextTuning,
     "few_shot_lora": FewShotTuning,
-    "few_shot_full": FewShotTuningFull,
+    "few_shot_full": partial(FewShotTuning, kind="full"),
 }
 
 _LONG = timedelta(days=30)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -80,42 +80,42 @@ def own_tables(report: Mapping[str, Any]) -> list[ReportTable]:
 
 
 def _quality(report: Mapping[str, Any]) -> list[ReportTable]:
-    results = report["results"]
-    methods = list(dict.fromkeys(row["method"] for row in results))
     made = []
-    for metric in dict.fromkeys(row["metric"] for row in results):
-        by_cell: dict[Cell, dict[str, Any]] = {}
-        for row in results:
-            if row["metric"] == metric:
-                by_cell.setdefault(tuple(row["cell"].items()), {})[row["method"]] = row
+    for metric, methods, by_cell in _by_metric(report["results"], "method"):
         rows = [
-            (cell_name(cell), *(_value(by_method.get(method), metric) for method in methods), _counts(by_method))
-            for cell, by_method in by_cell.items()
+            (cell_name(cell), *(_value(found.get(method), metric) for method in methods), _counts(found))
+            for cell, found in by_cell.items()
         ]
-        unit = " (%)" if metric in _PERCENT else ""
-        headings = ("", *methods, "scored / contexts")
-        made.append(ReportTable(f"{metric.replace('_', ' ')}{unit}", headings, tuple(rows), INTERVALS))
+        title = f"{metric.replace('_', ' ')}{' (%)' if metric in _PERCENT else ''}"
+        made.append(ReportTable(title, ("", *methods, "scored / contexts"), tuple(rows), INTERVALS))
     return made
 
 
 def _compared(report: Mapping[str, Any]) -> list[ReportTable]:
-    rows = report["comparisons"]
-    methods = list(dict.fromkeys(row["against"] for row in rows))
     made = []
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        by_cell: dict[Cell, dict[str, Any]] = {}
-        for row in rows:
-            if row["metric"] == metric:
-                by_cell.setdefault(tuple(row["cell"].items()), {})[row["against"]] = row
-        ratio = metric not in _PERCENT
-        title = f"{metric.replace('_', ' ')}: {REFERENCE} {'over' if ratio else 'minus'} the others"
-        table = tuple(
+    for metric, methods, by_cell in _by_metric(report["comparisons"], "against"):
+        rows = [
             (cell_name(cell), *(_value(found.get(method), metric) for method in methods))
             for cell, found in by_cell.items()
-        )
-        note = f"On the same questions, paired. {'Below 1' if ratio else 'Above 0'}: the adapter is better. {INTERVALS}"
-        made.append(ReportTable(title + ("" if ratio else " (%)"), ("", *methods), table, note))
+        ]
+        how, better, unit = ("minus", "Above 0", " (%)") if metric in _PERCENT else ("over", "Below 1", "")
+        title = f"{metric.replace('_', ' ')}: {REFERENCE} {how} the others{unit}"
+        note = f"On the same questions, paired. {better}: the adapter is better. {INTERVALS}"
+        made.append(ReportTable(title, ("", *methods), tuple(rows), note))
     return made
+
+
+def _by_metric(
+    results: Sequence[Mapping[str, Any]], key: str
+) -> Iterator[tuple[str, list[str], dict[Cell, dict[str, Mapping[str, Any]]]]]:
+    """Each metric, all methods (which stand under a key), and the results of the metric by cell and method."""
+    methods = list(dict.fromkeys(row[key] for row in results))
+    for metric in dict.fromkeys(row["metric"] for row in results):
+        by_cell: dict[Cell, dict[str, Mapping[str, Any]]] = {}
+        for row in results:
+            if row["metric"] == metric:
+                by_cell.setdefault(tuple(row["cell"].items()), {})[row[key]] = row
+        yield metric, methods, by_cell
 
 
 def cell_name(cell: Cell) -> str:

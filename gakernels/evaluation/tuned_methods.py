@@ -44,12 +44,17 @@ Trained = Factors | Weights
 class TunedMethod(SimpleMethod):
     """What the fine-tuned methods share.
 
-    Attributes:
-        kind: `lora` or `full`.
+    Args:
+        kind: `lora` or `full`: what is trained.
     """
 
     adapted = True
-    kind = "lora"
+
+    def __init__(
+        self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings, kind: str = "lora"
+    ) -> None:
+        super().__init__(model, scenario, settings)
+        self.kind = kind
 
     def settings_of(self, what: str, epochs: int, batch_size: int, patience: int = 1) -> TuningSettings:
         """The settings of a tuning, with what the user wants otherwise."""
@@ -119,22 +124,33 @@ class TunedMethod(SimpleMethod):
 class SupervisedTuning(TunedMethod):
     """Trained on questions and answers about other contexts, with early stopping (paper: learning rate 1e-5, batch 64).
 
+    Args:
+        kind: as for `TunedMethod`.
+        continual: trained on the documents of all contexts first (paper: 8 epochs, batch 16, learning rate 1e-5), and
+            then, where there are training questions, on these.
+
     Raises:
         InputError: there are no training questions.
     """
 
-    continual = False
-
-    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
-        super().__init__(model, scenario, settings)
-        if not scenario.training and not self.continual:
+    def __init__(
+        self,
+        model: GenerativeAdapter,
+        scenario: Scenario,
+        settings: MethodSettings,
+        kind: str = "lora",
+        continual: bool = False,
+    ) -> None:
+        super().__init__(model, scenario, settings, kind)
+        if not scenario.training and not continual:
             raise InputError("supervised fine-tuning needs training questions; name their file with --train")
+        self._continual = continual
         self._trained: Trained | None = None
 
     def fit(self) -> None:
         """Train, once for all contexts."""
         start = None
-        if self.continual:
+        if self._continual:
             documents = self.texts(self.scenario.documents())
             start = self.tune(documents, self.settings_of("tuning", CONTINUAL_EPOCHS, CONTINUAL_BATCH))
         self._trained = start
@@ -150,31 +166,14 @@ class SupervisedTuning(TunedMethod):
         return self.prepared([self._trained] * len(cases))
 
 
-class SupervisedTuningFull(SupervisedTuning):
-    """The same with all weights."""
-
-    kind = "full"
-
-
-class ContinualPretraining(SupervisedTuning):
-    """Trained on the documents of all contexts (paper: 8 epochs, batch 16, learning rate 1e-5), then, where there are
-    training questions, on these."""
-
-    continual = True
-
-
-class ContinualPretrainingFull(ContinualPretraining):
-    """The same with all weights."""
-
-    kind = "full"
-
-
 class FewShotTuning(TunedMethod):
     """Trained on examples of the same task (paper: 16, learning rate 5e-6, at most 40 epochs; it stops when the loss of
     as many others has risen three times in a row)."""
 
-    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
-        super().__init__(model, scenario, settings)
+    def __init__(
+        self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings, kind: str = "lora"
+    ) -> None:
+        super().__init__(model, scenario, settings, kind)
         self._by_task: dict[tuple[Question, ...], Trained] = {}
 
     def missing(self, case: EvaluationCase) -> str | None:
@@ -193,14 +192,8 @@ class FewShotTuning(TunedMethod):
         return self.prepared(trained)
 
 
-class FewShotTuningFull(FewShotTuning):
-    """The same with all weights."""
-
-    kind = "full"
-
-
 class ContextTuning(TunedMethod):
-    """As `ContinualPretraining`, but a LoRA learns one context alone, as the generated adapter knows one alone."""
+    """As with continual pretraining, but a LoRA learns one context alone, as the generated adapter knows one alone."""
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
         super().__init__(model, scenario, settings)

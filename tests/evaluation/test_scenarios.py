@@ -12,7 +12,7 @@ from worlds import contexts, make, merged, run, text
 
 from gakernels import InputError
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question, Task
-from gakernels.evaluation.icl import TaskData, icl
+from gakernels.evaluation.icl import SEEDS, TaskData, few_shot_context, icl
 from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1, score
 from gakernels.evaluation.perplexity import perplexity
 from gakernels.evaluation.prompts import icl_prompt, qa_prompt
@@ -23,6 +23,7 @@ from gakernels.evaluation.scenarios import (
     Scenario,
     dialog,
     docqa,
+    group_contexts,
     limited,
     with_others,
 )
@@ -65,6 +66,65 @@ def test_the_other_context_is_another_of_the_same_cell(count: int) -> None:
 
 
 # Documents
+
+
+def documents(random: Random, count: int) -> list[EvaluationContext]:
+    return [
+        EvaluationContext("x" * random.randint(20, 60) + str(n), (Question(f"q{n}", ("a",)),), f"title {n % 3}")
+        for n in range(count)
+    ]
+
+
+def test_groups_hold_every_document_once_and_in_order(random: Random) -> None:
+    for _ in range(30):
+        given, length = documents(random, random.randint(1, 30)), random.randint(10, 400)
+        groups = group_contexts(given, length)
+        assert "\n\n".join(group.text for group in groups) == "\n\n".join(document.text for document in given)
+        asked = [question for group in groups for question in group.questions]
+        assert asked == [question for document in given for question in document.questions]
+        sizes = [len(group.questions) for group in groups]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
+        total = len("\n\n".join(document.text for document in given))
+        assert len(groups) == min(-(-total // length), len(given))
+
+
+def test_groups_are_measured_in_what_one_likes() -> None:
+    given = [EvaluationContext(f"word {n}", (Question("q", ("a",)),)) for n in range(10)]
+    assert len(group_contexts(given, 5, measure=lambda text: len(text.split()))) == 4  # 20 words
+    assert len(group_contexts(given, 88)) == 1  # 10 x 6 letters and 9 x 2 line ends
+    assert len(group_contexts(given, 77)) == 2
+
+
+def test_only_the_first_tenth_is_scored_in_the_released_protocol(random: Random) -> None:
+    given = documents(random, 40)
+    every = group_contexts(given, 50)
+    assert group_contexts(given, 50, part="first_tenth") == every[: max(1, len(every) // 10)]
+    assert group_contexts(given[:3], 50, part="first_tenth") == group_contexts(given[:3], 50)[:1]
+
+
+def test_a_document_that_comes_twice_counts_once() -> None:
+    one, two = (EvaluationContext("text", (Question(name, ("a",)),), name) for name in ("one", "two"))
+    other = EvaluationContext("other", (Question("three", ("a",)),), "three")
+    group = group_contexts([one, other, two], 1000)[0]
+    assert group.text == "text\n\nother"
+    assert [question.text for question in group.questions] == ["one", "two", "three"]
+    assert group.name == "one, three"
+
+
+def test_grouping_refuses_bad_arguments() -> None:
+    with pytest.raises(InputError, match="length must be at least 1, but it is 0"):
+        group_contexts([], 0)
+    with pytest.raises(InputError, match="part must be one of all, first_tenth, but it is 'some'"):
+        group_contexts([], 10, part="some")
+
+
+def test_each_document_by_itself() -> None:
+    drawn = data(2)
+    asked = docqa(drawn, len, None)
+    assert [case.context.text for case in asked.cases] == [context.text for context in drawn.contexts]
+    assert {case.cell for case in asked.cases} == {(("length", "own"),)}
+    assert [case.other for case in asked.cases] == [1, 0]
 
 
 def test_documents_are_grouped_to_every_length() -> None:
@@ -206,7 +266,7 @@ def test_tasks_and_seeds_are_averaged_apart_by_kind(random: Random) -> None:
         found = values.setdefault(cell["task"], {"match": [], "ranking_accuracy": [], "ranking_macro_f1": []})
         found["match"].append(sum(hits) / 9)
         found["ranking_accuracy"].append(sum(map(str.__eq__, chosen, gold)) / 9)
-        found["ranking_macro_f1"].append(macro_f1(chosen, gold, gold_labels_only=True).value)
+        found["ranking_macro_f1"].append(macro_f1(chosen, gold, gold_labels_only=True))
 
     def mean(metric: str, *names: str) -> float:
         return sum(sum(values[name][metric]) / 3 for name in names) / len(names)
@@ -219,6 +279,32 @@ def test_tasks_and_seeds_are_averaged_apart_by_kind(random: Random) -> None:
     other = (("kind", "other"), ("shots", 2))
     assert score("match", measured[other, "match"]).value == pytest.approx(mean("match", "c"))
     assert (other, "ranking_macro_f1") not in measured
+
+
+def test_demonstrations_are_drawn_from_the_training_items() -> None:
+    train = Task("t", tuple(Question(f"in {n}", (f"out {n}",)) for n in range(16)))
+    test = Task("t", tuple(Question(f"q{n}", ("a",)) for n in range(200)))
+    contexts = {seed: few_shot_context(train, test, 4, seed) for seed in SEEDS}
+    assert few_shot_context(train, test, 4, 13) == contexts[13]
+    assert len({context.text for context in contexts.values()}) > 1
+    for context in contexts.values():
+        shown = context.text.split("\n\n")
+        assert len(set(shown)) == 4
+        for part in shown:
+            given, wanted = part.split("\n")
+            assert given.removeprefix("Input: in ") == wanted.removeprefix("Output: out ")
+        assert context.questions == test.items
+    assert few_shot_context(train, test, 16, 13, "released").questions == test.items[:20]
+    few = Task("t", test.items[:30])
+    assert few_shot_context(train, few, 1, 13, "released").questions == test.items[:16]
+
+
+def test_few_shot_contexts_refuse_bad_arguments() -> None:
+    task = Task("t", (Question("x", ("yes",)),))
+    with pytest.raises(InputError, match="shots must be between 1 and the 1 training items, but it is 2"):
+        few_shot_context(task, task, 2, 13)
+    with pytest.raises(InputError, match="protocol must be one of"):
+        few_shot_context(task, task, 1, 13, "mine")
 
 
 def test_no_task_is_refused() -> None:
