@@ -58,6 +58,11 @@ class Dataset:
     contexts: tuple[EvaluationContext, ...]
     skipped: BadRecords = field(default_factory=BadRecords)
 
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """Those of all contexts."""
+        return tuple(question for context in self.contexts for question in context.questions)
+
 
 Contexts = Iterator[EvaluationContext]
 Turns = Sequence[tuple[str, str]]  # a conversation: speaker and text of each turn

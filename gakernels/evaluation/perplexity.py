@@ -128,17 +128,11 @@ def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
             raise InputError(f"{place} must be UTF-8 text, but byte {error.start} of the line is wrong") from error
 
 
-def perplexity(
-    documents: Sequence[tuple[str, str]],
-    windows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    window_size: int,
-    protocol: str = "official",
-) -> Scenario:
+def perplexity(documents: Sequence[CutDocument], window_size: int, protocol: str = "official") -> Scenario:
     """The scenario.
 
     Args:
-        documents: the text of each context, and its name.
-        windows: token ids of each context and of what follows it, at least two of each.
+        documents: with at least two tokens of context and of what follows it.
         window_size: most tokens scored together.
         protocol: `official`: all tokens count alike; `released`: all documents do.
 
@@ -147,18 +141,21 @@ def perplexity(
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
-    if not documents or any(len(part) < 2 for pair in windows for part in pair):
+    if not documents or any(len(part) < 2 for document in documents for part in (document.context, document.following)):
         raise InputError("there must be at least one document, and at least two tokens of context and of what follows")
     pieces = [
-        [(part, piece) for part, tokens in zip(PARTS, pair, strict=True) for piece in split_evenly(tokens, window_size)]
-        for pair in windows
-    ]
-    cases = with_others(
         [
-            EvaluationCase(EvaluationContext(text, tuple(Question(part, ("",)) for part, _ in parts), name))
-            for (text, name), parts in zip(documents, pieces, strict=True)
+            (part, piece)
+            for part, tokens in zip(PARTS, (document.context, document.following), strict=True)
+            for piece in split_evenly(tokens, window_size)
         ]
-    )
+        for document in documents
+    ]
+    contexts = [
+        EvaluationContext(document.text, tuple(Question(part, ("",)) for part, _ in parts), document.name)
+        for document, parts in zip(documents, pieces, strict=True)
+    ]
+    cases = with_others([EvaluationCase(context) for context in contexts])
 
     def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
         return [

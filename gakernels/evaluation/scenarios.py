@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -139,19 +139,12 @@ def with_others(cases: Sequence[EvaluationCase], first: int = 0) -> list[Evaluat
     for number, case in enumerate(cases):
         by_cell.setdefault(case.cell, []).append(number)
     others = {
-        number: numbers[(place + len(numbers) // 2) % len(numbers)]
+        number: first + numbers[(place + len(numbers) // 2) % len(numbers)]
         for numbers in by_cell.values()
         if len(numbers) > 1
         for place, number in enumerate(numbers)
     }
-    return [
-        EvaluationCase(case.context, case.cell, _shifted(others.get(number), first), case.training, case.validation)
-        for number, case in enumerate(cases)
-    ]
-
-
-def _shifted(number: int | None, first: int) -> int | None:
-    return None if number is None else number + first
+    return [replace(case, other=others.get(number)) for number, case in enumerate(cases)]
 
 
 # Questions about documents and conversations

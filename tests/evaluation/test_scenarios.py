@@ -14,7 +14,7 @@ from gakernels import InputError
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question, Task
 from gakernels.evaluation.icl import SEEDS, TaskData, few_shot_context, icl
 from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1, score
-from gakernels.evaluation.perplexity import perplexity
+from gakernels.evaluation.perplexity import CutDocument, perplexity
 from gakernels.evaluation.prompts import icl_prompt, qa_prompt
 from gakernels.evaluation.scenarios import (
     AskSettings,
@@ -319,11 +319,12 @@ def test_no_task_is_refused() -> None:
 def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
     model, tokenizer = make(), make_tokenizer()
     pairs = [(random_context(8 + 3 * n), random_context(11)) for n in range(3)]
-    texts = [(" ".join(f"w{token}" for token in context), f"d{n}") for n, (context, _) in enumerate(pairs)]
-    asked = perplexity(texts, pairs, 6, protocol)
+    texts = [" ".join(f"w{token}" for token in context) for context, _ in pairs]
+    documents = [CutDocument(f"d{n}", texts[n], *map(tuple, pair)) for n, pair in enumerate(pairs)]
+    asked = perplexity(documents, 6, protocol)
     runner = run(model, asked, "closed_book", "prompt", "adapter", "other_adapter")
     measured = runner.measurements()
-    adapters = [model.stream().append(context).adapter() for context, _ in texts]
+    adapters = [model.stream().append(context).adapter() for context in texts]
 
     def losses(window: list[int], front: list[int], base: torch.nn.Module) -> tuple[float, int]:
         labels = [-100] * (len(front) + 1) + window[1:]
@@ -336,7 +337,7 @@ def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
             by_document = []
             for number, pair in enumerate(pairs):
                 adapter = {"adapter": adapters[number], "other_adapter": adapters[asked.cases[number].other]}.get(name)
-                front = tokenizer(texts[number][0])["input_ids"] if name == "prompt" else [1]
+                front = tokenizer(texts[number])["input_ids"] if name == "prompt" else [1]
                 base = merged(model, adapter)
                 found = [losses(window, front, base) for window in split_evenly(pair[part], 6) if len(window) > 1]
                 by_document.append((sum(loss for loss, _ in found), sum(tokens for _, tokens in found)))
@@ -350,11 +351,11 @@ def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
 
 def test_documents_that_are_too_short_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least two tokens of context"):
-        perplexity([("w3", "d")], [([3], [4, 5])], 6)
+        perplexity([CutDocument("d", "w3", (3,), (4, 5))], 6)
     with pytest.raises(InputError, match="at least one document"):
-        perplexity([], [], 6)
+        perplexity([], 6)
     with pytest.raises(InputError, match="protocol must be one of"):
-        perplexity([("w3 w4", "d")], [([3, 4], [4, 5])], 6, "mine")
+        perplexity([CutDocument("d", "w3 w4", (3, 4), (4, 5))], 6, "mine")
 
 
 def test_a_context_keeps_its_name() -> None:

@@ -16,7 +16,6 @@ from gakernels.evaluation.datasets import (
     MSC_QUESTIONS,
     PERSONA_CHAT_QUESTIONS,
     Dataset,
-    Question,
     read_documents,
     read_locomo,
     read_msc,
@@ -73,18 +72,11 @@ def run_docqa(options: argparse.Namespace) -> int:
             lengths,
             options.protocol,
             options.part,
-            all_questions(training),
+            read_documents(training).questions if training else (),
             ask_settings(options),
         )
 
     return evaluate(options, files, make)
-
-
-def all_questions(name: str | None) -> list[Question]:
-    """All questions of a file of documents; none without a file."""
-    if name is None:
-        return []
-    return [question for context in read_documents(name).contexts for question in context.questions]
 
 
 DIALOG_QUESTIONS = tuple(dict.fromkeys((*MSC_QUESTIONS, *PERSONA_CHAT_QUESTIONS)))
@@ -119,9 +111,8 @@ def run_dialog(options: argparse.Namespace) -> int:
 
     def make(_: GenerativeAdapter) -> Scenario:
         data, questions = read_conversations(options.data, options.questions)
-        training = [] if options.train is None else read_conversations(options.train, options.questions)[0].contexts
-        pairs = [question for context in training for question in context.questions]
-        return dialog(data, questions, options.protocol, pairs, ask_settings(options))
+        training = read_conversations(options.train, options.questions)[0].questions if options.train else ()
+        return dialog(data, questions, options.protocol, training, ask_settings(options))
 
     return evaluate(options, [options.data, *([options.train] if options.train else [])], make)
 
@@ -227,12 +218,7 @@ def run_perplexity(options: argparse.Namespace) -> int:
 
     def make(model: GenerativeAdapter) -> Scenario:
         documents, skipped = cut_documents(options.data, Decoder(model).tokenizer, options.tokens, options.limit)
-        scenario = perplexity(
-            [(document.text, document.name) for document in documents],
-            [(document.context, document.following) for document in documents],
-            min(options.tokens, model.config.chunk_size),
-            options.protocol,
-        )
+        scenario = perplexity(documents, min(options.tokens, model.config.chunk_size), options.protocol)
         return replace(scenario, settings={"tokens": options.tokens}, skipped=skipped)
 
     return evaluate(options, [options.data], make)
