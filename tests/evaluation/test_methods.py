@@ -66,6 +66,8 @@ PLAIN: dict[str, Callable[[GenerativeAdapter, Scenario, EvaluationCase, str], tu
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "retrieval" in name:
+        pytest.importorskip("bm25s")
     monkeypatch.setattr(decoding, "LEAST_SHARED", 5)  # the starts of these prompts are short
     model, asked = make(), scenario(4)
     runner = run(model, asked, name, passages=2, passage_words=4)
