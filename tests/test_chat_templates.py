@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gakernels import GenerativeAdapter, InputError
 from gakernels.data.chat import PLAIN_TEMPLATE, ChatEncoder, chat_template
 from gakernels.data.conversations import Message
-from gakernels.evaluation.asking import Asker
+from gakernels.evaluation.prompts import Asker
 from gakernels.server.api import create_app
 from gakernels.server.server import Settings, assemble
 

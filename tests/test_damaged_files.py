@@ -29,7 +29,7 @@ from gakernels.data.bad_records import BadRecords
 from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.distributed import Parallel
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.flat_qa import read_flat_qa
+from gakernels.evaluation.datasets import read_flat_qa
 from gakernels.model import load_base
 from gakernels.ops import dispatch, gpus, measured, tuned
 from gakernels.ops.measured import calibration

@@ -17,10 +17,10 @@ from gakernels.data.bad_records import BadRecords
 from gakernels.data.chat import Limits, encode_records
 from gakernels.data.conversations import ContextRecord, Message
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.asking import Asker
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
+from gakernels.evaluation.prompts import Asker
 from gakernels.evaluation.runner import Runner
-from gakernels.evaluation.scenarios.docqa import docqa
+from gakernels.evaluation.scenarios import docqa
 from gakernels.generation import Sampling, generate
 from gakernels.generation.decoder import Decoder
 from gakernels.model.encoding import encode_text
@@ -162,7 +162,7 @@ def test_prompts_with_tokens_that_the_model_does_not_know(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"token ids must be between 0 and 63, but .*64 are there"):
         model.adapt("w5 <image>")
     question = Question("w5 <image>", ("w6",))
-    scenario = docqa(Dataset((Context(CONTEXT, (question,)),), Skipped()), len, [1])
+    scenario = docqa(Dataset((EvaluationContext(CONTEXT, (question,)),)), len, [1])
     runner = Runner(model, scenario, ["prompt"], AnswerLog(None, {}), progress=False)
     with pytest.raises(InputError, match=r"case 0, question 0, has the token '<image>' \(64\)"):
         runner.run()

@@ -23,8 +23,7 @@ from gakernels.data import TokenCache, source_of, token_cache
 from gakernels.data.bad_records import BadRecords
 from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.flat_qa import read_flat_qa
-from gakernels.evaluation.squad import read_squad
+from gakernels.evaluation.datasets import read_flat_qa, read_squad
 from gakernels.model import load_base
 from gakernels.model.hub import PATTERNS
 from gakernels.model.released import save_released

@@ -12,9 +12,8 @@ from gakernels.cli.common import read_text
 from gakernels.data.bad_records import BadRecords
 from gakernels.data.documents import file_documents
 from gakernels.data.instruction_sources import InstructionSource, read_source
-from gakernels.evaluation.records import Skipped
-from gakernels.evaluation.squad import read_squad
-from gakernels.evaluation.text_documents import _texts
+from gakernels.evaluation.datasets import read_squad
+from gakernels.evaluation.perplexity import document_texts
 from gakernels.server.api_keys import ApiKeys
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe
@@ -104,7 +103,7 @@ def test_data_recipes_and_questions(tmp_path: Path, encoding: str) -> None:
         assert [record.context for record in records] == ["c0 ä", "c1 ä", "c2 ä"]
         assert {record.conversations[0][1].content for record in records} == {"名"}
     assert load_recipe(PretrainingRecipe, tmp_path / "recipe.yaml").model.name == "größe"
-    assert [text for _, text in _texts(tmp_path / "rows.jsonl", Skipped())] == ["t0", "t1", "t2"]
+    assert [text for _, text in document_texts(tmp_path / "rows.jsonl", BadRecords())] == ["t0", "t1", "t2"]
     squad = {"data": [{"paragraphs": [{"context": "ä", "qas": [{"question": "q", "answers": [{"text": "a"}]}]}]}]}
     (tmp_path / "squad.json").write_text(json.dumps(squad, ensure_ascii=False), encoding=encoding)
     assert read_squad(tmp_path / "squad.json").contexts[0].text == "ä"

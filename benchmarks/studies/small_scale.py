@@ -27,13 +27,13 @@ from benchmarks.studies.small_scale_plots import draw
 from benchmarks.studies.small_scale_tables import tables
 from benchmarks.studies.small_scale_training import STATIC, VARIANTS, draw_texts
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.cases import Measurements, Scenario
 from gakernels.evaluation.methods import MethodSettings
+from gakernels.evaluation.metrics import compare, score
+from gakernels.evaluation.perplexity import CutDocument, perplexity
+from gakernels.evaluation.recall import RecallSettings, recall
 from gakernels.evaluation.report import build, describe_model
 from gakernels.evaluation.runner import Runner
-from gakernels.evaluation.samples import compare, score
-from gakernels.evaluation.scenarios.perplexity import perplexity
-from gakernels.evaluation.scenarios.recall import RecallSettings, recall
+from gakernels.evaluation.scenarios import Measurements, Scenario
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
@@ -149,12 +149,14 @@ def text_perplexity(model: GenerativeAdapter) -> Scenario:
     rng = Random(SEED)
     texts = [[part.text() for part in draw_texts(rng, FACTS, "test")] for _ in range(TEXTS)]
 
-    def tokens(text: str) -> list[int]:
+    def tokens(text: str) -> tuple[int, ...]:
         assert model.tokenizer is not None
-        return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    documents = [(told, str(number)) for number, (told, _) in enumerate(texts)]
-    return perplexity(documents, [(tokens(told), tokens(after)) for told, after in texts], model.config.chunk_size)
+    documents = [
+        CutDocument(str(number), told, tokens(told), tokens(after)) for number, (told, after) in enumerate(texts)
+    ]
+    return perplexity(documents, model.config.chunk_size)
 
 
 def _recall(model: GenerativeAdapter, contexts: int = CONTEXTS, **settings: Any) -> Scenario:

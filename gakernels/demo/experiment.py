@@ -5,15 +5,20 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import torch
+
+from gakernels.adapters.adapter import Adapter
 from gakernels.data.people import Document, any_person_level, draw_document
 from gakernels.demo.questions import accuracy, answer
-from gakernels.evaluation.document_perplexity import document_loss
 from gakernels.model import GenerativeAdapter
-from gakernels.model.encoding import encode_text
+from gakernels.model.encoding import encode_context, encode_text
+from gakernels.model.window_losses import token_losses
+from gakernels.model.windows import pad_windows, split_evenly
 
 WAYS = ("closed_book", "prompt", "adapter", "other_adapter")
 FACTS_PER_PERSON = {1: (15, 18), 2: (8, 8), 4: (4, 4), 8: (2, 2)}
@@ -128,6 +133,25 @@ def perplexities(model: GenerativeAdapter, texts: Sequence[str]) -> dict[str, fl
         losses = [document_loss(model, text, chosen[i] if chosen else None) for i, text in enumerate(texts)]
         result[name] = math.exp(sum(total for total, _ in losses) / sum(tokens for _, tokens in losses))
     return result
+
+
+@torch.no_grad()
+def document_loss(model: GenerativeAdapter, text: str, adapter: Adapter | None) -> tuple[float, int]:
+    """Negative log-likelihood of a text in nats, and the number of predicted tokens.
+
+    The text is cut into even windows of at most the generator's chunk size; the first token of each is not predicted.
+
+    Raises:
+        InputError: the text is empty.
+    """
+    chunks = split_evenly(encode_context(model.tokenizer, text, first=True), model.config.chunk_size)
+    input_ids, mask = (tensor.to(model.device) for tensor in pad_windows([[chunk] for chunk in chunks], pad=0))
+    with model.adapted(adapter) if adapter is not None else nullcontext():
+        output = model.base.get_decoder()(input_ids=input_ids[:, 0], use_cache=False)
+    target = mask.clone()
+    target[..., 0] = False
+    loss = token_losses(model, output.last_hidden_state[:, None], input_ids, {"text": target})["text"]
+    return float(loss.total), int(loss.tokens)
 
 
 def context_bytes(model: GenerativeAdapter, text: str) -> dict[str, int]:

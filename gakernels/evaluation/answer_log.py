@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gakernels.errors import InputError
-from gakernels.evaluation.cases import Answer
+from gakernels.evaluation.scenarios import Answer
 from gakernels.files import append_line
 
 Key = tuple[int, int, int]

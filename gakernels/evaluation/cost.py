@@ -60,7 +60,7 @@ class MethodCost:
     """Cost of one method.
 
     Attributes:
-        method: key of METHODS.
+        method: key of COUNTED_METHODS.
         contextualization: operations, once for a context.
         query: operations of one question and its answer.
         storage: what is kept between questions.
@@ -81,7 +81,7 @@ class MethodCost:
         }
 
 
-METHODS = {
+COUNTED_METHODS = {
     "closed_book": "no context at all",
     "prompt": "context read again with every question",
     "prompt_cached": "context read once, its keys and values kept",
@@ -106,7 +106,7 @@ def method_cost(
     merged, `GenerativeAdapter.merge` also keeps the original weights of the adapted layers.
 
     Args:
-        method: key of METHODS.
+        method: key of COUNTED_METHODS.
         shape: of the base model.
         config: of the generator; the trained LoRA has its layers and rank.
         context: tokens, at least 1.
@@ -117,8 +117,8 @@ def method_cost(
             the generator's norm is `frobenius`, which has no compact form.
     """
     settings = settings or CostSettings()
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}, but it is {method!r}")
+    if method not in COUNTED_METHODS:
+        raise InputError(f"method must be one of {', '.join(COUNTED_METHODS)}, but it is {method!r}")
     if context < 1:
         raise InputError(f"context must be at least 1 token, but it is {context}")
     contextualization = _contextualization(method, shape, config, context, settings)
@@ -130,7 +130,7 @@ def all_costs(
     shape: ModelShape, config: GeneratorConfig, contexts: Iterable[int], settings: CostSettings | None = None
 ) -> dict[int, list[MethodCost]]:
     """The costs of all methods that the generator has, by length of the context. Raises as `method_cost`."""
-    methods = [method for method in METHODS if method != "adapter_compact" or config.norm != "frobenius"]
+    methods = [method for method in COUNTED_METHODS if method != "adapter_compact" or config.norm != "frobenius"]
     return {context: [method_cost(name, shape, config, context, settings) for name in methods] for context in contexts}
 
 

@@ -1,11 +1,14 @@
-"""Scores of answers: SQuAD's F1 and exact match, accuracy, macro-F1, the choice among options (docs/evaluation.md)."""
+"""Scores of answers: SQuAD's F1 and exact match, accuracy, macro-F1, the choice among options (docs/evaluation.md).
+
+Samples of a method become its score, or a comparison of two methods, with intervals over contexts.
+"""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +18,8 @@ from gakernels.bootstrap import interval
 from gakernels.errors import InputError
 
 PROTOCOLS = ("official", "released")
+PERPLEXITY = "perplexity"  # metrics whose name ends so are e to the power of the mean
+_LARGEST = 700.0  # e^700 is about the largest number there is
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -143,32 +148,7 @@ def _check_protocol(protocol: str) -> None:
 # Many answers
 
 
-def mean_score(scores: Sequence[float], contexts: Sequence[int] | None = None, seed: int = 0) -> Score:
-    """The mean over questions; contexts are what is resampled, as questions about one context are not independent.
-
-    Args:
-        scores: of each question.
-        contexts: a number that says which context each question is about; None if each has its own.
-        seed: of the resampling.
-
-    Raises:
-        InputError: there is no score, or the lengths differ.
-    """
-    sums = _sums_by_context(torch.tensor(scores, dtype=torch.float64)[:, None], contexts)
-
-    def mean(total: Tensor) -> Tensor:
-        return total[:, 0] / total[:, 1]
-
-    return _score(sums, mean, seed)
-
-
-def macro_f1(
-    predictions: Sequence[str],
-    answers: Sequence[str],
-    gold_labels_only: bool = False,
-    contexts: Sequence[int] | None = None,
-    seed: int = 0,
-) -> Score:
+def macro_f1(predictions: Sequence[str], answers: Sequence[str], gold_labels_only: bool = False) -> float:
     """The mean over labels of the F1 score of each.
 
     Args:
@@ -176,8 +156,6 @@ def macro_f1(
         answers: the gold label of each.
         gold_labels_only: average over the labels that occur in the answers, as MetaICL does; otherwise also over those
             that occur in predictions only, with an F1 of 0, as scikit-learn does.
-        contexts: as for `mean_score`.
-        seed: of the resampling.
 
     Raises:
         InputError: there is no question, or the lengths differ.
@@ -186,36 +164,79 @@ def macro_f1(
         raise InputError(
             f"predictions must be as many as answers, at least one, but they are {len(predictions)} and {len(answers)}"
         )
-    labels = {label: number for number, label in enumerate(sorted({*predictions, *answers}))}
-    predicted, wanted = (
-        torch.nn.functional.one_hot(torch.tensor([labels[label] for label in row], dtype=torch.int64), len(labels))
-        for row in (predictions, answers)
-    )
-    sums = _sums_by_context(torch.cat([predicted & wanted, predicted, wanted], dim=1).double(), contexts)
-
-    def macro(total: Tensor) -> Tensor:
-        right, given, gold = total[:, :-1].chunk(3, dim=1)
-        f1 = 2 * right / (given + gold).clamp(min=1)
-        present = (gold if gold_labels_only else given + gold) > 0
-        return (f1 * present).sum(1) / present.sum(1)
-
-    return _score(sums, macro, seed)
+    given, gold = Counter(predictions), Counter(answers)
+    right = Counter(answer for prediction, answer in zip(predictions, answers, strict=True) if prediction == answer)
+    labels = gold if gold_labels_only else gold | given
+    return sum(2 * right[label] / (given[label] + gold[label]) for label in sorted(labels)) / len(labels)
 
 
-def _sums_by_context(values: Tensor, contexts: Sequence[int] | None) -> Tensor:
-    """Sums (contexts, k + 1) of the values (questions, k), and the number of questions."""
-    if not len(values) or (contexts is not None and len(contexts) != len(values)):
-        raise InputError(
-            f"there must be at least one score, and a context for each, but there are {len(values)} scores and "
-            f"{len(values) if contexts is None else len(contexts)} contexts"
-        )
-    numbers = torch.tensor(range(len(values)) if contexts is None else contexts)
-    order, rows = torch.unique(numbers, return_inverse=True)
-    sums = torch.zeros(len(order), values.shape[1] + 1, dtype=torch.float64)
-    return sums.index_add_(0, rows, torch.cat([values, torch.ones(len(values), 1, dtype=torch.float64)], dim=1))
+@dataclass(frozen=True)
+class Sample:
+    """What one question (or window, or task) adds to a metric, which is the sum of totals over that of weights.
+
+    Attributes:
+        context: number of the context it is about, which is what is resampled.
+        total: a score, or a loss in nats.
+        weight: 1, or the number of tokens.
+    """
+
+    context: int
+    total: float
+    weight: float = 1.0
 
 
-def _score(sums: Tensor, statistic: Callable[[Tensor], Tensor], seed: int) -> Score:
-    low, high = interval(sums, statistic, seed=seed)
+Samples = Mapping[Hashable, Sample]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another on the same questions, paired, with its 95% bootstrap interval.
+
+    Attributes:
+        value: difference of the scores; of perplexities their ratio.
+        low, high: the interval; of no width where there is only one context.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def score(metric: str, samples: Samples) -> Score:
+    """The value of a metric from at least one sample."""
+    sums = _sums([list(samples.values())])
+
+    def statistic(total: Tensor) -> Tensor:
+        return _value(metric, total)
+
+    low, high = interval(sums, statistic)
     total = sums.sum(0, keepdim=True)
-    return Score(float(statistic(total)), low, high, int(total[0, -1]), len(sums))
+    return Score(float(statistic(total)), low, high, int(total[0, 1]), len(sums))
+
+
+def compare(metric: str, first: Samples, second: Samples) -> Comparison | None:
+    """First minus second (of perplexities: first over second) on what both have; None where that is nothing."""
+    common = [key for key in first if key in second]
+    if not common:
+        return None
+    sums = _sums([[first[key] for key in common], [second[key] for key in common]])
+
+    def statistic(total: Tensor) -> Tensor:
+        values = [_value(metric, total[:, :2]), _value(metric, total[:, 2:])]
+        return values[0] / values[1] if metric.endswith(PERPLEXITY) else values[0] - values[1]
+
+    low, high = interval(sums, statistic)
+    return Comparison(float(statistic(sums.sum(0, keepdim=True))), low, high)
+
+
+def _value(metric: str, total: Tensor) -> Tensor:
+    mean = total[:, 0] / total[:, 1]
+    return mean.clamp(max=_LARGEST).exp() if metric.endswith(PERPLEXITY) else mean
+
+
+def _sums(parts: Sequence[Sequence[Sample]]) -> Tensor:
+    """(contexts, 2 a part): the totals and weights of each part, by context."""
+    order, rows = torch.unique(torch.tensor([sample.context for sample in parts[0]]), return_inverse=True)
+    columns = [[getattr(sample, name) for sample in part] for part in parts for name in ("total", "weight")]
+    values = torch.tensor(columns, dtype=torch.float64).mT
+    return torch.zeros(len(order), values.shape[1], dtype=torch.float64).index_add_(0, rows, values)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gakernels.evaluation import paper_results
-from gakernels.evaluation.recall_plot import draw_recall
-from gakernels.evaluation.report import cell_name
+from gakernels.evaluation import paper
+from gakernels.evaluation.tables import cell_name
 
 _MARKERS = "osD^v<>ph*"
+_RECALL_AXES = {
+    "facts": "facts about a person",
+    "length": "tokens of context",
+    "position": "third of the context",
+    "distractors": "distractors",
+    "overwritten": "facts told anew",
+    "needle": "tokens around one fact",
+}
 _PAPER_LINES = ("closed_book", "prompt", "adapter")
 
 
@@ -85,9 +92,9 @@ def _lines(rows: list[dict[str, Any]], along: str) -> dict[str, list[dict[str, A
 
 def _paper_lines(axes: Any, lengths: set[int]) -> None:
     """The paper's F1 for Mistral-7B-Instruct on SQuAD, dotted."""
-    shown = [length for length in paper_results.LENGTHS if length in lengths]
+    shown = [length for length in paper.LENGTHS if length in lengths]
     for number, method in enumerate(_PAPER_LINES):
-        values = [paper_results.TABLE_5[0].values(length)[method] / 100 for length in shown]
+        values = [paper.TABLE_5[0].values(length)[method] / 100 for length in shown]
         axes.plot(shown, values, ":x", color=f"{0.2 + 0.25 * number}", label=f"paper, Mistral-7B, SQuAD: {method}")
 
 
@@ -104,7 +111,7 @@ def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.set_xscale("log")
 
 
-def _errors(rows: list[dict[str, Any]]) -> list[list[float]]:
+def _errors(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """How far the interval reaches below and above each value."""
     return [[abs(row["value"] - row[key]) for row in rows] for key in ("low", "high")]
 
@@ -136,3 +143,30 @@ def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
     axes.set_ylabel(metric.replace("_", " "))
     axes.set_title("quality against the cost of a question")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def draw_recall(figure: Any, rows: Sequence[Mapping[str, Any]], chance: float) -> None:
+    """Draw one metric of recall: a panel for each test, a line for each method, the chance level as a dotted line."""
+    tests = list(dict.fromkeys(name for row in rows for name in row["cell"]))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    across = min(3, len(tests))
+    panels = figure.subplots(-(-len(tests) // across), across, squeeze=False, sharey=True).flat
+    for test, axes in zip(tests, panels, strict=False):
+        values = list(dict.fromkeys(row["cell"][test] for row in rows if test in row["cell"]))
+        for number, method in enumerate(methods):
+            line = {row["cell"][test]: row for row in rows if row["method"] == method and test in row["cell"]}
+            places = [place + 0.05 * (number - len(methods) / 2) for place, value in enumerate(values) if value in line]
+            shown = [line[value] for value in values if value in line]
+            style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+            axes.errorbar(
+                places, [row["value"] for row in shown], yerr=_errors(shown), label=method, linewidth=1, **style
+            )
+        axes.axhline(chance, color="0.5", linestyle=":", linewidth=1)
+        axes.set_xticks(range(len(values)), [f"{value:,}" if isinstance(value, int) else value for value in values])
+        axes.set_xlabel(_RECALL_AXES.get(test, test))
+        axes.set_ylim(-0.03, 1.03)
+    for axes in list(panels)[len(tests) :]:
+        axes.set_visible(False)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize=8
+    )

@@ -1,8 +1,15 @@
-"""The prompts of the paper's figure 7, and where an answer ends."""
+"""The prompts of the paper's figure 7, where an answer ends, and how a question becomes tokens."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
+from gakernels.data.chat import ChatEncoder
+from gakernels.data.conversations import Message
 from gakernels.errors import InputError
+from gakernels.model.encoding import encode_text
 
 QA_INSTRUCTION = (
     "Instruction: Answer the question based on the context above. Respond with a short phrase only. Keep the answer "
@@ -72,3 +79,35 @@ def _instruction(text: str, style: str) -> str:
 def _check_style(style: str) -> None:
     if style not in STYLES:
         raise InputError(f"style must be one of {', '.join(STYLES)}, but it is {style!r}")
+
+
+class Asker:
+    """Writes questions, and questions with an answer behind them, as tokens.
+
+    Args:
+        tokenizer: of the model.
+        chat: whether a question is a user's message, as instruction tuning writes it (docs/instruction_tuning.md).
+
+    Raises:
+        InputError: there is to be a chat, but the tokenizer is unfit for it; see `ChatEncoder`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._chat = ChatEncoder(tokenizer) if chat else None
+
+    def question(self, text: str) -> list[int]:
+        """The tokens behind which the answer begins."""
+        if self._chat is not None:
+            return self._chat.prompt([Message("user", text)])
+        return encode_text(self._tokenizer, text)
+
+    def answered(self, text: str, answer: str) -> tuple[list[int], int]:
+        """The tokens of a question and an answer, and where the answer begins."""
+        asked = self.question(text)
+        if self._chat is not None:
+            return asked + encode_text(self._tokenizer, answer, begins=False), len(asked)
+        whole = encode_text(self._tokenizer, f"{text} {answer}")
+        # A tokenizer may join the last characters of the question with the first of the answer.
+        common = next((n for n, (one, other) in enumerate(zip(asked, whole, strict=False)) if one != other), len(asked))
+        return whole, max(min(common, len(whole) - 1), 1)

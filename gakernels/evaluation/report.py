@@ -16,40 +16,27 @@ import transformers
 
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
-from gakernels.evaluation import paper_results
-from gakernels.evaluation.cases import Cell, Measurements, Scenario
-from gakernels.evaluation.cost import CostSettings, method_cost
-from gakernels.evaluation.paper_costs import TABLE_1
+from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
+from gakernels.evaluation.metrics import compare, score
 from gakernels.evaluation.runner import Runner
-from gakernels.evaluation.samples import compare, score
-from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
+from gakernels.evaluation.scenarios import Cell, Measurements, Scenario
+from gakernels.evaluation.tables import REFERENCE, tables
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.version import __version__
 
 KIND = "gakernels evaluation"
 TOKENS_PER_WORD = 4 / 3  # of retrieved passages
-REFERENCE = "adapter"  # what the other methods are compared with
-# How the costs of a method are counted, where that is not under its own name; those missing have no formula.
+# How the costs of a method are counted, where that is not under its own name.
 COUNTED_AS = {
-    "closed_book": "closed_book",
-    "prompt": "prompt",
-    "retrieval": "retrieval",
-    "adapter": "adapter",
     "adapter_streaming": "adapter",
-    "adapter_merged": "adapter_merged",
-    "adapter_retrieval": "adapter_retrieval",
     "other_adapter": "adapter",
-    "static_lora": "static_lora",
     "sft_lora": "static_lora",
     "sft_full": "closed_book",
     "cpt_lora": "lora_tuning",
     "cpt_full": "full_tuning",
     "context_lora": "lora_tuning",
 }
-INTERVALS = "Values with 95% bootstrap intervals, which resample whole contexts."
-Rows = tuple[tuple[str, ...], ...]
-_PERCENT = {"f1", "exact_match", "match", "ranking_accuracy", "ranking_macro_f1", "accuracy", "old_value"}
 
 
 def data_hash(path: Path) -> str:
@@ -99,7 +86,10 @@ def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()
         },
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "contexts": len(scenario.cases),
-        "skipped": dict(scenario.skipped),
+        "skipped": {
+            "counts": scenario.skipped.counts,
+            "first": {reason: places[0] for reason, places in scenario.skipped.places.items()},
+        },
         "notes": [*notes, *([why_not] if why_not else [])],
         "results": _results(measurements),
         "comparisons": _comparisons(measurements),
@@ -139,8 +129,9 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
     for cell in _cost_cells(scenario):
         context, settings = _sizes(runner, cell)
         for name in runner.methods:
-            if name in COUNTED_AS:
-                cost = method_cost(COUNTED_AS[name], shape, runner.model.config, context, settings)
+            counted = COUNTED_AS.get(name, name)
+            if counted in COUNTED_METHODS:
+                cost = method_cost(counted, shape, runner.model.config, context, settings)
                 costs.append({**cost.to_dict(), "cell": dict(cell), "method": name, "context_tokens": context})
     return costs, ""
 
@@ -171,160 +162,6 @@ def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
     found = min(round(context), round(given.passages * given.passage_words * TOKENS_PER_WORD))
     epochs = given.epochs or usual.epochs
     return round(context), CostSettings(round(asked), scenario.new_tokens, max(found, 1), epochs, width)
-
-
-# Tables
-
-
-def tables(report: Mapping[str, Any]) -> list[ReportTable]:
-    """All tables of a report: its own, what the paper reports, and the cost by shapes."""
-    found = [*own_tables(report), *_paper(report), _shape_costs(report)]
-    return [table for table in found if table.rows]
-
-
-def own_tables(report: Mapping[str, Any]) -> list[ReportTable]:
-    """Quality, how methods compare, what was measured, what was left out."""
-    found = [*_quality(report), *_compared(report), _measured(report), _skipped(report)]
-    return [table for table in found if table.rows]
-
-
-def _quality(report: Mapping[str, Any]) -> list[ReportTable]:
-    results = report["results"]
-    methods = list(dict.fromkeys(row["method"] for row in results))
-    made = []
-    for metric in dict.fromkeys(row["metric"] for row in results):
-        by_cell: dict[Cell, dict[str, Any]] = {}
-        for row in results:
-            if row["metric"] == metric:
-                by_cell.setdefault(tuple(row["cell"].items()), {})[row["method"]] = row
-        rows = [
-            (cell_name(cell), *(_value(by_method.get(method), metric) for method in methods), _counts(by_method))
-            for cell, by_method in by_cell.items()
-        ]
-        unit = " (%)" if metric in _PERCENT else ""
-        headings = ("", *methods, "scored / contexts")
-        made.append(ReportTable(f"{metric.replace('_', ' ')}{unit}", headings, tuple(rows), INTERVALS))
-    return made
-
-
-def _compared(report: Mapping[str, Any]) -> list[ReportTable]:
-    rows = report["comparisons"]
-    methods = list(dict.fromkeys(row["against"] for row in rows))
-    made = []
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        by_cell: dict[Cell, dict[str, Any]] = {}
-        for row in rows:
-            if row["metric"] == metric:
-                by_cell.setdefault(tuple(row["cell"].items()), {})[row["against"]] = row
-        ratio = metric not in _PERCENT
-        title = f"{metric.replace('_', ' ')}: {REFERENCE} {'over' if ratio else 'minus'} the others"
-        table = tuple(
-            (cell_name(cell), *(_value(found.get(method), metric) for method in methods))
-            for cell, found in by_cell.items()
-        )
-        note = f"On the same questions, paired. {'Below 1' if ratio else 'Above 0'}: the adapter is better. {INTERVALS}"
-        made.append(ReportTable(title + ("" if ratio else " (%)"), ("", *methods), table, note))
-    return made
-
-
-def cell_name(cell: Cell) -> str:
-    """As it stands in tables and plots."""
-    return ", ".join(f"{name} {value}" for name, value in cell) or "all"
-
-
-def _value(row: Mapping[str, Any] | None, metric: str) -> str:
-    if row is None:
-        return "-"
-    factor, digits = (100, 1) if metric in _PERCENT else (1, 3)
-    value, low, high = (factor * row[key] for key in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _counts(by_method: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = sorted({(row["count"], row["contexts"]) for row in by_method.values()})
-    return "; ".join(f"{count:,} / {contexts:,}" for count, contexts in counts)
-
-
-def _paper(report: Mapping[str, Any]) -> list[ReportTable]:
-    """The paper's values for the same scenario; they are of other models and, unless the files are the same, data."""
-    note = "The paper's models and training; comparable only with the same base model, data and protocol."
-    if report["scenario"] == "docqa":
-        return [_table_5(part, note) for part in paper_results.TABLE_5]
-    if report["scenario"] == "dialog":
-        rows: Rows = tuple(
-            (row.model, f"{paper_results.TABLE_1_F1[row.model]:.1f}", f"{row.tera_operations:.3f}", row.floats)
-            for row in TABLE_1
-        )
-        title = "Paper, table 1: Mistral-7B-Instruct, MSC-Self-Instruct"
-        return [ReportTable(title, ("", "F1 (%)", "TFLOPS", "extra storage (M floats)"), rows, note)]
-    if report["scenario"] == "perplexity":
-        rows = tuple((name, f"{a:.2f}", f"{b:.2f}") for name, (a, b) in paper_results.TABLE_2.items())
-        title = "Paper, table 2: Mistral-7B-Instruct, SlimPajama"
-        return [ReportTable(title, ("", "reconstruction perplexity", "completion perplexity"), rows, note)]
-    if report["scenario"] == "icl":
-        rows = (("adapter", f"{paper_results.METAICL_ACCURACY:.1f}"),)
-        title = "Paper, abstract: Mistral-7B-Instruct, MetaICL"
-        return [ReportTable(title, ("", "accuracy (%), mean of 26 tasks"), rows, note)]
-    return []
-
-
-def _table_5(part: paper_results.DocumentQuestions, note: str) -> ReportTable:
-    methods = ("closed_book", "sft_full", "cpt_full", "prompt", "adapter")
-    rows = tuple(
-        (f"length {length}", *(f"{part.values(length)[method]:.1f}" for method in methods))
-        for length in paper_results.LENGTHS
-    )
-    return ReportTable(f"Paper, table 5: F1 (%), {part.model}, {part.data}", ("", *methods), rows, note)
-
-
-def _shape_costs(report: Mapping[str, Any]) -> ReportTable:
-    rows = tuple(
-        (
-            f"{cell_name(tuple(row['cell'].items()))}: {row['method']}",
-            f"{row['context_tokens']:,}",
-            short_count(row["contextualization_flops"]["total"]),
-            short_count(row["query_flops"]["total"]),
-            short_count(row["storage"]["numbers"]),
-            short_count(row["storage"]["bytes"]),
-            row["storage"]["kind"],
-        )
-        for row in report["costs"]
-    )
-    headings = ("", "tokens", "FLOP to read the context", "FLOP of a question", "numbers kept", "bytes", "of what")
-    note = "From the shapes of the model (docs/cost.md), for the mean context and question of a cell."
-    return ReportTable("Cost", headings, rows, note)
-
-
-def _measured(report: Mapping[str, Any]) -> ReportTable:
-    rows = tuple(
-        (
-            run["method"],
-            short_seconds(run["fit_seconds"]) if run["fit_seconds"] >= 0.01 else "-",
-            short_seconds(run["contextualization_seconds"]),
-            short_seconds(run["question_seconds"]),
-            short_seconds(run["latency_seconds"]),
-            short_count(run["peak_bytes"]),
-            f"{run['requests']:,}",
-            f"{run['truncated']:,}",
-            "; ".join(f"{count} x {reason}" for reason, count in run["left_out"].items()) or "-",
-        )
-        for run in report["methods"]
-    )
-    headings = (
-        *("", "training", "a context", "a question, in batches", "a question alone", "peak bytes", "questions"),
-        *("cut to the model's limit", "contexts left out"),
-    )
-    note = (
-        f"Measured on {report['device']}. Questions are requests to the model: answers, options to rank or windows to "
-        "score. The peak is that of PyTorch on a GPU, elsewhere that of the process."
-    )
-    return ReportTable("Time and memory", headings, rows, note)
-
-
-def _skipped(report: Mapping[str, Any]) -> ReportTable:
-    counts, first = (report["skipped"].get(key, {}) for key in ("counts", "first"))
-    rows = tuple((reason, f"{count:,}", first.get(reason, "")) for reason, count in counts.items())
-    return ReportTable("Records left out", ("", "records", "first"), rows)
 
 
 # Files

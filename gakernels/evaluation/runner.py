@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,14 +18,42 @@ from tqdm import tqdm
 
 from gakernels.distributed import Ranks
 from gakernels.errors import InputError
+from gakernels.evaluation.adapter_methods import (
+    AdapterWithRetrieval,
+    GeneratedAdapter,
+    MergedAdapter,
+    OtherAdapter,
+    StaticLoraControl,
+    StreamedAdapter,
+)
 from gakernels.evaluation.answer_log import AnswerLog, Entry
-from gakernels.evaluation.asking import Asker
-from gakernels.evaluation.cases import Answer, Measurements, Request, Scenario
 from gakernels.evaluation.measuring import measured
-from gakernels.evaluation.methods import METHODS, Method, MethodSettings, Prepared
+from gakernels.evaluation.methods import ClosedBook, FullPrompt, Method, MethodSettings, Prepared, Retrieval
+from gakernels.evaluation.prompts import Asker
+from gakernels.evaluation.scenarios import Answer, EvaluationRequest, Measurements, Scenario
+from gakernels.evaluation.tuned_methods import ContextTuning, FewShotTuning, SupervisedTuning
 from gakernels.generation.decoder import Decoder, Row, SharedStart, plan_batches
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import check_tokens
+
+METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Method]] = {
+    "closed_book": ClosedBook,
+    "prompt": FullPrompt,
+    "retrieval": Retrieval,
+    "adapter": GeneratedAdapter,
+    "adapter_streaming": StreamedAdapter,
+    "adapter_merged": MergedAdapter,
+    "adapter_retrieval": AdapterWithRetrieval,
+    "other_adapter": OtherAdapter,
+    "static_lora": StaticLoraControl,
+    "sft_lora": SupervisedTuning,
+    "sft_full": partial(SupervisedTuning, kind="full"),
+    "cpt_lora": partial(SupervisedTuning, continual=True),
+    "cpt_full": partial(SupervisedTuning, kind="full", continual=True),
+    "context_lora": ContextTuning,
+    "few_shot_lora": FewShotTuning,
+    "few_shot_full": partial(FewShotTuning, kind="full"),
+}
 
 _LONG = timedelta(days=30)
 ALONE = 3  # requests of each method that are also answered one by one, for the latency
@@ -172,7 +201,7 @@ class Runner:
         if shard:
             yield shard
 
-    def _open_requests(self, name: str, method: Method, shard: Sequence[int]) -> list[Request]:
+    def _open_requests(self, name: str, method: Method, shard: Sequence[int]) -> list[EvaluationRequest]:
         """All requests of a shard where any of them is open; none where all are answered."""
         cases = self.scenario.cases
         requests = [
@@ -184,7 +213,7 @@ class Runner:
         answered = self.log.answers(name)
         return [] if all(request.key in answered for request in requests) else requests
 
-    def _run_method(self, name: str, method: Method, shards: Sequence[tuple[int, Sequence[Request]]]) -> None:
+    def _run_method(self, name: str, method: Method, shards: Sequence[tuple[int, Sequence[EvaluationRequest]]]) -> None:
         total = sum(len(requests) for _, requests in shards)
         with tqdm(total=total, desc=name, unit="request", disable=None if self._progress else True) as bar:
             try:
@@ -199,7 +228,9 @@ class Runner:
                     "a smaller --batch-tokens"
                 ) from error
 
-    def _run_shard(self, name: str, method: Method, requests: Sequence[Request], bar: tqdm[None], alone: bool) -> None:
+    def _run_shard(
+        self, name: str, method: Method, requests: Sequence[EvaluationRequest], bar: tqdm[None], alone: bool
+    ) -> None:
         numbers = list(dict.fromkeys(request.case for request in requests))
         places = {number: place for place, number in enumerate(numbers)}
         with measured(self.model.device) as preparing:
@@ -216,7 +247,7 @@ class Runner:
                 self._ask_part(name, asked, read, prepared.separate, bar)
 
     def _ask_part(
-        self, name: str, requests: Sequence[Request], rows: Sequence[Row], separate: bool, bar: tqdm[None]
+        self, name: str, requests: Sequence[EvaluationRequest], rows: Sequence[Row], separate: bool, bar: tqdm[None]
     ) -> None:
         """Ask what is open of requests that may share batches; where they are of one case, its start is read once."""
         answered = self.log.answers(name)
@@ -231,14 +262,14 @@ class Runner:
             bar.update(len(batch))
 
     @staticmethod
-    def _parts(requests: Sequence[Request], separate: bool) -> list[list[int]]:
+    def _parts(requests: Sequence[EvaluationRequest], separate: bool) -> list[list[int]]:
         """Numbers of the requests that may share a batch."""
         numbers = range(len(requests))
         if not separate:
             return [list(numbers)]
         return [list(part) for _, part in groupby(numbers, key=lambda number: requests[number].case)]
 
-    def _batches(self, requests: Sequence[Request], rows: Sequence[Row]) -> Iterator[list[int]]:
+    def _batches(self, requests: Sequence[EvaluationRequest], rows: Sequence[Row]) -> Iterator[list[int]]:
         """Generation and scoring apart."""
         for generated in (True, False):
             kind = [number for number in range(len(rows)) if (requests[number].continuation is None) == generated]
@@ -247,7 +278,7 @@ class Runner:
             for batch in plan_batches(lengths, self.settings.batch_tokens, self.settings.max_rows):
                 yield [kind[number] for number in batch]
 
-    def _row(self, request: Request, place: int, prepared: Prepared, adapted: bool) -> Row:
+    def _row(self, request: EvaluationRequest, place: int, prepared: Prepared, adapted: bool) -> Row:
         """What the model reads for a request: the end of it, where it can't read all."""
         text = request.adapted_prompt if adapted else request.prompt
         front = prepared.in_front(place, request.query)
@@ -256,7 +287,7 @@ class Runner:
         cut = 0 if self.decoder.limit is None else max(len(tokens) - (self.decoder.limit - room), 0)
         return Row(tuple(tokens[cut:]), prepared.adapters[place], max(start - cut, 1), cut > 0)
 
-    def _tokens(self, request: Request, text: str, front: str | None) -> tuple[list[int], int, int]:
+    def _tokens(self, request: EvaluationRequest, text: str, front: str | None) -> tuple[list[int], int, int]:
         """Token ids, where the scored ones begin, and how many more will come."""
         if isinstance(request.continuation, tuple):
             head = self.decoder.begin() if front is None else self.decoder.encode(front)
@@ -267,14 +298,16 @@ class Runner:
             return asked, len(asked), self.scenario.new_tokens
         return *self._asker.answered(text, request.continuation), 0
 
-    def _ask(self, name: str, requests: Sequence[Request], rows: Sequence[Row], shared: SharedStart | None) -> None:
+    def _ask(
+        self, name: str, requests: Sequence[EvaluationRequest], rows: Sequence[Row], shared: SharedStart | None
+    ) -> None:
         with measured(self.model.device) as took:
             answers = self._answers(requests, rows, shared)
         keyed = tuple((request.key, answer) for request, answer in zip(requests, answers, strict=True))
         counts = {"requests": len(requests), "truncated": sum(row.cut for row in rows)}
         self.log.add(Entry(name, keyed, {**counts, **vars(took)}))
 
-    def _ask_alone(self, name: str, asked: Sequence[tuple[Request, Row]]) -> None:
+    def _ask_alone(self, name: str, asked: Sequence[tuple[EvaluationRequest, Row]]) -> None:
         """Measure how long an answer takes where nothing else is asked; the first, which warms up, does not count."""
         seconds = []
         for request, row in asked:
@@ -284,7 +317,7 @@ class Runner:
         self.log.add(Entry(name, (), {"latency_seconds": statistics.median(seconds[1:] or seconds)}))
 
     def _answers(
-        self, requests: Sequence[Request], rows: Sequence[Row], shared: SharedStart | None = None
+        self, requests: Sequence[EvaluationRequest], rows: Sequence[Row], shared: SharedStart | None = None
     ) -> Sequence[Answer]:
         if requests[0].continuation is None:
             return self.decoder.generate(rows, self.scenario.new_tokens, self.scenario.stops, shared)

@@ -1,10 +1,19 @@
-"""Tables as Markdown and HTML."""
+"""The tables of a report, which show themselves as Markdown and HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
+
+from gakernels.evaluation import paper
+from gakernels.evaluation.scenarios import Cell
+
+REFERENCE = "adapter"  # what the other methods are compared with
+INTERVALS = "Values with 95% bootstrap intervals, which resample whole contexts."
+Rows = tuple[tuple[str, ...], ...]
+_PERCENT = {"f1", "exact_match", "match", "ranking_accuracy", "ranking_macro_f1", "accuracy", "old_value"}
 
 
 @dataclass(frozen=True)
@@ -53,3 +62,156 @@ def short_seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
+
+
+# Of a report
+
+
+def tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """All tables of a report: its own, what the paper reports, and the cost by shapes."""
+    found = [*own_tables(report), *_paper(report), _shape_costs(report)]
+    return [table for table in found if table.rows]
+
+
+def own_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """Quality, how methods compare, what was measured, what was left out."""
+    found = [*_quality(report), *_compared(report), _measured(report), _skipped(report)]
+    return [table for table in found if table.rows]
+
+
+def _quality(report: Mapping[str, Any]) -> list[ReportTable]:
+    made = []
+    for metric, methods, by_cell in _by_metric(report["results"], "method"):
+        rows = [
+            (cell_name(cell), *(_value(found.get(method), metric) for method in methods), _counts(found))
+            for cell, found in by_cell.items()
+        ]
+        title = f"{metric.replace('_', ' ')}{' (%)' if metric in _PERCENT else ''}"
+        made.append(ReportTable(title, ("", *methods, "scored / contexts"), tuple(rows), INTERVALS))
+    return made
+
+
+def _compared(report: Mapping[str, Any]) -> list[ReportTable]:
+    made = []
+    for metric, methods, by_cell in _by_metric(report["comparisons"], "against"):
+        rows = [
+            (cell_name(cell), *(_value(found.get(method), metric) for method in methods))
+            for cell, found in by_cell.items()
+        ]
+        how, better, unit = ("minus", "Above 0", " (%)") if metric in _PERCENT else ("over", "Below 1", "")
+        title = f"{metric.replace('_', ' ')}: {REFERENCE} {how} the others{unit}"
+        note = f"On the same questions, paired. {better}: the adapter is better. {INTERVALS}"
+        made.append(ReportTable(title, ("", *methods), tuple(rows), note))
+    return made
+
+
+def _by_metric(
+    results: Sequence[Mapping[str, Any]], key: str
+) -> Iterator[tuple[str, list[str], dict[Cell, dict[str, Mapping[str, Any]]]]]:
+    """Each metric, all methods (which stand under a key), and the results of the metric by cell and method."""
+    methods = list(dict.fromkeys(row[key] for row in results))
+    for metric in dict.fromkeys(row["metric"] for row in results):
+        by_cell: dict[Cell, dict[str, Mapping[str, Any]]] = {}
+        for row in results:
+            if row["metric"] == metric:
+                by_cell.setdefault(tuple(row["cell"].items()), {})[row[key]] = row
+        yield metric, methods, by_cell
+
+
+def cell_name(cell: Cell) -> str:
+    """As it stands in tables and plots."""
+    return ", ".join(f"{name} {value}" for name, value in cell) or "all"
+
+
+def _value(row: Mapping[str, Any] | None, metric: str) -> str:
+    if row is None:
+        return "-"
+    factor, digits = (100, 1) if metric in _PERCENT else (1, 3)
+    value, low, high = (factor * row[key] for key in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _counts(by_method: Mapping[str, Mapping[str, Any]]) -> str:
+    counts = sorted({(row["count"], row["contexts"]) for row in by_method.values()})
+    return "; ".join(f"{count:,} / {contexts:,}" for count, contexts in counts)
+
+
+def _paper(report: Mapping[str, Any]) -> list[ReportTable]:
+    """The paper's values for the same scenario; they are of other models and, unless the files are the same, data."""
+    note = "The paper's models and training; comparable only with the same base model, data and protocol."
+    if report["scenario"] == "docqa":
+        return [_table_5(part, note) for part in paper.TABLE_5]
+    if report["scenario"] == "dialog":
+        rows: Rows = tuple(
+            (row.model, f"{paper.TABLE_1_F1[row.model]:.1f}", f"{row.tera_operations:.3f}", row.floats)
+            for row in paper.TABLE_1
+        )
+        title = "Paper, table 1: Mistral-7B-Instruct, MSC-Self-Instruct"
+        return [ReportTable(title, ("", "F1 (%)", "TFLOPS", "extra storage (M floats)"), rows, note)]
+    if report["scenario"] == "perplexity":
+        rows = tuple((name, f"{a:.2f}", f"{b:.2f}") for name, (a, b) in paper.TABLE_2.items())
+        title = "Paper, table 2: Mistral-7B-Instruct, SlimPajama"
+        return [ReportTable(title, ("", "reconstruction perplexity", "completion perplexity"), rows, note)]
+    if report["scenario"] == "icl":
+        rows = (("adapter", f"{paper.METAICL_ACCURACY:.1f}"),)
+        title = "Paper, abstract: Mistral-7B-Instruct, MetaICL"
+        return [ReportTable(title, ("", "accuracy (%), mean of 26 tasks"), rows, note)]
+    return []
+
+
+def _table_5(part: paper.DocumentQuestions, note: str) -> ReportTable:
+    methods = ("closed_book", "sft_full", "cpt_full", "prompt", "adapter")
+    rows = tuple(
+        (f"length {length}", *(f"{part.values(length)[method]:.1f}" for method in methods)) for length in paper.LENGTHS
+    )
+    return ReportTable(f"Paper, table 5: F1 (%), {part.model}, {part.data}", ("", *methods), rows, note)
+
+
+def _shape_costs(report: Mapping[str, Any]) -> ReportTable:
+    rows = tuple(
+        (
+            f"{cell_name(tuple(row['cell'].items()))}: {row['method']}",
+            f"{row['context_tokens']:,}",
+            short_count(row["contextualization_flops"]["total"]),
+            short_count(row["query_flops"]["total"]),
+            short_count(row["storage"]["numbers"]),
+            short_count(row["storage"]["bytes"]),
+            row["storage"]["kind"],
+        )
+        for row in report["costs"]
+    )
+    headings = ("", "tokens", "FLOP to read the context", "FLOP of a question", "numbers kept", "bytes", "of what")
+    note = "From the shapes of the model (docs/cost.md), for the mean context and question of a cell."
+    return ReportTable("Cost", headings, rows, note)
+
+
+def _measured(report: Mapping[str, Any]) -> ReportTable:
+    rows = tuple(
+        (
+            run["method"],
+            short_seconds(run["fit_seconds"]) if run["fit_seconds"] >= 0.01 else "-",
+            short_seconds(run["contextualization_seconds"]),
+            short_seconds(run["question_seconds"]),
+            short_seconds(run["latency_seconds"]),
+            short_count(run["peak_bytes"]),
+            f"{run['requests']:,}",
+            f"{run['truncated']:,}",
+            "; ".join(f"{count} x {reason}" for reason, count in run["left_out"].items()) or "-",
+        )
+        for run in report["methods"]
+    )
+    headings = (
+        *("", "training", "a context", "a question, in batches", "a question alone", "peak bytes", "questions"),
+        *("cut to the model's limit", "contexts left out"),
+    )
+    note = (
+        f"Measured on {report['device']}. Questions are requests to the model: answers, options to rank or windows to "
+        "score. The peak is that of PyTorch on a GPU, elsewhere that of the process."
+    )
+    return ReportTable("Time and memory", headings, rows, note)
+
+
+def _skipped(report: Mapping[str, Any]) -> ReportTable:
+    counts, first = (report["skipped"].get(key, {}) for key in ("counts", "first"))
+    rows = tuple((reason, f"{count:,}", first.get(reason, "")) for reason, count in counts.items())
+    return ReportTable("Records left out", ("", "records", "first"), rows)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gakernels import __version__
-from gakernels.evaluation.cost import METHODS
+from gakernels.evaluation.cost import COUNTED_METHODS
 
 
 def test_cost_of_a_model_folder(run: Callable[..., Any], files: Any, tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_cost_of_a_model_folder(run: Callable[..., Any], files: Any, tmp_path: P
     assert results["generator"]["linears"] == ["o_proj", "down_proj"]
     assert [part["tokens"] for part in results["contexts"]] == [20, 40]
     for part in results["contexts"]:
-        assert {row["method"] for row in part["methods"]} == set(METHODS)
+        assert {row["method"] for row in part["methods"]} == set(COUNTED_METHODS)
         rows = {row["method"]: row for row in part["methods"]}
         # 3 layers; o_proj is 32 x 32, down_proj 32 x 48; 2 heads of 8 for keys and values
         assert rows["adapter"]["storage"] == {"kind": "factors", "numbers": 1728, "bytes": 4 * 1728}
@@ -50,7 +50,7 @@ def test_a_well_known_shape_and_the_papers_table(run: Callable[..., Any], monkey
     assert ["Full-conversation Prompting", "2.059", "2.059", "1.080", "128+", "147"] in cells
     assert ["Generative Adapter", "0.505", "0.505", "0.997", "32", "32"] in cells
     assert ["adapter_compact", "15.230 T", "1.022 T", "8.389 M", "16.777 M", "U and V"] in cells
-    for method, what in METHODS.items():
+    for method, what in COUNTED_METHODS.items():
         assert f"{method}: {what}" in outcome.out.splitlines()
 
 

@@ -21,6 +21,8 @@ from gakernels.data.people import draw_document
 from gakernels.generation.decoder import Decoder
 from gakernels.training.run_folder import only_process
 
+pytest.importorskip("bm25s")  # retrieval is one of the usual methods
+
 BARE = ["--style", "bare", "--adapted-style", "bare", "--new-tokens", 4]
 
 

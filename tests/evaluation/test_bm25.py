@@ -1,13 +1,18 @@
-"""BM25 against its definition and a maintained implementation."""
+"""BM25 against its definition, and what words and passages are."""
 
 import math
+import sys
 from collections.abc import Callable
 from random import Random
 
 import pytest
 import torch
+from worlds import make, run, scenario
 
-from gakernels.evaluation.bm25 import Bm25, passages
+from gakernels import InputError
+from gakernels.evaluation.methods import PassageSearch, passages
+
+pytest.importorskip("bm25s")
 
 
 @pytest.fixture
@@ -20,9 +25,9 @@ def texts_of(random: Random, count: int) -> list[str]:
     return [" ".join(random.choices(words, k=random.randint(3, 40))) for _ in range(count)]
 
 
-def defined(texts: list[str], query: str, k: float, b: float) -> list[float]:
-    """Robertson's formula, word for word."""
-    split = [text.split() for text in texts]
+def defined(texts: list[str], query: str) -> list[float]:
+    """Lucene's formula, word for word; it is Robertson and Zaragoza's without the factor k + 1, which ranks nothing."""
+    split, k, b = [text.split() for text in texts], 1.5, 0.75
     mean = sum(map(len, split)) / len(split)
     scores = []
     for words in split:
@@ -31,35 +36,32 @@ def defined(texts: list[str], query: str, k: float, b: float) -> list[float]:
             frequency = words.count(word)
             having = sum(word in other for other in split)
             weight = math.log(1 + (len(split) - having + 0.5) / (having + 0.5))
-            score += weight * frequency * (k + 1) / (frequency + k * (1 - b + b * len(words) / mean))
+            score += weight * frequency / (frequency + k * (1 - b + b * len(words) / mean))
         scores.append(score)
     return scores
 
 
 def test_scores_are_those_of_the_definition(random: Random) -> None:
     texts = texts_of(random, random.randint(1, 20))
-    query, k, b = " ".join(texts_of(random, 1)), random.uniform(0.5, 3), random.random()
-    assert Bm25(texts, k, b).scores(query) == pytest.approx(defined(texts, query, k, b), rel=1e-12)
+    query = " ".join([*texts_of(random, 1), "unknown"])
+    assert PassageSearch(texts).scores(query) == pytest.approx(defined(texts, query), rel=1e-12)
 
 
-def test_scores_are_those_of_bm25s(random: Random) -> None:
-    bm25s = pytest.importorskip("bm25s")
-    texts = texts_of(random, 20)
-    query = texts_of(random, 1)[0]
-    theirs = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    theirs.index([text.split() for text in texts], show_progress=False)
-    expected = [float(score) * (1.5 + 1) for score in theirs.get_scores(query.split())]  # Lucene leaves k + 1 out
-    assert Bm25(texts).scores(query) == pytest.approx(expected, rel=1e-5)
+def test_scores_computed_by_hand() -> None:
+    # "a" is in both passages, n = 2: ln(1 + 0.5 / 2.5); "b" in the first, n = 1: ln(1 + 1.5 / 1.5). Lengths 3 and 1.
+    first, second = PassageSearch(["a b b", "a"]).scores("b a")
+    assert first == pytest.approx(math.log(1.2) / (1 + 1.5 * (0.25 + 0.75 * 1.5)) + math.log(2) * 2 / (2 + 2.0625))
+    assert second == pytest.approx(0.18232155679395 / (1 + 1.5 * (0.25 + 0.75 * 0.5)))
 
 
 def test_words_are_found_without_regard_to_case_and_punctuation() -> None:
-    index = Bm25(["The capital of France is Paris.", "Berlin, in Germany", "Rome"])
+    index = PassageSearch(["The capital of France is Paris.", "Berlin, in Germany", "Rome"])
     assert index.best("what is the CAPITAL of france?") == ["The capital of France is Paris."]
     assert index.best("germany") == ["Berlin, in Germany"]
 
 
 def test_the_best_stand_in_the_order_of_the_text() -> None:
-    index = Bm25(["b", "a a", "c", "a"])
+    index = PassageSearch(["b", "a a", "c", "a"])
     assert index.best("a", 2) == ["a a", "a"]
     assert index.best("c a", 9) == ["b", "a a", "c", "a"]
     assert index.best("unknown", 1) == ["b"]
@@ -75,5 +77,11 @@ def test_passages_are_all_words_in_order(random: Random, words: int) -> None:
 
 
 def test_a_text_of_signs_alone_has_no_words() -> None:
-    index: Callable[[str], list[float]] = Bm25(["...", "--"]).scores
+    index: Callable[[str], list[float]] = PassageSearch(["...", "--"]).scores
     assert index("...") == [0.0, 0.0]
+
+
+def test_without_bm25s_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(InputError, match=r"retrieval needs the package bm25s: pip install 'gakernels\[eval\]'"):
+        run(make(), scenario(1), "closed_book", "retrieval")

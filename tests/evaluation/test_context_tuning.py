@@ -4,10 +4,11 @@ import torch
 from worlds import make
 
 from gakernels import Adapter, GenerativeAdapter
-from gakernels.evaluation.document_perplexity import document_loss
-from gakernels.evaluation.methods import METHODS, MethodSettings
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped
-from gakernels.evaluation.scenarios.docqa import docqa
+from gakernels.demo.experiment import document_loss
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
+from gakernels.evaluation.methods import MethodSettings
+from gakernels.evaluation.runner import METHODS
+from gakernels.evaluation.scenarios import docqa
 
 
 def texts(generator: torch.Generator, count: int) -> list[str]:
@@ -17,8 +18,8 @@ def texts(generator: torch.Generator, count: int) -> list[str]:
 
 
 def adapters(model: GenerativeAdapter, texts: list[str]) -> list[Adapter]:
-    contexts = tuple(Context(text, (Question("w3", ("w4",)),)) for text in texts)
-    scenario = docqa(Dataset(contexts, Skipped()), len, [1])
+    contexts = tuple(EvaluationContext(text, (Question("w3", ("w4",)),)) for text in texts)
+    scenario = docqa(Dataset(contexts), len, [1])
     method = METHODS["context_lora"](model, scenario, MethodSettings(learning_rate=1e-1, epochs=30))
     prepared = method.prepare([*scenario.cases, scenario.cases[0]])
     assert prepared.weights is None

@@ -14,7 +14,7 @@ from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.errors import InputError
 from gakernels.evaluation.cost import CostSettings, adapter_numbers, all_costs, key_value_numbers, method_cost
 from gakernels.evaluation.cost import stream_state as stream_state_of
-from gakernels.evaluation.paper_costs import TABLE_1, table_1
+from gakernels.evaluation.paper import TABLE_1, table_1
 from gakernels.model.attachment import cache_name
 
 MISTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000}

@@ -9,14 +9,15 @@ from worlds import BARE, make, run, scenario
 
 from gakernels import GeneratorConfig, __version__
 from gakernels.cost.shapes import ModelShape
-from gakernels.evaluation import paper_results, report
+from gakernels.data.bad_records import BadRecords
+from gakernels.evaluation import paper, report
 from gakernels.evaluation.cost import CostSettings, method_cost
-from gakernels.evaluation.paper_costs import TABLE_1
+from gakernels.evaluation.datasets import Dataset
+from gakernels.evaluation.metrics import compare, score
 from gakernels.evaluation.plots import plots
-from gakernels.evaluation.records import Dataset, Skipped
-from gakernels.evaluation.samples import compare, score
-from gakernels.evaluation.scenarios.docqa import docqa
+from gakernels.evaluation.scenarios import docqa
 from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
+from gakernels.evaluation.tables import tables as all_tables
 
 SETTINGS = {"data": {"a.json": "0" * 64}, "base_fingerprint": "f", "limit": None, "seed": 3}
 NAMES = ("closed_book", "prompt", "adapter", "other_adapter")
@@ -79,7 +80,10 @@ class Page(HTMLParser):
 def test_files_are_written_beside_the_json(tmp_path: Path) -> None:
     drawn = [case.context for case in scenario(6).cases]
     asked = docqa(
-        Dataset(tuple(drawn), Skipped({"bad <line>": 2}, {"bad <line>": "f:3"})), len, [20, 60], settings=BARE
+        Dataset(tuple(drawn), BadRecords.from_dict({"bad <line>": {"count": 2, "first": ["f:3", "f:4"]}})),
+        len,
+        [20, 60],
+        settings=BARE,
     )
     made = report.build(run(make(), asked, *NAMES), SETTINGS)
     pictures = plots(made)
@@ -91,13 +95,13 @@ def test_files_are_written_beside_the_json(tmp_path: Path) -> None:
     html = (tmp_path / "r.html").read_text()
     page.feed(html)
     assert page.open == []
-    tables = report.tables(made)
+    shown = all_tables(made)
     assert page.count["svg"] == 3
-    assert page.count["table"] == len(tables)
-    assert page.count["h2"] == len(tables)
+    assert page.count["table"] == len(shown)
+    assert page.count["h2"] == len(shown)
     assert "bad &lt;line&gt;" in html
     text = (tmp_path / "r.md").read_text()
-    for table in tables:
+    for table in shown:
         assert f"## {table.title}\n" in text
         assert all(len(row) == len(table.headings) for row in table.rows)
     assert "![r.f1.svg](r.f1.svg)" in text
@@ -114,17 +118,17 @@ def test_a_report_can_be_written_again_and_is_the_same(tmp_path: Path) -> None:
 
 
 def test_the_papers_tables_are_complete() -> None:
-    assert [row.model for row in TABLE_1] == list(paper_results.TABLE_1_F1)
-    assert {(part.model[:5], part.data) for part in paper_results.TABLE_5} == {
+    assert [row.model for row in paper.TABLE_1] == list(paper.TABLE_1_F1)
+    assert {(part.model[:5], part.data) for part in paper.TABLE_5} == {
         (model, data) for model in ("Mistr", "Llama") for data in ("SQuAD", "StreamingQA")
     }
-    for part in paper_results.TABLE_5:
-        for length in paper_results.LENGTHS:
+    for part in paper.TABLE_5:
+        for length in paper.LENGTHS:
             assert set(part.values(length)) == {"closed_book", "sft_full", "cpt_full", "prompt", "adapter"}
         # longer contexts are harder, but for a few tenths
         assert all(a > b - 2.0 for a, b in zip(part.adapter, part.adapter[1:], strict=False))
-    assert paper_results.TABLE_5[0].values(512)["adapter"] == 48.8
-    assert paper_results.TABLE_5[2].values(32768)["prompt"] == 6.4
+    assert paper.TABLE_5[0].values(512)["adapter"] == 48.8
+    assert paper.TABLE_5[2].values(32768)["prompt"] == 6.4
 
 
 def test_tables_are_escaped() -> None:

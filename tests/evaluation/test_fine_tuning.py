@@ -9,7 +9,7 @@ from tiny import make_model, plain_copy, random_context
 from transformers import PreTrainedModel
 
 from gakernels import GenerativeAdapter, InputError
-from gakernels.evaluation.fine_tuning import Example, TuningSettings, tune_full, tune_lora, weights_in_force
+from gakernels.evaluation.tuned_methods import TuningExample, TuningSettings, tune_full, tune_lora, weights_in_force
 from gakernels.model.static_lora import StaticLora
 
 
@@ -17,11 +17,11 @@ def make(family: str = "llama") -> GenerativeAdapter:
     return make_model(family, tokenizer=make_tokenizer())
 
 
-def examples_of(count: int) -> list[Example]:
-    return [Example(tuple(random_context(4 + number % 5)), 1 + number % 3) for number in range(count)]
+def examples_of(count: int) -> list[TuningExample]:
+    return [TuningExample(tuple(random_context(4 + number % 5)), 1 + number % 3) for number in range(count)]
 
 
-def loss_of(base: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
+def loss_of(base: PreTrainedModel, examples: list[TuningExample]) -> torch.Tensor:
     """The mean over all learned tokens, one example at a time."""
     total, tokens = torch.zeros(()), 0
     for example in examples:

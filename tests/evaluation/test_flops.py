@@ -18,7 +18,7 @@ from gakernels.cost import flops
 from gakernels.cost.flops import Flops, attention_pairs
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
-from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, method_cost
+from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, MethodCost, method_cost
 from gakernels.model.attachment import cache_name
 from gakernels.nn import CompactFactors
 
@@ -201,7 +201,7 @@ def test_full_tuning(family: str) -> None:
 
 def test_every_method_is_counted_in_this_file() -> None:
     here = {"closed_book", "prompt", "prompt_cached", "retrieval", "lora_tuning", "full_tuning"}
-    assert set(METHODS) == here | {
+    assert set(COUNTED_METHODS) == here | {
         "adapter",
         "adapter_merged",
         "adapter_compact",

@@ -9,17 +9,19 @@ import torch
 from worlds import answer_of, contexts, make, merged, run, scenario, text
 
 from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
-from gakernels.evaluation.bm25 import Bm25, passages
-from gakernels.evaluation.cases import Case, Scenario, parts
-from gakernels.evaluation.fine_tuning import Example
-from gakernels.evaluation.methods import METHODS, MethodSettings, Prepared
-from gakernels.evaluation.records import Question
+from gakernels.evaluation.datasets import Question
+from gakernels.evaluation.methods import MethodSettings, PassageSearch, Prepared, passages
+from gakernels.evaluation.runner import METHODS
+from gakernels.evaluation.scenarios import EvaluationCase, Scenario, parts
+from gakernels.evaluation.tuned_methods import TuningExample
 from gakernels.generation import decoder as decoding
 from gakernels.generation.decoder import Decoder, Row
 from gakernels.model.static_lora import StaticLora, static_adapter
 
 
-def expected(model: GenerativeAdapter, asked: Scenario, how: Callable[[Case, str], tuple[Adapter | None, str]]) -> dict:
+def expected(
+    model: GenerativeAdapter, asked: Scenario, how: Callable[[EvaluationCase, str], tuple[Adapter | None, str]]
+) -> dict:
     """The answers where `how` says with which adapter and prompt."""
     answers = {}
     for number, case in enumerate(asked.cases):
@@ -41,10 +43,10 @@ def streamed(model: GenerativeAdapter, text: str) -> Adapter:
 
 
 def found(text: str, query: str, count: int) -> str:
-    return "\n\n".join(Bm25(passages(text, 4)).best(query, count))
+    return "\n\n".join(PassageSearch(passages(text, 4)).best(query, count))
 
 
-PLAIN: dict[str, Callable[[GenerativeAdapter, Scenario, Case, str], tuple[Adapter | None, str]]] = {
+PLAIN: dict[str, Callable[[GenerativeAdapter, Scenario, EvaluationCase, str], tuple[Adapter | None, str]]] = {
     "closed_book": lambda model, asked, case, question: (None, question),
     "prompt": lambda model, asked, case, question: (None, f"{case.context.text}\n\n{question}"),
     "retrieval": lambda model, asked, case, question: (None, f"{found(case.context.text, question, 2)}\n\n{question}"),
@@ -64,6 +66,8 @@ PLAIN: dict[str, Callable[[GenerativeAdapter, Scenario, Case, str], tuple[Adapte
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "retrieval" in name:
+        pytest.importorskip("bm25s")
     monkeypatch.setattr(decoding, "LEAST_SHARED", 5)  # the starts of these prompts are short
     model, asked = make(), scenario(4)
     runner = run(model, asked, name, passages=2, passage_words=4)
@@ -92,7 +96,7 @@ def test_a_static_lora_must_be_there_and_of_this_model(tmp_path: Path) -> None:
         run(model, asked, "static_lora", static_lora=tmp_path / "a.safetensors")
 
 
-def losses(model: GenerativeAdapter, prepared: Prepared, case: int, examples: list[Example]) -> float:
+def losses(model: GenerativeAdapter, prepared: Prepared, case: int, examples: list[TuningExample]) -> float:
     """Of examples, with what was prepared for a case."""
     rows = [Row(example.tokens, prepared.adapters[case], example.start) for example in examples]
     with nullcontext() if prepared.weights is None else prepared.weights(case):
@@ -149,12 +153,13 @@ def test_few_shot_tuning_trains_once_a_task(name: str) -> None:
     model = make()
     tasks = [tuple(Question(text(3), (f"w{word}",)) for _ in range(6)) for word in (11, 12)]
     cases = [
-        Case(context, (), None, tasks[number % 2], tasks[number % 2][:2]) for number, context in enumerate(contexts(4))
+        EvaluationCase(context, (), None, tasks[number % 2], tasks[number % 2][:2])
+        for number, context in enumerate(contexts(4))
     ]
     asked = Scenario("x", "official", tuple(cases), scenario(4).ask, scenario(4).measure, 2)
     method = METHODS[name](model, asked, MethodSettings(learning_rate=0.03, epochs=20))
     assert method.missing(cases[0]) is None
-    assert method.missing(Case(cases[0].context)) == "no training examples of the task"
+    assert method.missing(EvaluationCase(cases[0].context)) == "no training examples of the task"
     prepared = method.prepare(cases)
     if name == "few_shot_lora":
         assert prepared.adapters[0] is prepared.adapters[2]

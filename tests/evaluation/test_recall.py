@@ -10,12 +10,20 @@ from matplotlib.figure import Figure
 
 from gakernels import InputError
 from gakernels.data.people import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, is_held_out
-from gakernels.evaluation.cases import Cell, Scenario
-from gakernels.evaluation.recall_contexts import context, few_facts, long_context, overwritten_facts
-from gakernels.evaluation.recall_plot import draw_recall
-from gakernels.evaluation.records import Question
-from gakernels.evaluation.samples import score
-from gakernels.evaluation.scenarios.recall import CHANCE, TESTS, RecallSettings, recall
+from gakernels.evaluation.datasets import Question
+from gakernels.evaluation.metrics import score
+from gakernels.evaluation.plots import draw_recall
+from gakernels.evaluation.recall import (
+    CHANCE,
+    TESTS,
+    RecallSettings,
+    context,
+    few_facts,
+    long_context,
+    overwritten_facts,
+    recall,
+)
+from gakernels.evaluation.scenarios import Cell, Scenario
 
 SENTENCE = re.compile(r"The (\w+) (?:of|that) (\w+ \w+)(?: \w+)? is (\w+ \w+)\.")
 QUESTION = re.compile(r"Question: What is the (\w+) of (\w+ \w+)\? Answer:")

@@ -12,10 +12,9 @@ from worlds import BARE, make, merged, run, scenario, text
 from gakernels import InputError
 from gakernels.distributed import Ranks
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.cases import Case, Request, Scenario
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
 from gakernels.evaluation.runner import Runner, RunSettings
-from gakernels.evaluation.scenarios.docqa import docqa
+from gakernels.evaluation.scenarios import EvaluationCase, EvaluationRequest, Scenario, docqa
 from gakernels.generation.decoder import Decoder, Row
 
 NAMES = ("closed_book", "adapter", "adapter_merged", "other_adapter")
@@ -92,7 +91,7 @@ def test_what_is_too_long_is_cut_in_front_and_counted() -> None:
     model = make()
     model.base.config.max_position_embeddings = 30
     long, short = text(60), text(5)
-    data = Dataset(tuple(Context(one, (Question(text(4), ("w9",)),)) for one in (long, short)), Skipped())
+    data = Dataset(tuple(EvaluationContext(one, (Question(text(4), ("w9",)),)) for one in (long, short)))
     asked = docqa(data, len, [1], settings=BARE)
     runner = run(model, asked, "prompt", "adapter")
     ids = model.tokenizer(f"{long}\n\n{asked.cases[0].context.questions[0].text}")["input_ids"][-25:]
@@ -125,9 +124,9 @@ def test_options_are_scored_as_the_continuation_of_the_prompt() -> None:
     asked = scenario(2, 2)
     options = ("w5", "w6 w7", "w8 w8 w8")
 
-    def ask(number: int, case: Case) -> list[Request]:
+    def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
         return [
-            Request(number, place, n, prompt=question.text, adapted_prompt=question.text, continuation=option)
+            EvaluationRequest(number, place, n, prompt=question.text, adapted_prompt=question.text, continuation=option)
             for place, question in enumerate(case.context.questions)
             for n, option in enumerate(options)
         ]

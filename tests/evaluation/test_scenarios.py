@@ -11,16 +11,22 @@ from tiny import random_context
 from worlds import contexts, make, merged, run, text
 
 from gakernels import InputError
-from gakernels.evaluation.cases import Case, Cell, Scenario, limited, with_others
-from gakernels.evaluation.metaicl import Task
-from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question, Task
+from gakernels.evaluation.icl import SEEDS, TaskData, few_shot_context, icl
+from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1, score
+from gakernels.evaluation.perplexity import CutDocument, perplexity
 from gakernels.evaluation.prompts import icl_prompt, qa_prompt
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped
-from gakernels.evaluation.samples import score
-from gakernels.evaluation.scenarios.dialog import dialog
-from gakernels.evaluation.scenarios.docqa import AskSettings, docqa
-from gakernels.evaluation.scenarios.icl import TaskData, icl
-from gakernels.evaluation.scenarios.perplexity import perplexity
+from gakernels.evaluation.scenarios import (
+    AskSettings,
+    Cell,
+    EvaluationCase,
+    Scenario,
+    dialog,
+    docqa,
+    group_contexts,
+    limited,
+    with_others,
+)
 from gakernels.model.windows import split_evenly
 
 
@@ -30,7 +36,7 @@ def random(generator: torch.Generator) -> Random:
 
 
 def data(count: int) -> Dataset:
-    return Dataset(tuple(contexts(count)), Skipped())
+    return Dataset(tuple(contexts(count)))
 
 
 def cells(asked: Scenario) -> list[Cell]:
@@ -52,7 +58,7 @@ def test_a_limit_is_one_of_questions() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_the_other_context_is_another_of_the_same_cell(count: int) -> None:
-    cases = [Case(context, (("length", n % 2),)) for n, context in enumerate(contexts(count))]
+    cases = [EvaluationCase(context, (("length", n % 2),)) for n, context in enumerate(contexts(count))]
     for number, case in enumerate(with_others(cases, first=10)):
         same = [n for n in range(count) if n % 2 == number % 2 and n != number]
         assert (case.other is None) == (not same)
@@ -60,6 +66,65 @@ def test_the_other_context_is_another_of_the_same_cell(count: int) -> None:
 
 
 # Documents
+
+
+def documents(random: Random, count: int) -> list[EvaluationContext]:
+    return [
+        EvaluationContext("x" * random.randint(20, 60) + str(n), (Question(f"q{n}", ("a",)),), f"title {n % 3}")
+        for n in range(count)
+    ]
+
+
+def test_groups_hold_every_document_once_and_in_order(random: Random) -> None:
+    for _ in range(30):
+        given, length = documents(random, random.randint(1, 30)), random.randint(10, 400)
+        groups = group_contexts(given, length)
+        assert "\n\n".join(group.text for group in groups) == "\n\n".join(document.text for document in given)
+        asked = [question for group in groups for question in group.questions]
+        assert asked == [question for document in given for question in document.questions]
+        sizes = [len(group.questions) for group in groups]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
+        total = len("\n\n".join(document.text for document in given))
+        assert len(groups) == min(-(-total // length), len(given))
+
+
+def test_groups_are_measured_in_what_one_likes() -> None:
+    given = [EvaluationContext(f"word {n}", (Question("q", ("a",)),)) for n in range(10)]
+    assert len(group_contexts(given, 5, measure=lambda text: len(text.split()))) == 4  # 20 words
+    assert len(group_contexts(given, 88)) == 1  # 10 x 6 letters and 9 x 2 line ends
+    assert len(group_contexts(given, 77)) == 2
+
+
+def test_only_the_first_tenth_is_scored_in_the_released_protocol(random: Random) -> None:
+    given = documents(random, 40)
+    every = group_contexts(given, 50)
+    assert group_contexts(given, 50, part="first_tenth") == every[: max(1, len(every) // 10)]
+    assert group_contexts(given[:3], 50, part="first_tenth") == group_contexts(given[:3], 50)[:1]
+
+
+def test_a_document_that_comes_twice_counts_once() -> None:
+    one, two = (EvaluationContext("text", (Question(name, ("a",)),), name) for name in ("one", "two"))
+    other = EvaluationContext("other", (Question("three", ("a",)),), "three")
+    group = group_contexts([one, other, two], 1000)[0]
+    assert group.text == "text\n\nother"
+    assert [question.text for question in group.questions] == ["one", "two", "three"]
+    assert group.name == "one, three"
+
+
+def test_grouping_refuses_bad_arguments() -> None:
+    with pytest.raises(InputError, match="length must be at least 1, but it is 0"):
+        group_contexts([], 0)
+    with pytest.raises(InputError, match="part must be one of all, first_tenth, but it is 'some'"):
+        group_contexts([], 10, part="some")
+
+
+def test_each_document_by_itself() -> None:
+    drawn = data(2)
+    asked = docqa(drawn, len, None)
+    assert [case.context.text for case in asked.cases] == [context.text for context in drawn.contexts]
+    assert {case.cell for case in asked.cases} == {(("length", "own"),)}
+    assert [case.other for case in asked.cases] == [1, 0]
 
 
 def test_documents_are_grouped_to_every_length() -> None:
@@ -138,7 +203,7 @@ def task(name: str, labels: tuple[str, ...], count: int, own_options: bool = Fal
         answer = labels[number % len(labels)]
         options = (answer, text(2) + str(number)) if own_options else labels
         items.append(Question(text(4), (answer,), options, str(number)))
-    return Task(name, tuple(items), Skipped())
+    return Task(name, tuple(items))
 
 
 def test_demonstrations_are_the_context_and_the_other_one_is_of_another_task() -> None:
@@ -201,7 +266,7 @@ def test_tasks_and_seeds_are_averaged_apart_by_kind(random: Random) -> None:
         found = values.setdefault(cell["task"], {"match": [], "ranking_accuracy": [], "ranking_macro_f1": []})
         found["match"].append(sum(hits) / 9)
         found["ranking_accuracy"].append(sum(map(str.__eq__, chosen, gold)) / 9)
-        found["ranking_macro_f1"].append(macro_f1(chosen, gold, gold_labels_only=True).value)
+        found["ranking_macro_f1"].append(macro_f1(chosen, gold, gold_labels_only=True))
 
     def mean(metric: str, *names: str) -> float:
         return sum(sum(values[name][metric]) / 3 for name in names) / len(names)
@@ -216,6 +281,32 @@ def test_tasks_and_seeds_are_averaged_apart_by_kind(random: Random) -> None:
     assert (other, "ranking_macro_f1") not in measured
 
 
+def test_demonstrations_are_drawn_from_the_training_items() -> None:
+    train = Task("t", tuple(Question(f"in {n}", (f"out {n}",)) for n in range(16)))
+    test = Task("t", tuple(Question(f"q{n}", ("a",)) for n in range(200)))
+    contexts = {seed: few_shot_context(train, test, 4, seed) for seed in SEEDS}
+    assert few_shot_context(train, test, 4, 13) == contexts[13]
+    assert len({context.text for context in contexts.values()}) > 1
+    for context in contexts.values():
+        shown = context.text.split("\n\n")
+        assert len(set(shown)) == 4
+        for part in shown:
+            given, wanted = part.split("\n")
+            assert given.removeprefix("Input: in ") == wanted.removeprefix("Output: out ")
+        assert context.questions == test.items
+    assert few_shot_context(train, test, 16, 13, "released").questions == test.items[:20]
+    few = Task("t", test.items[:30])
+    assert few_shot_context(train, few, 1, 13, "released").questions == test.items[:16]
+
+
+def test_few_shot_contexts_refuse_bad_arguments() -> None:
+    task = Task("t", (Question("x", ("yes",)),))
+    with pytest.raises(InputError, match="shots must be between 1 and the 1 training items, but it is 2"):
+        few_shot_context(task, task, 2, 13)
+    with pytest.raises(InputError, match="protocol must be one of"):
+        few_shot_context(task, task, 1, 13, "mine")
+
+
 def test_no_task_is_refused() -> None:
     with pytest.raises(InputError, match="tasks must be at least one task"):
         icl([])
@@ -228,11 +319,12 @@ def test_no_task_is_refused() -> None:
 def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
     model, tokenizer = make(), make_tokenizer()
     pairs = [(random_context(8 + 3 * n), random_context(11)) for n in range(3)]
-    texts = [(" ".join(f"w{token}" for token in context), f"d{n}") for n, (context, _) in enumerate(pairs)]
-    asked = perplexity(texts, pairs, 6, protocol)
+    texts = [" ".join(f"w{token}" for token in context) for context, _ in pairs]
+    documents = [CutDocument(f"d{n}", texts[n], *map(tuple, pair)) for n, pair in enumerate(pairs)]
+    asked = perplexity(documents, 6, protocol)
     runner = run(model, asked, "closed_book", "prompt", "adapter", "other_adapter")
     measured = runner.measurements()
-    adapters = [model.stream().append(context).adapter() for context, _ in texts]
+    adapters = [model.stream().append(context).adapter() for context in texts]
 
     def losses(window: list[int], front: list[int], base: torch.nn.Module) -> tuple[float, int]:
         labels = [-100] * (len(front) + 1) + window[1:]
@@ -245,7 +337,7 @@ def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
             by_document = []
             for number, pair in enumerate(pairs):
                 adapter = {"adapter": adapters[number], "other_adapter": adapters[asked.cases[number].other]}.get(name)
-                front = tokenizer(texts[number][0])["input_ids"] if name == "prompt" else [1]
+                front = tokenizer(texts[number])["input_ids"] if name == "prompt" else [1]
                 base = merged(model, adapter)
                 found = [losses(window, front, base) for window in split_evenly(pair[part], 6) if len(window) > 1]
                 by_document.append((sum(loss for loss, _ in found), sum(tokens for _, tokens in found)))
@@ -259,13 +351,13 @@ def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
 
 def test_documents_that_are_too_short_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least two tokens of context"):
-        perplexity([("w3", "d")], [([3], [4, 5])], 6)
+        perplexity([CutDocument("d", "w3", (3,), (4, 5))], 6)
     with pytest.raises(InputError, match="at least one document"):
-        perplexity([], [], 6)
+        perplexity([], 6)
     with pytest.raises(InputError, match="protocol must be one of"):
-        perplexity([("w3 w4", "d")], [([3, 4], [4, 5])], 6, "mine")
+        perplexity([CutDocument("d", "w3 w4", (3, 4), (4, 5))], 6, "mine")
 
 
 def test_a_context_keeps_its_name() -> None:
-    asked = dialog(Dataset((Context("w3", (Question("w4", ("w5",)),), "line 7"),), Skipped()), "recall")
+    asked = dialog(Dataset((EvaluationContext("w3", (Question("w4", ("w5",)),), "line 7"),)), "recall")
     assert asked.cases[0].context.name == "line 7"

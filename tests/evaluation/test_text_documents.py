@@ -9,7 +9,7 @@ import pytest
 from invented import make_tokenizer, random_text
 
 from gakernels import InputError
-from gakernels.evaluation.text_documents import cut_documents
+from gakernels.evaluation.perplexity import cut_documents
 
 TOKENIZER = make_tokenizer()
 

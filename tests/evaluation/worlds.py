@@ -7,11 +7,10 @@ from transformers import PreTrainedModel
 
 from gakernels import Adapter, GenerativeAdapter
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.cases import Scenario
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
 from gakernels.evaluation.methods import MethodSettings
-from gakernels.evaluation.records import Context, Dataset, Question, Skipped
 from gakernels.evaluation.runner import Runner, RunSettings
-from gakernels.evaluation.scenarios.docqa import AskSettings, docqa
+from gakernels.evaluation.scenarios import AskSettings, Scenario, docqa
 
 BARE = AskSettings("bare", "bare", 5)
 
@@ -25,9 +24,9 @@ def text(words: int) -> str:
     return " ".join(random_text(words).split())
 
 
-def contexts(count: int, questions: int = 3) -> list[Context]:
+def contexts(count: int, questions: int = 3) -> list[EvaluationContext]:
     return [
-        Context(
+        EvaluationContext(
             f"{text(7 + number)}\n\n{text(5)}",
             tuple(Question(text(3 + n), (text(1), text(2))) for n in range(questions)),
             f"c{number}",
@@ -38,7 +37,7 @@ def contexts(count: int, questions: int = 3) -> list[Context]:
 
 def scenario(count: int = 5, questions: int = 3, **options: object) -> Scenario:
     """A context a case: no document is shorter than a group."""
-    data = Dataset(tuple(contexts(count, questions)), Skipped())
+    data = Dataset(tuple(contexts(count, questions)))
     return docqa(data, len, [1], settings=BARE, **options)
 
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from gakernels.cli.common import DTYPES, add_command, output_file
 from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.errors import InputError, first_line
-from gakernels.evaluation.cost import METHODS, CostSettings, MethodCost, all_costs, stream_state
-from gakernels.evaluation.paper_costs import QUERY_TOKENS, TableRow, table_1
+from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, MethodCost, all_costs, stream_state
+from gakernels.evaluation.paper import QUERY_TOKENS, TableRow, table_1
 from gakernels.evaluation.tables import short_count
 from gakernels.files import write_text
 from gakernels.model.config import GeneratorConfig
@@ -20,7 +20,7 @@ from gakernels.paths import expanded
 from gakernels.version import __version__
 
 
-def add_task(tasks: Any) -> None:
+def add_cost(tasks: Any) -> None:
     """Add the task."""
     parser = add_command(
         tasks,
@@ -75,7 +75,7 @@ def run_cost(options: argparse.Namespace) -> int:
     console = Console()
     for context, rows in costs.items():
         console.print(_cost_table(shape, context, rows, settings))
-    for method, what in METHODS.items():
+    for method, what in COUNTED_METHODS.items():
         console.print(f"{method}: {what}", highlight=False)
     if options.table_1:
         console.print(_paper_table(table_1()))

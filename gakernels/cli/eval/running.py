@@ -15,14 +15,13 @@ from gakernels.distributed import Ranks, process_group
 from gakernels.errors import InputError
 from gakernels.evaluation import report as reports
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.cases import Scenario
-from gakernels.evaluation.methods import METHODS, MethodSettings
+from gakernels.evaluation.methods import MethodSettings
 from gakernels.evaluation.metrics import PROTOCOLS
 from gakernels.evaluation.plots import plots
 from gakernels.evaluation.prompts import STYLES
-from gakernels.evaluation.runner import Runner, RunSettings
-from gakernels.evaluation.scenarios.docqa import AskSettings
-from gakernels.evaluation.tables import ReportTable
+from gakernels.evaluation.runner import METHODS, Runner, RunSettings
+from gakernels.evaluation.scenarios import AskSettings, Scenario
+from gakernels.evaluation.tables import ReportTable, own_tables
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
 from gakernels.paths import user_path
@@ -120,11 +119,10 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
         model = load_generator(options)
         names, static_lora, notes = _methods(options)
         scenario = make(model)
-        settings = _settings(options, model, scenario, files, static_lora)
+        method_settings = _method_settings(options, static_lora)
+        settings = _settings(options, model, scenario, files, method_settings)
         log = AnswerLog(options.json, settings, ranks.rank)
-        runner = Runner(
-            model, scenario, names, log, _method_settings(options, static_lora), _run_settings(options), ranks
-        )
+        runner = Runner(model, scenario, names, log, method_settings, RunSettings(options.batch_tokens), ranks)
         _run(runner, options.json)
         if ranks.rank == 0:
             _finish(runner, settings, notes, options.json, ranks)
@@ -159,7 +157,7 @@ def _settings(
     model: GenerativeAdapter,
     scenario: Scenario,
     files: Sequence[Path],
-    static_lora: Path | None,
+    settings: MethodSettings,
 ) -> dict[str, Any]:
     """Everything that the answers depend on. Methods may be added to a run later."""
     return {
@@ -168,12 +166,8 @@ def _settings(
         **scenario.settings,
         "new_tokens": scenario.new_tokens,
         "limit": options.limit,
-        "seed": options.seed,
-        "passages": getattr(options, "passages", 1),
-        "chat": getattr(options, "chat", False),
-        "learning_rate": options.learning_rate,
-        "epochs": options.epochs,
-        "static_lora": None if static_lora is None else reports.data_hash(static_lora),
+        **{name: getattr(settings, name) for name in ("seed", "passages", "chat", "learning_rate", "epochs")},
+        "static_lora": None if settings.static_lora is None else reports.data_hash(settings.static_lora),
         "data": {name: reports.data_hash(file) for name, file in _names(files).items()},
         **reports.describe_model(model),
     }
@@ -197,10 +191,6 @@ def _method_settings(options: argparse.Namespace, static_lora: Path | None) -> M
     )
 
 
-def _run_settings(options: argparse.Namespace) -> RunSettings:
-    return RunSettings(batch_tokens=options.batch_tokens)
-
-
 def _run(runner: Runner, report: Path | None) -> None:
     try:
         runner.run()
@@ -213,7 +203,7 @@ def _run(runner: Runner, report: Path | None) -> None:
 def _finish(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str], path: Path | None, ranks: Ranks) -> None:
     report = reports.build(runner, {**settings, "processes": ranks.world}, notes)
     console = Console()
-    for table in reports.own_tables(report):
+    for table in own_tables(report):
         console.print(_rich(table))
     for note in report["notes"]:
         console.print(note, highlight=False)

@@ -18,8 +18,8 @@ from gakernels.data.bad_records import BadRecords
 from gakernels.data.chat import ChatEncoder, Limits, encode_records
 from gakernels.data.conversations import ContextRecord, Message, record_of
 from gakernels.data.instruction_sources import InstructionSource, read_source
+from gakernels.evaluation.datasets import read_squad
 from gakernels.evaluation.prompts import demonstration_text, icl_prompt
-from gakernels.evaluation.squad import read_squad
 
 Row = dict[str, Any]
 

@@ -1,17 +1,26 @@
-"""What all methods have in common: a context is prepared, and then requests about it are put to a model."""
+"""Methods: ways of making a context known to a model; here what all have in common, and those that only write prompts.
+
+A context is prepared, and then requests about it are put to a model.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from gakernels.adapters.adapter import Adapter
-from gakernels.evaluation.cases import Case, Scenario
+from gakernels.errors import InputError
+from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context
+
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,13 @@ class Method(Protocol):
 
     adapted: bool
 
-    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None: ...
-
-    def missing(self, case: Case) -> str | None:
+    def missing(self, case: EvaluationCase) -> str | None:
         """Why a case can't be asked with this method; None if it can."""
 
     def fit(self) -> None:
         """What is done once for all contexts: training on other data."""
 
-    def prepare(self, cases: Sequence[Case]) -> Prepared:
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """Take in the contexts of some cases."""
 
 
@@ -86,7 +93,7 @@ class SimpleMethod:
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
         self.model, self.scenario, self.settings = model, scenario, settings
 
-    def missing(self, case: Case) -> str | None:
+    def missing(self, case: EvaluationCase) -> str | None:
         """Nothing is missing."""
         return None
 
@@ -118,3 +125,96 @@ class SimpleMethod:
                 numbers = []
             numbers.append(number)
         yield numbers
+
+
+class ClosedBook(SimpleMethod):
+    """Nothing is known of the context."""
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Nothing."""
+        return Prepared([None] * len(cases))
+
+
+class FullPrompt(SimpleMethod):
+    """The context stands in front of every question; of what the model can't read at once, the last part is kept, as in
+    the paper (section 4.1)."""
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Keeps the texts; questions of a context are asked together, so that it is read once for all of them."""
+        return Prepared([None] * len(cases), lambda number, query: cases[number].context.text, separate=True)
+
+
+class PassageSearch:
+    """Ranks passages by BM25 (Lucene's variant with k1 1.5 and b 0.75, in float64).
+
+    Words are runs of letters, digits and underscores without regard to case; none is left out or cut to its stem.
+
+    Args:
+        texts: the passages, at least one.
+
+    Raises:
+        InputError: bm25s is not installed.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._index = _bm25s().BM25(method="lucene", k1=1.5, b=0.75, dtype="float64")
+        with np.errstate(invalid="ignore"):  # 0 / 0 where no passage has a word
+            self._index.index([_words(text) for text in texts], create_empty_token=False, show_progress=False)
+
+    def scores(self, query: str) -> list[float]:
+        """Of every passage."""
+        known = self._index.get_tokens_ids(_words(query))
+        return self._index.get_scores_from_ids(known).tolist() if known else [0.0] * len(self._texts)
+
+    def best(self, query: str, count: int = 1) -> list[str]:
+        """The best passages, in the order in which they stand in the text; the first of equals."""
+        scores = self.scores(query)
+        ranked = sorted(range(len(scores)), key=lambda number: (-scores[number], number))[:count]
+        return [self._texts[number] for number in sorted(ranked)]
+
+
+def passages(text: str, words: int = 100) -> list[str]:
+    """A text in pieces of so many words, the last one shorter; space between words becomes a single one."""
+    split = text.split()
+    return [" ".join(split[start : start + words]) for start in range(0, len(split), words)]
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise InputError("retrieval needs the package bm25s: pip install 'gakernels[eval]'") from error
+    return bm25s
+
+
+class Retrieval(SimpleMethod):
+    """BM25 over passages of 100 words; the best ones stand in front of the question, in the order of the text.
+
+    Raises:
+        InputError: bm25s is not installed.
+    """
+
+    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
+        super().__init__(model, scenario, settings)
+        _bm25s()
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Indexes the passages of each context."""
+        return Prepared([None] * len(cases), self.retriever(cases))
+
+    def retriever(self, cases: Sequence[EvaluationCase]) -> Callable[[int, str], str]:
+        """Finds the text for a query, by the number of the case among these."""
+        indexes = {
+            text: PassageSearch(passages(text, self.settings.passage_words))
+            for text in dict.fromkeys(case.context.text for case in cases)
+        }
+
+        def find(number: int, query: str) -> str:
+            return "\n\n".join(indexes[cases[number].context.text].best(query, self.settings.passages))
+
+        return find

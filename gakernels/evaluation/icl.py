@@ -1,19 +1,58 @@
-"""In-context learning: a context of demonstrations, and further items of the task (section 4.2 of the paper)."""
+"""Scenario: in-context learning from demonstrations, and further items of the task (section 4.2 of the paper)."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
+from gakernels.data.bad_records import BadRecords
 from gakernels.errors import InputError
-from gakernels.evaluation.cases import Answers, Case, Cell, Measurements, Request, Scenario, limited
-from gakernels.evaluation.metaicl import SHOTS, Task, few_shot_context
-from gakernels.evaluation.metrics import best_option, label_match, macro_f1
-from gakernels.evaluation.prompts import ICL_NEW_TOKENS, ICL_STOPS, icl_prompt
-from gakernels.evaluation.records import Question, Skipped
-from gakernels.evaluation.samples import Sample
-from gakernels.evaluation.scenarios.docqa import AskSettings
+from gakernels.evaluation.datasets import EvaluationContext, Question, Task
+from gakernels.evaluation.metrics import PROTOCOLS, Sample, best_option, label_match, macro_f1
+from gakernels.evaluation.prompts import ICL_NEW_TOKENS, ICL_STOPS, demonstration_text, icl_prompt
+from gakernels.evaluation.scenarios import (
+    Answers,
+    AskSettings,
+    Cell,
+    EvaluationCase,
+    EvaluationRequest,
+    Measurements,
+    Scenario,
+    limited,
+)
 
+SHOTS = (1, 2, 4, 8, 16)
+SEEDS = (13, 21, 42, 87, 100)
+# The test tasks of MetaICL's setting hr_to_lr (table 4 of the paper), as MetaICL's files are named.
+TEST_TASKS = (
+    "quarel",
+    "financial_phrasebank",
+    "openbookqa",
+    "codah",
+    "qasc",
+    "glue-mrpc",
+    "dream",
+    "sick",
+    "commonsense_qa",
+    "medical_questions_pairs",
+    "quartz-with_knowledge",
+    "poem_sentiment",
+    "quartz-no_knowledge",
+    "glue-wnli",
+    "climate_fever",
+    "ethos-national_origin",
+    "ethos-race",
+    "ethos-religion",
+    "ai2_arc",
+    "hate_speech18",
+    "glue-rte",
+    "superglue-cb",
+    "superglue-copa",
+    "tweet_eval-hate",
+    "tweet_eval-stance_atheism",
+    "tweet_eval-stance_feminist",
+)
 TUNING_SHOTS = 16
 
 
@@ -53,16 +92,17 @@ def icl(
         InputError: there are fewer items than shots, or no such protocol or style.
     """
     settings = settings or AskSettings()
-    style, adapted_style = settings.styles(protocol)
+    styles = settings.styles(protocol)
+    style, adapted_style = styles["style"], styles["adapted_style"]
     if not tasks:
         raise InputError("tasks must be at least one task, but there is none")
     # With the number of shots and the seed outside, the cases of one draw stand together, a task each.
-    cases: list[Case] = []
+    cases: list[EvaluationCase] = []
     for count in dict.fromkeys(shots):
         for seed in dict.fromkeys(task.seed for task in tasks):
             cases += _draw([task for task in tasks if task.seed == seed], count, protocol, settings, len(cases))
 
-    def ask(number: int, case: Case) -> list[Request]:
+    def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
         return [
             request
             for place, question in enumerate(case.context.questions)
@@ -79,12 +119,14 @@ def icl(
         ICL_STOPS,
         (),
         lambda item: icl_prompt(item, None, adapted_style),
-        {"style": style, "adapted_style": adapted_style, "shots": list(dict.fromkeys(shots))},
+        {**styles, "shots": list(dict.fromkeys(shots))},
         _all_skipped(tasks),
     )
 
 
-def _draw(tasks: Sequence[TaskData], shots: int, protocol: str, settings: AskSettings, first: int) -> list[Case]:
+def _draw(
+    tasks: Sequence[TaskData], shots: int, protocol: str, settings: AskSettings, first: int
+) -> list[EvaluationCase]:
     """A case for each task; the other context is that of the next task."""
     cases = []
     for place, task in enumerate(tasks):
@@ -92,15 +134,43 @@ def _draw(tasks: Sequence[TaskData], shots: int, protocol: str, settings: AskSet
         kind = "classification" if task.test.is_classification else "other"
         cell = (("kind", kind), ("task", task.test.name), ("shots", shots), ("seed", task.seed))
         other = first + (place + 1) % len(tasks) if len(tasks) > 1 else None
-        cases.append(Case(context, cell, other, task.train.items[:TUNING_SHOTS], task.validation[:TUNING_SHOTS]))
+        cases.append(
+            EvaluationCase(context, cell, other, task.train.items[:TUNING_SHOTS], task.validation[:TUNING_SHOTS])
+        )
     return cases
+
+
+def few_shot_context(train: Task, test: Task, shots: int, seed: int, protocol: str = "official") -> EvaluationContext:
+    """Demonstrations drawn from the training items as the context, and the test items as its questions.
+
+    Args:
+        train: the items to draw from.
+        test: the items to answer.
+        shots: number of demonstrations.
+        seed: of the draw.
+        protocol: `official`: all test items; `released`: the first max(16, n / 10) of n, as the authors' code scores.
+
+    Raises:
+        InputError: shots is below 1 or more than there are items, or there is no such protocol.
+    """
+    if not 1 <= shots <= len(train.items):
+        raise InputError(f"shots must be between 1 and the {len(train.items)} training items, but it is {shots}")
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
+    drawn = random.Random(seed).sample(train.items, shots)
+    text = demonstration_text((item.text, item.answers[0]) for item in drawn)
+    return EvaluationContext(text, _scored(test.items, protocol), test.name)
+
+
+def _scored(items: Sequence[Question], protocol: str) -> tuple[Question, ...]:
+    return tuple(items) if protocol == "official" else tuple(items[: max(16, len(items) // 10)])
 
 
 def _requests(
     number: int, place: int, item: str, options: Sequence[str], style: str, adapted_style: str
-) -> list[Request]:
+) -> list[EvaluationRequest]:
     """One to generate a label, and one for each option to rank them."""
-    generated = Request(
+    generated = EvaluationRequest(
         number,
         place,
         query=item,
@@ -129,7 +199,7 @@ def _measure(scenario: Scenario, answers: Answers) -> Measurements:
     return {**together, **apart}
 
 
-def _case_scores(case: Case, number: int, answers: Answers, protocol: str) -> dict[str, float]:
+def _case_scores(case: EvaluationCase, number: int, answers: Answers, protocol: str) -> dict[str, float]:
     """Of one draw of one task: the share of generated labels that match, and the ranking's accuracy or macro-F1."""
     matches, chosen, gold = [], [], []
     for place, question in enumerate(case.context.questions):
@@ -147,14 +217,12 @@ def _case_scores(case: Case, number: int, answers: Answers, protocol: str) -> di
     if gold:
         scores["ranking_accuracy"] = sum(map(str.__eq__, chosen, gold)) / len(gold)
         if dict(case.cell)["kind"] == "classification":
-            scores["ranking_macro_f1"] = macro_f1(chosen, gold, gold_labels_only=True).value
+            scores["ranking_macro_f1"] = macro_f1(chosen, gold, gold_labels_only=True)
     return scores
 
 
-def _all_skipped(tasks: Sequence[TaskData]) -> dict[str, dict[str, object]]:
-    total = Skipped()
+def _all_skipped(tasks: Sequence[TaskData]) -> BadRecords:
+    total = BadRecords()
     for task in {id(part): part for data in tasks for part in (data.train, data.test)}.values():
-        for reason, count in task.skipped.counts.items():
-            for _ in range(count):
-                total.add(reason, task.skipped.first[reason])
-    return vars(total)
+        total.merge(task.skipped)
+    return total

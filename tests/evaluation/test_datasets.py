@@ -1,27 +1,32 @@
 """Readers of data sets: tiny files of each format, good and bad."""
 
 import csv
+import gzip
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gakernels.errors import InputError
-from gakernels.evaluation.metaicl import SEEDS, TEST_TASKS, Task, few_shot_context, read_task, task_file
-from gakernels.evaluation.msc import read_msc
-from gakernels.evaluation.persona_chat import COLUMNS, read_persona_chat
-from gakernels.evaluation.records import Context, Question
-from gakernels.evaluation.squad import group_contexts, read_squad
-from gakernels.evaluation.streaming_qa import read_streaming_qa
-
-
-@pytest.fixture
-def draw(generator: torch.Generator) -> random.Random:
-    return random.Random(generator.initial_seed())
+from gakernels.evaluation.datasets import (
+    PERSONA_CHAT_COLUMNS,
+    EvaluationContext,
+    Question,
+    flat_answers,
+    read_documents,
+    read_flat_qa,
+    read_locomo,
+    read_msc,
+    read_persona_chat,
+    read_squad,
+    read_streaming_qa,
+    read_task,
+    task_file,
+)
+from gakernels.evaluation.icl import TEST_TASKS
+from gakernels.evaluation.scenarios import group_contexts
 
 
 @pytest.fixture
@@ -59,7 +64,9 @@ def test_squad(write: Callable[[Any], Path]) -> None:
         "\ufeff" + json.dumps(squad(paragraph(" Warsaw is old.\n", qa(" How old? ", "old", " very old", id="7"))))
     )
     data = read_squad(path)
-    assert data.contexts == (Context("Warsaw is old.", (Question("How old?", ("old", "very old"), id="7"),), "Warsaw"),)
+    assert data.contexts == (
+        EvaluationContext("Warsaw is old.", (Question("How old?", ("old", "very old"), id="7"),), "Warsaw"),
+    )
     assert data.skipped.total == 0
 
 
@@ -85,9 +92,9 @@ def test_bad_records_of_squad_are_counted_and_the_rest_goes_on(write: Callable[[
         "paragraph without questions": 2,
         "article without paragraphs": 2,
     }
-    assert data.skipped.first["question without text"] == f"{path}: data[0].paragraphs[4].qas[1]"
+    assert data.skipped.places["question without text"][0] == f"{path}: data[0].paragraphs[4].qas[1]"
     assert data.skipped.total == 12
-    assert f"2 x article without paragraphs (first: {path}: data[1])" in str(data.skipped)
+    assert f"2 x article without paragraphs (first: {path}: data[1], {path}: data[2])" in str(data.skipped)
 
 
 @pytest.mark.parametrize(
@@ -116,57 +123,6 @@ def test_a_file_that_is_missing_or_no_text_is_named(tmp_path: Path, read: Callab
         read(tmp_path / "binary")
 
 
-def documents(draw: random.Random, count: int) -> list[Context]:
-    return [
-        Context("x" * draw.randint(20, 60) + str(n), (Question(f"q{n}", ("a",)),), f"title {n % 3}")
-        for n in range(count)
-    ]
-
-
-def test_groups_hold_every_document_once_and_in_order(draw: random.Random) -> None:
-    for _ in range(30):
-        given, length = documents(draw, draw.randint(1, 30)), draw.randint(10, 400)
-        groups = group_contexts(given, length)
-        assert "\n\n".join(group.text for group in groups) == "\n\n".join(document.text for document in given)
-        asked = [question for group in groups for question in group.questions]
-        assert asked == [question for document in given for question in document.questions]
-        sizes = [len(group.questions) for group in groups]
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[0] - sizes[-1] <= 1
-        total = len("\n\n".join(document.text for document in given))
-        assert len(groups) == min(-(-total // length), len(given))
-
-
-def test_groups_are_measured_in_what_one_likes() -> None:
-    given = [Context(f"word {n}", (Question("q", ("a",)),)) for n in range(10)]
-    assert len(group_contexts(given, 5, measure=lambda text: len(text.split()))) == 4  # 20 words
-    assert len(group_contexts(given, 88)) == 1  # 10 x 6 letters and 9 x 2 line ends
-    assert len(group_contexts(given, 77)) == 2
-
-
-def test_only_the_first_tenth_is_scored_in_the_released_protocol(draw: random.Random) -> None:
-    given = documents(draw, 40)
-    every = group_contexts(given, 50)
-    assert group_contexts(given, 50, part="first_tenth") == every[: max(1, len(every) // 10)]
-    assert group_contexts(given[:3], 50, part="first_tenth") == group_contexts(given[:3], 50)[:1]
-
-
-def test_a_document_that_comes_twice_counts_once() -> None:
-    one, two = (Context("text", (Question(name, ("a",)),), name) for name in ("one", "two"))
-    other = Context("other", (Question("three", ("a",)),), "three")
-    group = group_contexts([one, other, two], 1000)[0]
-    assert group.text == "text\n\nother"
-    assert [question.text for question in group.questions] == ["one", "two", "three"]
-    assert group.name == "one, three"
-
-
-def test_grouping_refuses_bad_arguments() -> None:
-    with pytest.raises(InputError, match="length must be at least 1, but it is 0"):
-        group_contexts([], 0)
-    with pytest.raises(InputError, match="part must be one of all, first_tenth, but it is 'some'"):
-        group_contexts([], 10, part="some")
-
-
 # MetaICL
 
 
@@ -191,7 +147,7 @@ def test_a_task(write: Callable[[Any], Path]) -> None:
         "item without output": 1,
         "item whose output is not among its options": 1,
     }
-    assert task.skipped.first["line that is no JSON object"] == f"{path}:4"
+    assert task.skipped.places["line that is no JSON object"][0] == f"{path}:4"
 
 
 def test_tasks_with_different_options_or_none_are_no_classification(write: Callable[[Any], Path]) -> None:
@@ -211,32 +167,6 @@ def test_tasks_with_different_options_or_none_are_no_classification(write: Calla
 def test_a_file_that_is_no_task_is_refused(write: Callable[[Any], Path], lines: list[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_task(write("".join(json.dumps(line) + "\n" for line in lines)))
-
-
-def test_demonstrations_are_drawn_from_the_training_items(write: Callable[[Any], Path]) -> None:
-    train = read_task(write([item(f"in {n}", f"out {n}", []) for n in range(16)]))
-    test = Task("t", tuple(Question(f"q{n}", ("a",)) for n in range(200)), train.skipped)
-    contexts = {seed: few_shot_context(train, test, 4, seed) for seed in SEEDS}
-    assert few_shot_context(train, test, 4, 13) == contexts[13]
-    assert len({context.text for context in contexts.values()}) > 1
-    for context in contexts.values():
-        shown = context.text.split("\n\n")
-        assert len(set(shown)) == 4
-        for text in shown:
-            given, wanted = text.split("\n")
-            assert given.removeprefix("Input: in ") == wanted.removeprefix("Output: out ")
-        assert context.questions == test.items
-    assert few_shot_context(train, test, 16, 13, "released").questions == test.items[:20]
-    few = Task("t", test.items[:30], train.skipped)
-    assert few_shot_context(train, few, 1, 13, "released").questions == test.items[:16]
-
-
-def test_few_shot_contexts_refuse_bad_arguments(write: Callable[[Any], Path]) -> None:
-    task = read_task(write([item()]))
-    with pytest.raises(InputError, match="shots must be between 1 and the 1 training items, but it is 2"):
-        few_shot_context(task, task, 2, 13)
-    with pytest.raises(InputError, match="protocol must be one of"):
-        few_shot_context(task, task, 1, 13, "mine")
 
 
 def test_files_of_tasks() -> None:
@@ -300,12 +230,12 @@ def test_bad_lines_of_conversations_are_counted(write: Callable[[Any], Path]) ->
         "line without earlier sessions": 2,
         "line without what self_instruct questions need": 1,
     }
-    assert data.skipped.first["line without earlier sessions"] == f"{path}:3"
+    assert data.skipped.places["line without earlier sessions"][0] == f"{path}:3"
     with pytest.raises(InputError, match="questions must be one of self_instruct, response, recall, but it is 'all'"):
         read_msc(path, "all")
 
 
-def rows(path: Path, *rows: tuple[str, ...], header: tuple[str, ...] = COLUMNS) -> Path:
+def rows(path: Path, *rows: tuple[str, ...], header: tuple[str, ...] = PERSONA_CHAT_COLUMNS) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
@@ -338,14 +268,14 @@ def test_bad_rows_of_a_chat_are_counted(tmp_path: Path) -> None:
     data = read_persona_chat(path)
     assert len(data.contexts) == 2
     assert data.skipped.counts == {"row without a conversation": 2, "row without personas": 1}
-    assert data.skipped.first["row without a conversation"].startswith(f"{path}:")
+    assert data.skipped.places["row without a conversation"][0].startswith(f"{path}:")
 
 
 def test_a_file_that_is_no_chat_is_refused(tmp_path: Path) -> None:
     path = rows(tmp_path / "chat.csv", ("x", "y"), header=("user 1 personas", "text"))
     with pytest.raises(InputError, match=r"must have the columns .*, but 'user 2 personas' is missing"):
         read_persona_chat(path)
-    path.write_text(",".join(COLUMNS) + '\n"open', encoding="utf-8")
+    path.write_text(",".join(PERSONA_CHAT_COLUMNS) + '\n"open', encoding="utf-8")
     with pytest.raises(InputError, match=r"chat.csv:\d is no CSV: unexpected end of data"):
         read_persona_chat(path)
     with pytest.raises(InputError, match="has no context with a question and an answer"):
@@ -399,3 +329,152 @@ def test_streaming_qa_without_a_column_or_a_row_is_refused(articles: Callable[..
         read_streaming_qa(articles(["a", "b"], header=("text", "question")))
     with pytest.raises(InputError, match=r"has no context with a question and an answer: 1 x row without text"):
         read_streaming_qa(articles(["a", "Who?", "Ann", " "]))
+
+
+# Flat rows
+
+FLAT_ROWS: list[dict[str, Any]] = [
+    {"context": " Warsaw is old. ", "question": "How old?", "answer": "old", "id": "a"},
+    {"context": "Gdańsk is by the sea.", "question": "Where?", "answer": "by the sea", "id": "b"},
+    {"context": "Warsaw is old.", "question": "What is old?", "answer": "Warsaw", "id": "c"},
+]
+
+
+def flat_file(folder: Path, kind: str) -> Path:
+    path = folder / f"rows{kind}"
+    if kind == ".json":
+        path.write_text(json.dumps(FLAT_ROWS), encoding="utf-8")
+    elif kind == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(FLAT_ROWS[0]))
+            writer.writeheader()
+            writer.writerows(FLAT_ROWS)
+    elif kind == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(FLAT_ROWS), path)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in FLAT_ROWS).encode()
+        path.write_bytes(gzip.compress(lines) if kind.endswith(".gz") else lines)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet"])
+def test_rows_about_the_same_context_are_one(tmp_path: Path, kind: str) -> None:
+    data = read_documents(str(flat_file(tmp_path, kind)))
+    assert [context.text for context in data.contexts] == ["Warsaw is old.", "Gdańsk is by the sea."]
+    assert data.contexts[0].questions == (
+        Question("How old?", ("old",), id="a"),
+        Question("What is old?", ("Warsaw",), id="c"),
+    )
+    assert data.skipped.total == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"answer": 1912}, ("1912",)),
+        ({"answer": 0.5}, ("0.5",)),
+        ({"answers": ["a", " a ", "", "b"]}, ("a", "b")),
+        ({"answers": {"text": ["a", "b"], "answer_start": [0, 1]}}, ("a", "b")),
+        ({"answers": None, "answer": "a"}, ("a",)),
+        ({"answer": "  "}, ()),
+        ({}, ()),
+    ],
+)
+def test_answers_in_every_form(row: dict[str, Any], answers: tuple[str, ...]) -> None:
+    assert flat_answers(row) == answers
+
+
+def test_what_can_not_be_used_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    bad = [{"question": "?", "answer": "a"}, {"context": "c", "answer": "a"}, {"context": "c", "question": "?"}, [1]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*bad, FLAT_ROWS[0]]) + "{\n")
+    skipped = read_flat_qa(str(path)).skipped
+    assert skipped.counts == {
+        "row without context": 1,
+        "row without question": 1,
+        "row without answer": 1,
+        "line that is no JSON object": 1,
+        "line that is no JSON": 1,
+    }
+    assert "line 2 of" in skipped.places["row without question"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "3", "must be a list of rows"),
+        ("a.json", "[", "must be JSON, but it is not"),
+        ("a.json", "[3]", "has no context with a question and an answer: 1 x row that is no JSON object"),
+        ("a.csv", "context,answer\n", "must have the columns context, question, but 'question' is missing"),
+        ("a.jsonl", "", "has no context with a question and an answer"),
+    ],
+)
+def test_files_of_another_form(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_flat_qa(str(tmp_path / name))
+    with pytest.raises(InputError, match="there is no file"):
+        read_flat_qa(str(tmp_path / "none.jsonl"))
+
+
+# LoCoMo
+
+
+def locomo_entry(**changes: Any) -> dict[str, Any]:
+    return {
+        "sample_id": "conv-1",
+        "conversation": {
+            "speaker_a": "Ann",
+            "speaker_b": "Bob",
+            "session_10_date_time": "2 May",
+            "session_10": [{"speaker": "Ann", "text": "Later.", "dia_id": "D10:1"}],
+            "session_2_date_time": "1 May",
+            "session_2": [{"speaker": "Bob", "text": " Hi! "}, {"speaker": "Ann", "text": ""}, 3],
+            "session_3": [],
+            "session_2_summary": "x",
+        },
+        "qa": [
+            {"question": "When?", "answer": 2022, "category": 2},
+            {"question": "Who?", "answer": "Bob"},
+            {"question": "What not?", "adversarial_answer": "x", "category": 5},
+            {"answer": "y"},
+            "no question",
+        ],
+        **changes,
+    }
+
+
+def locomo_file(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_sessions_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    path = locomo_file(tmp_path / "l.json", [locomo_entry(), locomo_entry(conversation={}), locomo_entry(qa=[]), None])
+    data = read_locomo(path)
+    (context,) = data.contexts
+    assert context.text == "1 May\nBob: Hi!\n\n2 May\nAnn: Later."
+    assert [(question.text, question.answers) for question in context.questions] == [
+        ("When?", ("2022",)),
+        ("Who?", ("Bob",)),
+    ]
+    assert context.name == "conv-1"
+    assert data.skipped.counts == {
+        "question without answers": 2,
+        "question without text": 4,
+        "entry without sessions": 2,
+        "entry without questions": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "must be JSON"), ("{}", "must be a LoCoMo file"), ("[]", "has no context with a question")],
+)
+def test_a_file_that_is_no_locomo_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "l.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_locomo(path)

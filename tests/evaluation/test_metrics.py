@@ -10,14 +10,17 @@ import torch
 
 from gakernels.errors import InputError
 from gakernels.evaluation.metrics import (
+    Sample,
+    Score,
     answer_exact_match,
     answer_f1,
     best_option,
+    compare,
     label_match,
     macro_f1,
-    mean_score,
     normalize_answer,
     released_answer,
+    score,
 )
 
 WORDS = ("the", "a", "an", "The", "An", "café", "N.F.L.", "49ers", "theatre", ",", ".", "'", "½", "St.", "Louis")
@@ -138,6 +141,14 @@ def metaicl_macro_f1(predictions: list[str], answers: list[str]) -> float:
     return sum(f1s) / len(f1s)
 
 
+def scored(values: list[float], contexts: list[int] | None = None) -> Score:
+    """The mean of values, each about a context of its own where none are named."""
+    places = contexts or range(len(values))
+    return score(
+        "match", {n: Sample(place, value) for n, (place, value) in enumerate(zip(places, values, strict=True))}
+    )
+
+
 def drawn_labels(draw: random.Random) -> tuple[list[str], list[str]]:
     labels = list("abcdef"[: draw.randint(1, 6)])
     count = draw.randint(1, 30)
@@ -148,7 +159,7 @@ def drawn_labels(draw: random.Random) -> tuple[list[str], list[str]]:
 def test_macro_f1_over_gold_labels_is_metaicls(draw: random.Random) -> None:
     for _ in range(20):
         predictions, answers = drawn_labels(draw)
-        found = macro_f1(predictions, answers, gold_labels_only=True).value
+        found = macro_f1(predictions, answers, gold_labels_only=True)
         assert found == pytest.approx(metaicl_macro_f1(predictions, answers), abs=1e-12)
 
 
@@ -157,54 +168,43 @@ def test_macro_f1_is_scikit_learns(draw: random.Random) -> None:
     for _ in range(20):
         predictions, answers = drawn_labels(draw)
         wanted = sklearn.f1_score(answers, predictions, average="macro", zero_division=0)
-        assert macro_f1(predictions, answers).value == pytest.approx(wanted, abs=1e-12)
+        assert macro_f1(predictions, answers) == pytest.approx(wanted, abs=1e-12)
         hits = [label_match(*pair) for pair in zip(predictions, answers, strict=True)]
-        assert mean_score(hits).value == pytest.approx(sklearn.accuracy_score(answers, predictions), abs=1e-12)
+        assert scored(hits).value == pytest.approx(sklearn.accuracy_score(answers, predictions), abs=1e-12)
 
 
 def test_macro_f1_worked_out_by_hand() -> None:
     # a: 2 right of 2 given and 3 gold: F1 0.8; b: 1 right of 2 given and 2 gold: F1 0.5; c is only given: 0.
     predictions, answers = ["a", "a", "b", "b", "c"], ["a", "a", "a", "b", "b"]
-    assert macro_f1(predictions, answers).value == pytest.approx((0.8 + 0.5 + 0) / 3)
-    assert macro_f1(predictions, answers, gold_labels_only=True).value == pytest.approx((0.8 + 0.5) / 2)
+    assert macro_f1(predictions, answers) == pytest.approx((0.8 + 0.5 + 0) / 3)
+    assert macro_f1(predictions, answers, gold_labels_only=True) == pytest.approx((0.8 + 0.5) / 2)
 
 
 def test_a_mean_counts_questions_and_contexts(draw: random.Random) -> None:
     scores = [draw.random() for _ in range(50)]
     contexts = [draw.randrange(7) for _ in scores]
-    score = mean_score(scores, contexts)
-    assert score.value == pytest.approx(sum(scores) / 50)
-    assert (score.count, score.contexts) == (50, len(set(contexts)))
-    assert score.low < score.value < score.high
-    assert mean_score(scores, contexts) == score
-    assert mean_score(scores, seed=1).low != mean_score(scores).low
+    found = scored(scores, contexts)
+    assert found.value == pytest.approx(sum(scores) / 50)
+    assert (found.count, found.contexts) == (50, len(set(contexts)))
+    assert found.low < found.value < found.high
+    assert scored(scores, contexts) == found
 
 
 def test_the_interval_is_the_normal_one_for_many_questions(draw: random.Random) -> None:
     scores = [float(draw.random() < 0.3) for _ in range(900)]
-    score = mean_score(scores)
-    deviation = math.sqrt(score.value * (1 - score.value) / 900)
+    found = scored(scores)
+    deviation = math.sqrt(found.value * (1 - found.value) / 900)
     # 10,000 resamples place a quantile to 2.7 hundredths of a standard deviation.
-    assert score.high - score.value == pytest.approx(1.96 * deviation, abs=0.16 * deviation)
-    assert score.value - score.low == pytest.approx(1.96 * deviation, abs=0.16 * deviation)
+    assert found.high - found.value == pytest.approx(1.96 * deviation, abs=0.16 * deviation)
+    assert found.value - found.low == pytest.approx(1.96 * deviation, abs=0.16 * deviation)
 
 
 def test_questions_of_one_context_are_not_independent() -> None:
     contexts = [number // 10 for number in range(400)]
     together = [float(context % 2) for context in contexts]
-    apart, clustered = mean_score(together), mean_score(together, contexts)
+    apart, clustered = scored(together), scored(together, contexts)
     # 40 contexts instead of 400 questions: wider by the square root of ten.
     assert (clustered.high - clustered.low) / (apart.high - apart.low) == pytest.approx(10**0.5, rel=0.15)
-
-
-def test_macro_f1_has_an_interval_around_it(draw: random.Random) -> None:
-    answers = draw.choices("abc", k=200)
-    predictions = [answer if draw.random() < 0.7 else draw.choice("abc") for answer in answers]
-    score = macro_f1(predictions, answers)
-    assert score.low < score.value < score.high
-    assert 0.05 < score.high - score.low < 0.25
-    one = macro_f1(predictions, answers, contexts=[3] * 200)
-    assert (one.low, one.high, one.contexts) == (pytest.approx(one.value), pytest.approx(one.value), 1)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +217,6 @@ def test_macro_f1_has_an_interval_around_it(draw: random.Random) -> None:
         (lambda: best_option([], []), "at least one option"),
         (lambda: best_option([1.0], [0]), "at least one token"),
         (lambda: best_option([1.0], [1, 2]), "numbers of tokens"),
-        (lambda: mean_score([]), "at least one score"),
-        (lambda: mean_score([1.0], [1, 2]), "1 scores and 2 contexts"),
         (lambda: macro_f1([], []), "at least one, but they are 0 and 0"),
         (lambda: macro_f1(["a"], []), "they are 1 and 0"),
     ],
@@ -226,3 +224,64 @@ def test_macro_f1_has_an_interval_around_it(draw: random.Random) -> None:
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+# Samples
+
+
+def drawn_samples(draw: random.Random, weights: bool = False) -> dict[int, Sample]:
+    return {
+        key: Sample(draw.randrange(12), draw.uniform(0, 3), draw.randint(1, 9) if weights else 1.0) for key in range(80)
+    }
+
+
+def test_a_perplexity_is_e_to_the_mean_over_tokens(draw: random.Random) -> None:
+    samples = drawn_samples(draw, weights=True)
+    found = score("completion_perplexity", samples)
+    total, weight = (sum(getattr(sample, name) for sample in samples.values()) for name in ("total", "weight"))
+    assert found.value == pytest.approx(math.exp(total / weight))
+    assert found.low < found.value < found.high
+    assert (found.count, found.contexts) == (weight, len({sample.context for sample in samples.values()}))
+
+
+def test_a_perplexity_beyond_all_numbers_is_a_number() -> None:
+    assert math.isfinite(score("perplexity", {0: Sample(0, 1e6)}).value)
+
+
+@pytest.mark.parametrize("metric", ["f1", "perplexity"])
+def test_a_comparison_is_of_what_both_have(draw: random.Random, metric: str) -> None:
+    first, second = drawn_samples(draw, weights=True), drawn_samples(draw, weights=True)
+    second = {key: Sample(first[key].context, sample.total, sample.weight) for key, sample in second.items()}
+    one = {key: first[key] for key in range(60)}
+    two = {key: second[key] for key in range(20, 80)}
+    found = compare(metric, one, two)
+    assert found is not None
+    values = [score(metric, {key: part[key] for key in range(20, 60)}).value for part in (first, second)]
+    expected = values[0] / values[1] if metric == "perplexity" else values[0] - values[1]
+    assert found.value == pytest.approx(expected)
+    assert found.low <= found.value <= found.high
+    assert compare(metric, one, {}) is None
+
+
+def test_what_differs_by_the_same_everywhere_differs_for_certain(draw: random.Random) -> None:
+    first = drawn_samples(draw)
+    second = {key: Sample(sample.context, sample.total - 0.25) for key, sample in first.items()}
+    found = compare("f1", first, second)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+    ratio = compare("perplexity", first, second)
+    assert ratio is not None
+    assert (ratio.low, ratio.high) == pytest.approx((math.exp(0.25), math.exp(0.25)))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(draw: random.Random) -> None:
+    """Contexts with scores of their own: an interval over questions would be far too narrow."""
+    holds = 0
+    for _ in range(100):
+        samples = {}
+        for context in range(40):
+            level = draw.gauss(0.5, 0.2)
+            samples |= {(context, n): Sample(context, level) for n in range(5)}
+        found = score("f1", samples)
+        holds += found.low <= 0.5 <= found.high
+    assert holds >= 80  # about 94 are expected, give or take 2.4

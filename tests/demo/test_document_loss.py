@@ -6,7 +6,7 @@ from invented import make_tokenizer, random_text
 from tiny import make_model, plain_copy
 
 from gakernels import GenerativeAdapter, InputError
-from gakernels.evaluation.document_perplexity import document_loss
+from gakernels.demo.experiment import document_loss
 from gakernels.model.windows import split_evenly
 
 

@@ -1,0 +1,299 @@
+"""`gakernels eval docqa | dialog | icl | perplexity | recall`: the evaluations on a model."""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gakernels.cli.common import add_command
+from gakernels.cli.demo import one_thread
+from gakernels.cli.eval.running import add_question_options, add_run_options, ask_settings, evaluate, numbers, refuse
+from gakernels.data.sources import HUB
+from gakernels.errors import InputError
+from gakernels.evaluation.datasets import (
+    MSC_QUESTIONS,
+    PERSONA_CHAT_QUESTIONS,
+    Dataset,
+    read_documents,
+    read_locomo,
+    read_msc,
+    read_persona_chat,
+    read_task,
+    task_file,
+)
+from gakernels.evaluation.icl import SEEDS, SHOTS, TEST_TASKS, TaskData, icl
+from gakernels.evaluation.perplexity import cut_documents, perplexity
+from gakernels.evaluation.recall import FORMS, TESTS, RecallSettings, recall
+from gakernels.evaluation.scenarios import GROUP_PARTS, Scenario, dialog, docqa
+from gakernels.generation.decoder import Decoder
+from gakernels.model import GenerativeAdapter
+from gakernels.paths import expanded, user_path
+
+
+def add_docqa(tasks: Any) -> None:
+    """Add the task `docqa`."""
+    parser = add_command(
+        tasks,
+        "docqa",
+        run_docqa,
+        "Questions about documents, which are grouped to contexts of given lengths: F1 and exact match.",
+        "  gakernels eval docqa --generator my-generator --data dev-v1.1.json --lengths 512,2048 \\\n"
+        "      --methods closed_book,prompt,adapter --limit 500 --json results.json",
+    )
+    parser.add_argument(
+        "--data",
+        type=expanded,
+        required=True,
+        help="SQuAD or StreamingQA file, or rows {context, question, answer}: .json, .jsonl, .parquet, .csv, hub:NAME",
+    )
+    parser.add_argument(
+        "--lengths",
+        default="512,1024,2048,4096",
+        help="tokens of a context, with commas, or `own`: each document by itself (default: %(default)s)",
+    )
+    parser.add_argument("--part", choices=GROUP_PARTS, help="of the groups of documents (default: the protocol's)")
+    add_run_options(parser)
+    add_question_options(parser)
+
+
+def run_docqa(options: argparse.Namespace) -> int:
+    """Evaluate what `docqa` names."""
+    lengths = None if options.lengths == "own" else numbers(options.lengths, "--lengths")
+    training = None if options.train is None else str(options.train)
+    files = [Path(name) for name in (options.data, training) if name and not name.startswith(HUB)]
+
+    def make(model: GenerativeAdapter) -> Scenario:
+        decoder = Decoder(model)
+        return docqa(
+            read_documents(options.data),
+            lambda text: len(decoder.encode(text)),
+            lengths,
+            options.protocol,
+            options.part,
+            read_documents(training).questions if training else (),
+            ask_settings(options),
+        )
+
+    return evaluate(options, files, make)
+
+
+DIALOG_QUESTIONS = tuple(dict.fromkeys((*MSC_QUESTIONS, *PERSONA_CHAT_QUESTIONS)))
+
+
+def add_dialog(tasks: Any) -> None:
+    """Add the task `dialog`."""
+    parser = add_command(
+        tasks,
+        "dialog",
+        run_dialog,
+        "Questions about what was said in earlier conversations: F1 and exact match.",
+        "  gakernels eval dialog --generator my-generator --data msc_self_instruct.jsonl --json results.json",
+    )
+    parser.add_argument(
+        "--data",
+        type=user_path,
+        required=True,
+        help="LoCoMo (.json), Synthetic-Persona-Chat (.csv), else Multi-Session Chat or MSC-Self-Instruct (JSON lines)",
+    )
+    parser.add_argument(
+        "--questions",
+        choices=DIALOG_QUESTIONS,
+        help="default: LoCoMo's own; recall for persona chat; self_instruct for Multi-Session Chat",
+    )
+    add_run_options(parser)
+    add_question_options(parser)
+
+
+def run_dialog(options: argparse.Namespace) -> int:
+    """Evaluate what `dialog` names."""
+
+    def make(_: GenerativeAdapter) -> Scenario:
+        data, questions = read_conversations(options.data, options.questions)
+        training = read_conversations(options.train, options.questions)[0].questions if options.train else ()
+        return dialog(data, questions, options.protocol, training, ask_settings(options))
+
+    return evaluate(options, [options.data, *([options.train] if options.train else [])], make)
+
+
+def read_conversations(path: Path, questions: str | None) -> tuple[Dataset, str]:
+    """The conversations of a file of any of the kinds, and which questions are asked.
+
+    Raises:
+        InputError: it can't be read, or does not have such questions.
+    """
+    if path.suffix == ".csv":
+        questions = questions or "recall"
+        return read_persona_chat(path, questions), questions
+    if path.suffix == ".json":
+        if questions is not None:
+            raise InputError(f"--questions does not apply to LoCoMo's files, which bring their own, but is {questions}")
+        return read_locomo(path), "locomo"
+    questions = questions or "self_instruct"
+    return read_msc(path, questions), questions
+
+
+def add_icl(tasks: Any) -> None:
+    """Add the task `icl`."""
+    parser = add_command(
+        tasks,
+        "icl",
+        run_icl,
+        "Tasks from demonstrations: generated answers that match, and options ranked by their loss.",
+        "  gakernels eval icl --generator my-generator --data MetaICL/data --shots 1,16 --json results.json\n"
+        "  gakernels eval icl --generator my-generator --data test.jsonl --train train.jsonl",
+    )
+    parser.add_argument(
+        "--data", type=user_path, required=True, help="MetaICL's folder, or a task file of items to ask"
+    )
+    parser.add_argument("--tasks", help="of the folder, with commas (default: MetaICL's 26 that are there)")
+    parser.add_argument("--shots", default=",".join(map(str, SHOTS)), help="demonstrations (default: %(default)s)")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of their draw (default: %(default)s)")
+    add_run_options(parser, "closed_book,prompt,adapter")
+    add_question_options(parser)
+
+
+def run_icl(options: argparse.Namespace) -> int:
+    """Evaluate what `icl` names."""
+    refuse(options, ("sft_lora", "sft_full"), "it has few_shot in place of supervised tuning on other questions")
+    shots, seeds = numbers(options.shots, "--shots"), numbers(options.seeds, "--seeds")
+    files = _icl_files(options, seeds)
+
+    def make(_: GenerativeAdapter) -> Scenario:
+        read = {path: read_task(path) for paths in files.values() for path in paths}
+        tasks = [
+            TaskData(read[train], read[test], seed, read[dev[0]].items if dev else ())
+            for (_, seed), (train, test, *dev) in files.items()
+        ]
+        return icl(tasks, shots, options.protocol, ask_settings(options))
+
+    return evaluate(options, list(dict.fromkeys(path for paths in files.values() for path in paths)), make)
+
+
+def _icl_files(options: argparse.Namespace, seeds: list[int]) -> dict[tuple[str, int], list[Path]]:
+    """Training and test file of each task and seed, and the one for validation where there is one."""
+    if not options.data.is_dir():
+        if options.train is None:
+            raise InputError("--train must name the items to draw demonstrations from, where --data is a file")
+        return {("", seed): [options.train, options.data] for seed in seeds}
+    if options.tasks is None:
+        names = [name for name in TEST_TASKS if (options.data / name).is_dir()]
+    else:
+        names = [name.strip() for name in options.tasks.split(",")]
+    if not names:
+        raise InputError(f"--data: {options.data} has none of MetaICL's test tasks; name others with --tasks")
+    files = {}
+    for name in names:
+        for seed in seeds:
+            train, test, dev = (task_file(options.data, name, split, seed) for split in ("train", "test", "dev"))
+            files[name, seed] = [train, test, *([dev] if dev.is_file() else [])]
+    return files
+
+
+ONLY_FOR_QUESTIONS = ("retrieval", "adapter_retrieval", "sft_lora", "sft_full", "few_shot_lora", "few_shot_full")
+
+
+def add_perplexity(tasks: Any) -> None:
+    """Add the task `perplexity`."""
+    parser = add_command(
+        tasks,
+        "perplexity",
+        run_perplexity,
+        "Perplexity of a context (reconstruction) and of the text behind it (completion), which is not in the prompt.",
+        "  gakernels eval perplexity --generator my-generator --data validation.jsonl --json results.json",
+    )
+    parser.add_argument(
+        "--data", type=user_path, required=True, help="text, or JSON lines with a `text` (also .gz, .xz, .bz2)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="of the context, and of what follows (default: %(default)s)"
+    )
+    add_run_options(parser, "closed_book,prompt,adapter")
+
+
+def run_perplexity(options: argparse.Namespace) -> int:
+    """Evaluate what `perplexity` names."""
+    refuse(options, ONLY_FOR_QUESTIONS, "it has no questions")
+
+    def make(model: GenerativeAdapter) -> Scenario:
+        documents, skipped = cut_documents(options.data, Decoder(model).tokenizer, options.tokens, options.limit)
+        scenario = perplexity(documents, min(options.tokens, model.config.chunk_size), options.protocol)
+        return replace(scenario, settings={"tokens": options.tokens}, skipped=skipped)
+
+    return evaluate(options, [options.data], make)
+
+
+WITH_TRAINING_QUESTIONS = ("sft_lora", "sft_full", "few_shot_lora", "few_shot_full")
+
+
+def add_recall(tasks: Any) -> None:
+    """Add the task `recall`."""
+    usual = RecallSettings()
+    parser = add_command(
+        tasks,
+        "recall",
+        run_recall,
+        "Facts about invented people, drawn by --seed: how many are recalled, from how long a context, from where in "
+        "it, among distractors, after they changed, a single one. Without --generator: the models of the package.",
+        "  gakernels eval recall --methods closed_book,prompt,adapter\n"
+        "  gakernels eval recall --generator my-generator --tests length,needle --lengths 512,1024,2048,4096 "
+        "--json results.json",
+    )
+    parser.add_argument("--tests", default=",".join(TESTS), help="with commas (default: %(default)s)")
+    parser.add_argument(
+        "--contexts", type=int, default=usual.contexts, help="of each cell of the results (default: %(default)s)"
+    )
+    for name, what in _RECALL_NUMBERS.items():
+        default = ",".join(map(str, getattr(usual, name)))
+        parser.add_argument(f"--{name}", default=default, help=f"{what}, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--position-length", type=int, default=usual.position_length, help="tokens, in position (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--told", type=int, default=usual.told, help="facts about the person, in other tests (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        default=usual.form,
+        help="what is asked; a statement is to be ended (default: %(default)s)",
+    )
+    add_run_options(parser, "closed_book,prompt,adapter", generator_required=False)
+
+
+_RECALL_NUMBERS = {
+    "facts": "facts about the person, in facts",
+    "lengths": "tokens of a context, in length and needle",
+    "distractors": "in distractors",
+    "overwritten": "facts that are told anew, in overwritten",
+}
+
+
+def run_recall(options: argparse.Namespace) -> int:
+    """Evaluate what `recall` names."""
+    refuse(options, WITH_TRAINING_QUESTIONS, "it has no training questions")
+    settings = RecallSettings(
+        tests=tuple(name.strip() for name in options.tests.split(",") if name.strip()),
+        contexts=options.contexts,
+        facts=tuple(numbers(options.facts, "--facts")),
+        lengths=tuple(numbers(options.lengths, "--lengths")),
+        position_length=options.position_length,
+        distractors=tuple(numbers(options.distractors, "--distractors", least=0)),
+        overwritten=tuple(numbers(options.overwritten, "--overwritten")),
+        told=options.told,
+        form=options.form,
+        seed=options.seed,
+        limit=options.limit,
+    )
+    embedded = options.generator is None
+    if embedded:
+        options.generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
+
+    def make(model: GenerativeAdapter) -> Scenario:
+        decoder = Decoder(model)
+        begin = len(decoder.encode(""))
+        return recall(settings, lambda text: len(decoder.encode(text)) - begin)
+
+    with one_thread() if embedded else nullcontext():
+        return evaluate(options, [], make)

@@ -1,0 +1,108 @@
+"""Methods with an adapter at hand: the generated one in all its ways, and the controls that belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from gakernels.adapters.adapter import Adapter
+from gakernels.errors import InputError
+from gakernels.evaluation.methods import MethodSettings, Prepared, Retrieval, SimpleMethod
+from gakernels.evaluation.scenarios import EvaluationCase, Scenario, parts
+from gakernels.model import GenerativeAdapter
+
+
+class GeneratedAdapter(SimpleMethod):
+    """The context is read at once, in even chunks, and its adapter stands beside the weights."""
+
+    adapted = True
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Makes the adapters, several contexts in a pass."""
+        return Prepared(self.adapt([case.context.text for case in cases]))
+
+
+class StreamedAdapter(SimpleMethod):
+    """The context arrives in pieces (its parts between empty lines: documents, sessions, demonstrations), each of which
+    is read as it comes, with the adapter of those before it."""
+
+    adapted = True
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Reads piece by piece."""
+        return Prepared([self.to_base(self._read(case.context.text)) for case in cases])
+
+    def _read(self, text: str) -> Adapter:
+        stream = self.model.stream()
+        for part in parts(text):
+            stream.append(part)
+        return stream.adapter()
+
+
+class MergedAdapter(SimpleMethod):
+    """The adapter is added to the weights for as long as questions about its context are asked."""
+
+    adapted = True
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Makes the adapters."""
+        adapters = self.adapt([case.context.text for case in cases])
+
+        @contextmanager
+        def weights(number: int) -> Iterator[None]:
+            self.model.merge(adapters[number])
+            try:
+                yield
+            finally:
+                self.model.unmerge()
+
+        return Prepared([None] * len(cases), weights=weights, separate=True)
+
+
+class AdapterWithRetrieval(Retrieval):
+    """The generated adapter, and the best passages in the prompt as well."""
+
+    adapted = True
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Makes the adapters and indexes the passages."""
+        return Prepared(self.adapt([case.context.text for case in cases]), self.retriever(cases))
+
+
+class OtherAdapter(SimpleMethod):
+    """What an adapter does that knows nothing of this context: it tells what comes from the context and what from the
+    generator's training."""
+
+    adapted = True
+
+    def missing(self, case: EvaluationCase) -> str | None:
+        """There must be another context of the same kind."""
+        return None if case.other is not None else "no other context of the same kind"
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Makes the adapters of the others."""
+        others = [self.scenario.cases[case.other].context.text for case in cases if case.other is not None]
+        return Prepared(self.adapt(others))
+
+
+class StaticLoraControl(SimpleMethod):
+    """One adapter, read from a file, for all contexts.
+
+    Raises:
+        InputError: no file was named.
+        FormatError: it belongs to another base model or other layers.
+    """
+
+    adapted = True
+
+    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
+        super().__init__(model, scenario, settings)
+        if settings.static_lora is None:
+            raise InputError("static_lora needs the file of a trained static LoRA; name it with --static-lora")
+        adapter = Adapter.load(settings.static_lora)
+        with model.adapted(adapter):  # refuses one of another model
+            self._adapter = self.to_base(adapter)
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """The same for all."""
+        return Prepared([self._adapter] * len(cases))

@@ -1,0 +1,186 @@
+"""Scenario: perplexity of a context itself (reconstruction) and of the text behind it (completion).
+
+This is the metric of the paper's ablation. A document's first n tokens are the context, as text; its windows and those
+of the next n tokens are scored. The first token of a window is never predicted, whatever stands in front of it, so that
+all methods score the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from gakernels.data.bad_records import BadRecords
+from gakernels.data.compression import opened
+from gakernels.errors import InputError
+from gakernels.evaluation.datasets import EvaluationContext, Question, because, dict_of, json_lines, text_of
+from gakernels.evaluation.metrics import PROTOCOLS, Sample
+from gakernels.evaluation.scenarios import (
+    Answers,
+    Cell,
+    EvaluationCase,
+    EvaluationRequest,
+    Measurements,
+    Scenario,
+    with_others,
+)
+from gakernels.model.windows import split_evenly
+from gakernels.user_text import decode_user_text, utf8_lines
+
+PARTS = ("reconstruction", "completion")
+NAMES = {part: f"{part}_perplexity" for part in PARTS}
+
+
+@dataclass(frozen=True)
+class CutDocument:
+    """The start of a document.
+
+    Attributes:
+        name: where it comes from.
+        text: the context.
+        context: its token ids.
+        following: those of what comes next.
+    """
+
+    name: str
+    text: str
+    context: tuple[int, ...]
+    following: tuple[int, ...]
+
+
+def cut_documents(
+    path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, limit: int | None = None
+) -> tuple[list[CutDocument], BadRecords]:
+    """The first 2 n tokens of documents: n of context, n that follow.
+
+    Args:
+        path: JSON lines (`.jsonl`) with a `text` each, which are documents; or plain text, which is cut into pieces of
+            2 n tokens one after the other. Also compressed (`.gz`, `.xz`, `.bz2`, `.zst`).
+        tokenizer: of the model.
+        tokens: n, at least 2.
+        limit: most documents.
+
+    Returns:
+        The documents, and what was left out: records without text, documents that are too short.
+
+    Raises:
+        InputError: n is below 2, the file is missing, no text, or has no document that is long enough.
+    """
+    if tokens < 2:
+        raise InputError(f"tokens must be at least 2, but it is {tokens}")
+    documents: list[CutDocument] = []
+    skipped = BadRecords()
+    for name, text in document_texts(path, skipped):
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+        starts = range(0, len(ids) - 2 * tokens + 1, 2 * tokens)
+        if not starts:
+            skipped.add(f"document of fewer than {2 * tokens} tokens", name)
+        for start in starts if _is_plain(path) else starts[:1]:
+            if limit is not None and len(documents) == limit:
+                return documents, skipped
+            middle, end = start + tokens, start + 2 * tokens
+            piece = text[offsets[start][0] : offsets[middle - 1][1]]
+            if piece.strip():
+                place = f"{name}+{start}" if _is_plain(path) else name
+                documents.append(CutDocument(place, piece, tuple(ids[start:middle]), tuple(ids[middle:end])))
+    if not documents:
+        raise InputError(f"{path} has no document of {2 * tokens} tokens{because(skipped)}")
+    return documents, skipped
+
+
+def document_texts(path: Path, skipped: BadRecords) -> Iterator[tuple[str, str]]:
+    """Names and texts of the documents of a file, as for `cut_documents`.
+
+    Raises:
+        InputError: the file is missing, can't be read, or is no text.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    try:
+        with opened(path) as file:
+            if _is_plain(path):
+                yield path.name, decode_user_text(file.read(), path)
+                return
+            for number, entry in json_lines(_decoded(utf8_lines(file), path)):
+                text = text_of(dict_of(entry).get("text"))
+                if text:
+                    yield f"{path.name}:{number}", text
+                else:
+                    skipped.add("line without a text", f"{path}:{number}")
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+
+
+def _is_plain(path: Path) -> bool:
+    return ".jsonl" not in path.suffixes
+
+
+def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            place = f"{path}:{number}"
+            raise InputError(f"{place} must be UTF-8 text, but byte {error.start} of the line is wrong") from error
+
+
+def perplexity(documents: Sequence[CutDocument], window_size: int, protocol: str = "official") -> Scenario:
+    """The scenario.
+
+    Args:
+        documents: with at least two tokens of context and of what follows it.
+        window_size: most tokens scored together.
+        protocol: `official`: all tokens count alike; `released`: all documents do.
+
+    Raises:
+        InputError: there is no document, a part has fewer than two tokens, or there is no such protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
+    if not documents or any(len(part) < 2 for document in documents for part in (document.context, document.following)):
+        raise InputError("there must be at least one document, and at least two tokens of context and of what follows")
+    pieces = [
+        [
+            (part, piece)
+            for part, tokens in zip(PARTS, (document.context, document.following), strict=True)
+            for piece in split_evenly(tokens, window_size)
+        ]
+        for document in documents
+    ]
+    contexts = [
+        EvaluationContext(document.text, tuple(Question(part, ("",)) for part, _ in parts), document.name)
+        for document, parts in zip(documents, pieces, strict=True)
+    ]
+    cases = with_others([EvaluationCase(context) for context in contexts])
+
+    def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
+        return [
+            EvaluationRequest(number, place, query=case.context.text, continuation=tuple(piece))
+            for place, (_, piece) in enumerate(pieces[number])
+            if len(piece) > 1
+        ]
+
+    return Scenario("perplexity", protocol, tuple(cases), ask, _measure, 1)
+
+
+def _measure(scenario: Scenario, answers: Answers) -> Measurements:
+    """The losses of the windows of either part; by the released protocol a document counts once, with its mean."""
+    found: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
+    for (case, place, _), answer in sorted(answers.items()):
+        if not isinstance(answer, str):
+            part = scenario.cases[case].context.questions[place].text
+            found.setdefault(((), NAMES[part]), {})[case, place] = Sample(case, *answer)
+    return {key: _documents(samples) if scenario.protocol == "released" else samples for key, samples in found.items()}
+
+
+def _documents(windows: Mapping[Hashable, Sample]) -> dict[Hashable, Sample]:
+    """A sample for each document: the mean loss of its tokens."""
+    sums: dict[int, tuple[float, float]] = {}
+    for window in windows.values():
+        total, weight = sums.get(window.context, (0.0, 0.0))
+        sums[window.context] = total + window.total, weight + window.weight
+    return {document: Sample(document, total / weight) for document, (total, weight) in sums.items()}

@@ -1,0 +1,350 @@
+"""Scenarios: contexts with what is asked about them, and how; here the common form, and questions about documents and
+about conversations (sections 4.1 and 4.3 of the paper)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from gakernels.data.bad_records import BadRecords
+from gakernels.errors import InputError
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
+from gakernels.evaluation.metrics import PROTOCOLS, Sample, Samples, answer_exact_match, answer_f1
+from gakernels.evaluation.prompts import QA_NEW_TOKENS, QA_STOPS, qa_prompt
+
+_EMPTY_LINE = re.compile(r"\n\s*\n")
+
+Cell = tuple[tuple[str, str | int], ...]
+
+
+@dataclass(frozen=True)
+class EvaluationCase:
+    """A context, and where its results belong.
+
+    Attributes:
+        context: with its questions.
+        cell: names and values that tell a row of the results: (("length", 1024),).
+        other: number of the case whose adapter is the control; None where there is no other context of that kind.
+        training: examples of the same task, for few-shot tuning.
+        validation: further ones, to stop it early.
+    """
+
+    context: EvaluationContext
+    cell: Cell = ()
+    other: int | None = None
+    training: tuple[Question, ...] = ()
+    validation: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """Something that the model is to answer or to score.
+
+    Attributes:
+        case: number of the case.
+        question: number of the question in it.
+        option: number of the option that is scored; -1 where an answer is generated or a text scored.
+        query: what retrieval looks for.
+        prompt: as the base model is asked, without the context.
+        adapted_prompt: as an adapted or tuned model is asked.
+        continuation: None to generate; an option (text); or token ids of which all but the first are scored.
+    """
+
+    case: int
+    question: int
+    option: int = -1
+    query: str = ""
+    prompt: str = ""
+    adapted_prompt: str = ""
+    continuation: str | tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Tells it from all other requests of a method."""
+        return self.case, self.question, self.option
+
+
+# Of a request: the generated text, or (loss, tokens).
+Answer = str | tuple[float, int]
+Answers = Mapping[tuple[int, int, int], Answer]
+Measurements = Mapping[tuple[Cell, str], Samples]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """An evaluation.
+
+    Attributes:
+        name: `docqa`, `icl`, ...
+        protocol: `official` or `released` (docs/evaluation.md).
+        cases: at least one.
+        ask: the requests of a case, by its number.
+        measure: the samples of a method's answers, by cell and metric.
+        new_tokens: most tokens of an answer.
+        stops: texts in front of which an answer ends; special tokens may be part of them.
+        training: question and answer pairs of other contexts, for supervised fine-tuning.
+        write_prompt: how an adapted or tuned model is asked a question, for tuning.
+        settings: what else the results depend on, JSON types.
+        skipped: records that were left out.
+    """
+
+    name: str
+    protocol: str
+    cases: tuple[EvaluationCase, ...]
+    ask: Callable[[int, EvaluationCase], Sequence[EvaluationRequest]]
+    measure: Callable[[Scenario, Answers], Measurements]
+    new_tokens: int = 20
+    stops: tuple[str, ...] = ("\n",)
+    training: tuple[Question, ...] = ()
+    write_prompt: Callable[[str], str] = str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    skipped: BadRecords = field(default_factory=BadRecords)
+
+    def documents(self) -> list[str]:
+        """The passages of all contexts: parts between empty lines, each once."""
+        return list(dict.fromkeys(part for case in self.cases for part in parts(case.context.text)))
+
+
+def parts(text: str) -> list[str]:
+    """The parts of a context between empty lines: documents, sessions, demonstrations."""
+    return [part.strip() for part in _EMPTY_LINE.split(text) if part.strip()]
+
+
+def limited(contexts: Sequence[EvaluationContext], limit: int | None) -> list[EvaluationContext]:
+    """The first contexts with the first `limit` questions together; all without a limit."""
+    if limit is None:
+        return list(contexts)
+    kept, left = [], limit
+    for context in contexts:
+        if left <= 0:
+            break
+        kept.append(EvaluationContext(context.text, context.questions[:left], context.name))
+        left -= len(context.questions)
+    return kept
+
+
+def with_others(cases: Sequence[EvaluationCase], first: int = 0) -> list[EvaluationCase]:
+    """The same cases, each with another one of the same cell: the one half-way round, because neighbours in a file are
+    often about the same thing.
+
+    Args:
+        cases: in any order.
+        first: number that the first of them will have in the scenario.
+    """
+    by_cell: dict[Cell, list[int]] = {}
+    for number, case in enumerate(cases):
+        by_cell.setdefault(case.cell, []).append(number)
+    others = {
+        number: first + numbers[(place + len(numbers) // 2) % len(numbers)]
+        for numbers in by_cell.values()
+        if len(numbers) > 1
+        for place, number in enumerate(numbers)
+    }
+    return [replace(case, other=others.get(number)) for number, case in enumerate(cases)]
+
+
+# Questions about documents and conversations
+
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+GROUP_PARTS = ("all", "first_tenth")
+STYLES = {"official": ("paper", "paper"), "released": ("released", "bare")}
+
+
+@dataclass(frozen=True)
+class AskSettings:
+    """How questions are asked, where it is not as the protocol says.
+
+    Attributes:
+        style: of the base model's prompts: `paper`, `released` or `bare`; None for the protocol's.
+        adapted_style: of an adapted or tuned model's.
+        new_tokens: most tokens of an answer; None for the scenario's.
+        limit: most questions, in each cell; None for all.
+    """
+
+    style: str | None = None
+    adapted_style: str | None = None
+    new_tokens: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, but it is {value}")
+
+    def styles(self, protocol: str) -> dict[str, str]:
+        """Of the base model's prompts and of an adapted model's."""
+        if protocol not in PROTOCOLS:
+            raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
+        style, adapted = STYLES[protocol]
+        return {"style": self.style or style, "adapted_style": self.adapted_style or adapted}
+
+
+def docqa(
+    data: Dataset,
+    measure: Callable[[str], int],
+    lengths: Sequence[int] | None = LENGTHS,
+    protocol: str = "official",
+    part: str | None = None,
+    training: Sequence[Question] = (),
+    settings: AskSettings | None = None,
+) -> Scenario:
+    """Questions about documents, which are grouped to contexts of given lengths.
+
+    Args:
+        data: documents with questions (`datasets.read_documents`).
+        measure: counts the tokens of a text.
+        lengths: average tokens of a context, one cell each; None: each document is a context, in a single cell.
+        protocol: `official`: all gold answers, all groups; `released`: one gold answer, the first tenth of the groups.
+        part: of the groups, where it is not the protocol's.
+        training: questions about other documents, for supervised fine-tuning.
+        settings: how questions are asked.
+
+    Raises:
+        InputError: a length is below 1, or there is no such protocol, part or style.
+    """
+    settings = settings or AskSettings()
+    styles = settings.styles(protocol)
+    part = part or ("first_tenth" if protocol == "released" else "all")
+    cases: list[EvaluationCase] = []
+    cell_lengths: list[int | str] = list(dict.fromkeys(lengths)) if lengths is not None else ["own"]
+    for length in cell_lengths:
+        contexts = data.contexts if isinstance(length, str) else group_contexts(data.contexts, length, measure, part)
+        cells = [EvaluationCase(context, (("length", length),)) for context in limited(contexts, settings.limit)]
+        cases += with_others(cells, len(cases))
+    told = {"part": part, **styles, "lengths": cell_lengths}
+    return _question_scenario("docqa", protocol, cases, settings, styles, training, told, data.skipped)
+
+
+def dialog(
+    data: Dataset,
+    questions: str,
+    protocol: str = "official",
+    training: Sequence[Question] = (),
+    settings: AskSettings | None = None,
+) -> Scenario:
+    """Questions about what was said in earlier conversations: a context is a person's conversations.
+
+    Args:
+        data: conversations with questions (`datasets.read_msc`, `read_persona_chat`, `read_locomo`).
+        questions: which kind they are of: `response` asks for the next turn, without an instruction.
+        protocol: which gold answers count, see `metrics.answer_f1`; the released code has no personalisation.
+        training: questions about other conversations, for supervised fine-tuning.
+        settings: how questions are asked.
+
+    Raises:
+        InputError: there is no such protocol or style.
+    """
+    settings = settings or AskSettings()
+    styles = settings.styles(protocol)
+    if questions == "response":
+        styles = dict.fromkeys(styles, "bare")
+    cell = (("questions", questions),)
+    cases = with_others([EvaluationCase(context, cell) for context in limited(data.contexts, settings.limit)])
+    told = {"questions": questions, **styles}
+    return _question_scenario("dialog", protocol, cases, settings, styles, training, told, data.skipped)
+
+
+def _question_scenario(
+    name: str,
+    protocol: str,
+    cases: Sequence[EvaluationCase],
+    settings: AskSettings,
+    styles: Mapping[str, str],
+    training: Sequence[Question],
+    told: Mapping[str, Any],
+    skipped: BadRecords,
+) -> Scenario:
+    """Every question of every context is asked for an answer in words."""
+    style, adapted_style = styles["style"], styles["adapted_style"]
+
+    def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
+        return [
+            EvaluationRequest(
+                number,
+                place,
+                query=question.text,
+                prompt=qa_prompt(question.text, None, style),
+                adapted_prompt=qa_prompt(question.text, None, adapted_style),
+            )
+            for place, question in enumerate(case.context.questions)
+        ]
+
+    return Scenario(
+        name,
+        protocol,
+        tuple(cases),
+        ask,
+        _measure_answers,
+        settings.new_tokens or QA_NEW_TOKENS,
+        QA_STOPS,
+        tuple(training),
+        lambda question: qa_prompt(question, None, adapted_style),
+        told,
+        skipped,
+    )
+
+
+def _measure_answers(scenario: Scenario, answers: Answers) -> Measurements:
+    """F1 and exact match of each question, in each cell."""
+    found: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
+    for key in sorted(answers):
+        case = scenario.cases[key[0]]
+        gold = case.context.questions[key[1]].answers
+        for metric, score in (("f1", answer_f1), ("exact_match", answer_exact_match)):
+            value = score(str(answers[key]), gold, scenario.protocol)
+            found.setdefault((case.cell, metric), {})[key] = Sample(key[0], value)
+    return found
+
+
+def group_contexts(
+    contexts: Iterable[EvaluationContext], length: int, measure: Callable[[str], int] = len, part: str = "all"
+) -> list[EvaluationContext]:
+    """Contexts of about `length`, each of consecutive documents with all their questions (section 4.1 of the paper).
+
+    As in the authors' released code: documents of the same text count once, ceil(total / length) groups get equally
+    many documents (the first ones one more), and the texts are joined by empty lines.
+
+    Args:
+        contexts: documents with their questions.
+        length: average length of a group.
+        measure: of a text: `len` for characters, or a function that counts tokens.
+        part: `all` groups, or the `first_tenth`, which is all that the released code scores.
+
+    Raises:
+        InputError: length is below 1, or there is no such part.
+    """
+    if length < 1:
+        raise InputError(f"length must be at least 1, but it is {length}")
+    if part not in GROUP_PARTS:
+        raise InputError(f"part must be one of {', '.join(GROUP_PARTS)}, but it is {part!r}")
+    documents = _by_text(contexts)
+    count = math.ceil(measure("\n\n".join(document.text for document in documents)) / length)
+    scored = count if part == "all" else max(1, count // 10)
+    groups = _split_evenly(documents, count)[:scored]
+    return [_join(group) for group in groups if group]  # documents longer than `length` leave groups empty
+
+
+def _by_text(contexts: Iterable[EvaluationContext]) -> list[EvaluationContext]:
+    merged: dict[str, EvaluationContext] = {}
+    for context in contexts:
+        before = merged.get(context.text, EvaluationContext(context.text, (), context.name))
+        merged[context.text] = EvaluationContext(context.text, before.questions + context.questions, before.name)
+    return list(merged.values())
+
+
+def _split_evenly(documents: Sequence[EvaluationContext], count: int) -> list[Sequence[EvaluationContext]]:
+    size, more = divmod(len(documents), count)
+    bounds = [size * n + min(n, more) for n in range(count + 1)]
+    return [documents[start:end] for start, end in pairwise(bounds)]
+
+
+def _join(group: Sequence[EvaluationContext]) -> EvaluationContext:
+    names = dict.fromkeys(context.name for context in group)
+    questions = tuple(question for context in group for question in context.questions)
+    return EvaluationContext("\n\n".join(context.text for context in group), questions, ", ".join(names))

@@ -1,1 +1,0 @@
-"""The evaluations: what is read, asked and scored in each."""
