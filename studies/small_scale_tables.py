@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.studies.small_scale_plots import PANELS
+from studies.small_scale_plots import PANELS
 from gakernels.evaluation.report import cell_name
 from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
 

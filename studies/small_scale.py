@@ -1,7 +1,7 @@
 """The small-scale study: the ablation of the paper's table 2, and recall against context length, on the demo's base.
 
-    python -m benchmarks.studies.small_scale_training --output GENERATORS
-    python -m benchmarks.studies.small_scale --generators GENERATORS --json RESULTS.json --plots FOLDER
+    python -m studies.small_scale_training --output GENERATORS
+    python -m studies.small_scale --generators GENERATORS --json RESULTS.json --plots FOLDER
 
 Ablation    reconstruction and completion perplexity of texts about new people, and recall of what they tell, for every
             trained variant; each compared with `default`, paired, on the same texts.
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.studies.small_scale_plots import draw
-from benchmarks.studies.small_scale_tables import tables
-from benchmarks.studies.small_scale_training import STATIC, VARIANTS, draw_texts
+from studies.small_scale_plots import draw
+from studies.small_scale_tables import tables
+from studies.small_scale_training import STATIC, VARIANTS, draw_texts
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.cases import Measurements, Scenario
 from gakernels.evaluation.methods import MethodSettings
