@@ -29,25 +29,37 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import UnavailableError, first_line
-from benchmarks.floors import step_flops
+from benchmarks.cases import NOTHING_HERE, UnavailableError, first_line
 from benchmarks.measure import (
     HARDWARE,
+    PartClock,
     dtype_name,
     is_out_of_memory,
     measure_ceilings,
+    part,
     peak_bytes,
     percentile,
     resident_bytes,
+    running,
     synchronize,
 )
-from benchmarks.parts import PartClock, part, running
-from benchmarks.presets import PRESETS, Preset, make_batch, make_model
-from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, RowWriter, environment
-from benchmarks.stages import NOTHING_HERE
-from benchmarks.step_memory import ESTIMATED, estimated_bytes
+from benchmarks.presets import ESTIMATED, PRESETS, Preset, estimated_bytes, make_batch, make_model, step_flops
+from benchmarks.rows import (
+    FAILED,
+    FLOOR,
+    OK,
+    OUT_OF_MEMORY,
+    UNAVAILABLE,
+    WRONG,
+    Environment,
+    ResultRow,
+    RowWriter,
+    environment,
+)
 from benchmarks.step_providers import (
+    CLIP,
     FLOORS,
+    LEARNING_RATE,
     PROVIDERS,
     TOLERANCE,
     Trainee,
@@ -55,8 +67,6 @@ from benchmarks.step_providers import (
     parts_marked,
     provider_error,
 )
-from benchmarks.trainer_step import CLIP, LEARNING_RATE
-from benchmarks.training import rows
 from gakernels import GenerativeAdapter
 from gakernels.errors import BackendError
 from gakernels.files import write_text
@@ -64,10 +74,11 @@ from gakernels.model.quantized_base import QUANTIZATIONS
 from gakernels.model.window_losses import WindowBatch, to_device
 
 STARTED = time.monotonic()  # of the process, nearly
+PERCENTILES = ((20, "p20"), (50, "median"), (80, "p80"))
 
 
 @dataclass
-class Runner:
+class StepRunner:
     """A provider that trains on one model: the timed steps and what they cost."""
 
     trainee: Trainee
@@ -144,7 +155,7 @@ class Contender:
     status: str = OK
     detail: str = ""
     error: float | None = None
-    runners: list[Runner] = field(default_factory=list)
+    runners: list[StepRunner] = field(default_factory=list)
 
     def fail(self, error: Exception) -> None:
         """It drops out, and its memory goes."""
@@ -161,7 +172,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepSettings:
     """What the command line asks for."""
 
     preset: Preset
@@ -176,7 +187,7 @@ class Settings:
 AfterTurn = Callable[[Sequence[Contender], int], None]  # with the number of turns that are done
 
 
-def measure(settings: Settings, after_turn: AfterTurn = lambda contenders, turns: None) -> list[Contender]:
+def measure(settings: StepSettings, after_turn: AfterTurn = lambda contenders, turns: None) -> list[Contender]:
     """Check all providers, then let them take turns. What goes wrong with one of them does not stop the others."""
     contenders = [Contender(name) for name in settings.providers]
     for contender in contenders:
@@ -191,12 +202,12 @@ def measure(settings: Settings, after_turn: AfterTurn = lambda contenders, turns
                 if contender.status == OK:
                     with _guarded(contender):
                         trainee = make_trainee(contender.name, model, preset)
-                        contender.runners.append(Runner(trainee, model, preset, settings.device))
+                        contender.runners.append(StepRunner(trainee, model, preset, settings.device))
         _take_turns(contenders, settings, after_turn)
     return contenders
 
 
-def _check(contender: Contender, settings: Settings) -> None:
+def _check(contender: Contender, settings: StepSettings) -> None:
     _refuse_what_can_not_fit(contender.name, settings)
     contender.error = provider_error(contender.name, settings.preset, settings.device, settings.seed)
     if not contender.error <= TOLERANCE:
@@ -204,7 +215,7 @@ def _check(contender: Contender, settings: Settings) -> None:
         contender.detail = f"{contender.error:.2g} from the oracle in float64, {TOLERANCE:g} allowed"
 
 
-def _refuse_what_can_not_fit(name: str, settings: Settings) -> None:
+def _refuse_what_can_not_fit(name: str, settings: StepSettings) -> None:
     """Before anything of it is there. Raises: UnavailableError: the GPU has less memory left than a step takes."""
     if settings.device.type != "cuda" or settings.preset.measured_layers:
         return
@@ -213,7 +224,7 @@ def _refuse_what_can_not_fit(name: str, settings: Settings) -> None:
         raise UnavailableError(f"a step takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
-def _take_turns(contenders: Sequence[Contender], settings: Settings, after_turn: AfterTurn) -> None:
+def _take_turns(contenders: Sequence[Contender], settings: StepSettings, after_turn: AfterTurn) -> None:
     """Warm-up and memory first; then in each turn one step of every provider, beginning with another one each time."""
     for contender in contenders:
         with _guarded(contender):
@@ -244,7 +255,7 @@ def _guarded(contender: Contender) -> Iterator[None]:
         _progress(f"{contender.name}: {contender.status}: {contender.detail}")
 
 
-def device_batch(settings: Settings, number: int) -> WindowBatch:
+def device_batch(settings: StepSettings, number: int) -> WindowBatch:
     """On the device, but for the targets: what the library's trainer reads on the host spares it a wait."""
     batch = make_batch(settings.preset, settings.seed + number)
     return replace(to_device(batch, settings.device), targets=batch.targets)
@@ -273,7 +284,7 @@ def step_seconds(contender: Contender, preset: Preset) -> list[float]:
     return [extrapolate(values, preset) for values in turns]
 
 
-def result_row(contender: Contender, settings: Settings, gemm_flops: float) -> dict[str, Any]:
+def result_row(contender: Contender, settings: StepSettings, gemm_flops: float) -> dict[str, Any]:
     """One entry of `rows`: times only where the provider is right and ran to the end."""
     row: dict[str, Any] = {"provider": contender.name, "status": contender.status, "error": contender.error}
     if contender.detail:
@@ -327,7 +338,7 @@ def ratios(contenders: Sequence[Contender], preset: Preset) -> dict[str, dict[st
     return result
 
 
-def report(name: str, settings: Settings, contenders: Sequence[Contender], gemm_flops: float) -> dict[str, Any]:
+def report(name: str, settings: StepSettings, contenders: Sequence[Contender], gemm_flops: float) -> dict[str, Any]:
     """What goes to the JSON file."""
     preset = settings.preset
     shape = {key: value for key, value in asdict(preset).items() if key not in ("dtype", "measured_layers")}
@@ -344,6 +355,48 @@ def report(name: str, settings: Settings, contenders: Sequence[Contender], gemm_
         "rows": [result_row(contender, settings, gemm_flops) for contender in contenders],
         "ratios": ratios(contenders, preset),
     }
+
+
+def rows_of(results: Mapping[str, Any], where: Environment) -> list[ResultRow]:
+    """The report as rows, with the time over that of the baseline and of the dense floor, paired within turns."""
+    quantization = results["shape"]["quantization"]
+    preset = results["preset"] + (f" {quantization}" if quantization else "")
+    found = []
+    for entry in results["rows"]:
+        row = ResultRow(
+            kernel="train_step",
+            provider=entry["provider"],
+            mode="step",
+            shape=f"preset={preset}",
+            dtype=results["shape"]["dtype"],
+            status=entry["status"],
+            environment=where,
+            detail=entry.get("detail", ""),
+        )
+        if "step_s_median" in entry:
+            times: dict[str, Any] = {f"p{percent}_ms": 1e3 * entry[f"step_s_{name}"] for percent, name in PERCENTILES}
+            own: dict[str, Any] = {name: entry[name] for name in ("samples", "peak_bytes", "error")}
+            row = replace(row, **times, **own, metrics=_metrics(entry) | _ratios(entry["provider"], results["ratios"]))
+        found.append(row)
+    return found
+
+
+def _ratios(provider: str, ratios: Mapping[str, Any]) -> dict[str, float]:
+    paired = {name: ratios.get(f"{provider}/{name}") for name in ("reference", "dense_lora")}
+    return {f"over_{name}": float(ratio["median"]) for name, ratio in paired.items() if ratio}
+
+
+def _metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Rates and the time of each part; entries of a dictionary get its name in front."""
+    found: dict[str, float] = {}
+    for name, value in entry.items():
+        if name.startswith("step_s_") or name in ("peak_bytes", "samples", "error"):
+            continue
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for key, number in inner:
+            if isinstance(number, int | float):
+                found[f"{name}.{key}" if key else name] = float(number)
+    return found
 
 
 # Command line
@@ -371,7 +424,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _settings(parser: _Parser, arguments: argparse.Namespace) -> Settings:
+def _settings(parser: _Parser, arguments: argparse.Namespace) -> StepSettings:
     """Exits with status 2 and one line where an argument is bad."""
     if arguments.preset not in PRESETS:
         parser.error(f"--preset must be one of {', '.join(PRESETS)}, but it is {arguments.preset!r}")
@@ -394,7 +447,7 @@ def _settings(parser: _Parser, arguments: argparse.Namespace) -> Settings:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preset = replace(PRESETS[arguments.preset], quantization=arguments.quantization)
     deadline = STARTED + arguments.seconds
-    return Settings(preset, providers, device, arguments.steps, arguments.warmup, arguments.seed, deadline)
+    return StepSettings(preset, providers, device, arguments.steps, arguments.warmup, arguments.seed, deadline)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -428,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = report(parsed.preset, settings, contenders, gemm_flops)
     if parsed.rows:
         writer = RowWriter(parsed.rows)
-        for row in rows(results, environment(settings.device)):
+        for row in rows_of(results, environment(settings.device)):
             writer.write(row)
     print(table(results))
     if all(contender.status == UNAVAILABLE for contender in contenders):

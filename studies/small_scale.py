@@ -23,9 +23,6 @@ from typing import Any
 import torch
 import transformers
 
-from studies.small_scale_plots import draw
-from studies.small_scale_tables import tables
-from studies.small_scale_training import STATIC, VARIANTS, draw_texts
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.cases import Measurements, Scenario
 from gakernels.evaluation.methods import MethodSettings
@@ -37,6 +34,9 @@ from gakernels.evaluation.scenarios.recall import RecallSettings, recall
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
+from studies.small_scale_plots import draw
+from studies.small_scale_tables import tables
+from studies.small_scale_training import STATIC, VARIANTS, draw_texts
 
 PACKAGED = Path(str(files("gakernels.demo") / "assets" / "generator"))
 TEXTS, FACTS, SEED = 48, 12, 1_000_000

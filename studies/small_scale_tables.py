@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from studies.small_scale_plots import PANELS
 from gakernels.evaluation.report import cell_name
 from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
+from studies.small_scale_plots import PANELS
 
 Row = Mapping[str, Any]
 

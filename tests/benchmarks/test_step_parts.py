@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import step_parts, train_step
+from benchmarks import modules, train_step
 from benchmarks.cases import Session, run_case
 from benchmarks.measure import Effort
 from benchmarks.presets import PRESETS
@@ -24,7 +24,7 @@ THERE = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_who_run_here_agree(dtype: torch.dtype) -> None:
     session = Session(CPU, environment(CPU), None, Effort(warmup=0, seconds=0.0, least=1))
-    for case in step_parts.cases("tiny", CPU, dtype):
+    for case in modules.part_cases("tiny", CPU, dtype):
         for provider in case.providers:
             if provider == "compiled":
                 continue  # takes long; the same function as `transformers`
@@ -34,7 +34,7 @@ def test_all_who_run_here_agree(dtype: torch.dtype) -> None:
 
 def test_an_unknown_preset_is_named() -> None:
     with pytest.raises(ValueError, match="preset must be one of tiny, cpu, mistral-7b, but it is 'huge'"):
-        step_parts.cases("huge", CPU, torch.float32)
+        modules.part_cases("huge", CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["overlap", "recompute"])

@@ -12,13 +12,12 @@ from evaluation.counted import PRODUCTS
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step_providers, train_step
-from benchmarks.floors import step_flops
-from benchmarks.parts import PartClock, part, running
-from benchmarks.presets import PRESETS, check_preset, make_batch, make_model
+from benchmarks.cases import NOTHING_HERE
+from benchmarks.measure import PartClock, part, running
+from benchmarks.presets import PRESETS, check_preset, make_batch, make_model, step_flops
 from benchmarks.rows import read_rows
-from benchmarks.stages import NOTHING_HERE
 from benchmarks.step_providers import PROVIDERS, provider_error
-from benchmarks.train_step import Settings, extrapolate, main
+from benchmarks.train_step import StepSettings, extrapolate, main
 
 CPU = torch.device("cpu")
 TINY = ("--preset", "tiny", "--device", "cpu", "--steps", "2", "--threads", "1")
@@ -79,7 +78,7 @@ def test_the_trainer_takes_steps_of_its_own(tmp_path: Path) -> None:
 
 def test_the_library_needs_less_memory_than_the_baseline_and_more_than_the_floors() -> None:
     preset = replace(PRESETS["tiny"], window=128, hidden=128, state_size=64)
-    settings = Settings(preset, ("reference", "auto", "dense_lora", "frozen_base"), CPU, steps=1)
+    settings = StepSettings(preset, ("reference", "auto", "dense_lora", "frozen_base"), CPU, steps=1)
     peaks = {contender.name: contender.runners[0].peak for contender in train_step.measure(settings)}
     assert peaks["reference"] > peaks["auto"] > peaks["frozen_base"]
     assert peaks["dense_lora"] > peaks["frozen_base"]
@@ -100,12 +99,12 @@ def test_a_missing_kernel_is_said_in_a_line_and_the_others_go_on(
 
 
 def failing(error: Exception) -> Callable[..., Any]:
-    def step(self: train_step.Runner, batch: object) -> None:
+    def step(self: train_step.StepRunner, batch: object) -> None:
         if not self.trainee.parameters:  # frozen_base
             raise error
         plain_step(self, batch)
 
-    plain_step = train_step.Runner.step
+    plain_step = train_step.StepRunner.step
     return step
 
 
@@ -120,7 +119,7 @@ def failing(error: Exception) -> Callable[..., Any]:
 def test_a_provider_that_fails_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
-    monkeypatch.setattr(train_step.Runner, "step", failing(error))
+    monkeypatch.setattr(train_step.StepRunner, "step", failing(error))
     exit_status, results = run(tmp_path, "--providers", "frozen_base,auto")
     rows = rows_of(results)
     assert exit_status == 1
@@ -143,15 +142,15 @@ def test_a_model_that_needs_more_than_the_free_memory_is_refused_in_a_line(
 
 
 def test_a_run_that_is_cut_off_leaves_the_turns_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, calls = train_step.Runner.timed_step, []
+    plain, calls = train_step.StepRunner.timed_step, []
 
-    def interrupted(runner: train_step.Runner, batch: Any) -> None:
+    def interrupted(runner: train_step.StepRunner, batch: Any) -> None:
         calls.append(runner)
         if len(calls) == 3:
             raise KeyboardInterrupt
         plain(runner, batch)
 
-    monkeypatch.setattr(train_step.Runner, "timed_step", interrupted)
+    monkeypatch.setattr(train_step.StepRunner, "timed_step", interrupted)
     file = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         main([*TINY, "--providers", "auto,frozen_base", "--json", str(file)])
@@ -262,7 +261,7 @@ def test_flops_are_those_that_pytorch_counts() -> None:
 
 def test_parts_are_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 1.0, 3.0, 7.0, 20.0, 21.0])
-    monkeypatch.setattr("benchmarks.parts.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: next(ticks))
     clock = PartClock(CPU)
     with running(clock):
         with part("outer"), part("inner"):
