@@ -34,8 +34,7 @@ from gakernels.evaluation.scenarios.recall import RecallSettings, recall
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
-from studies.small_scale_plots import draw
-from studies.small_scale_tables import tables
+from studies.small_scale_report import draw, tables
 from studies.small_scale_training import STATIC, VARIANTS, draw_texts
 
 PACKAGED = Path(str(files("gakernels.demo") / "assets" / "generator"))
@@ -46,7 +45,7 @@ OTHER_TESTS = ("facts", "position", "distractors", "overwritten", "needle")
 # A LoRA for each context takes long, so there are fewer.
 TUNED_CONTEXTS, TUNED_LENGTHS, TUNING_RATE, TUNING_STEPS = 6, (128, 256, 512), 3e-3, 40
 
-Row = dict[str, Any]
+StudyRow = dict[str, Any]
 
 
 def main() -> None:
