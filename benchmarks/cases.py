@@ -75,8 +75,13 @@ class BenchmarkCase:
     work: Work | None
     providers: Mapping[str, Callable[[], Trial]] = field(repr=False)
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What the `case` of its rows is."""
+        return self.kernel, self.mode, self.shape, self.dtype
+
     def __str__(self) -> str:
-        return f"{self.kernel} {self.mode} {self.shape} {self.dtype}"
+        return " ".join(self.key)
 
 
 @dataclass(frozen=True)

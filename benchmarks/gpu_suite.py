@@ -25,6 +25,7 @@ import torch
 from benchmarks.cases import NOTHING_HERE
 from benchmarks.measure import HARDWARE
 from benchmarks.rows import BAD_STATUSES, ROOT, TIMED, UNAVAILABLE, ResultRow, commit, newest, read_rows
+from gakernels.files import write_text
 
 DONE, SKIPPED, FAILED, NO_TIME = "done", "skipped", "failed", "not run"
 RESTART = 75  # exit status of a worker whose GPU context is broken: another one goes on behind that case
@@ -188,11 +189,9 @@ def read_results(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def _write_result(folder: Path, name: str, result: StageResult, identity: dict[str, str]) -> None:
-    """Note how a stage ended; the file is replaced as a whole."""
+    """Note how a stage ended."""
     results = read_results(folder) | {name: {**asdict(result), **identity}}
-    temporary = folder / "stages.json.tmp"
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / "stages.json")
+    write_text(folder / "stages.json", json.dumps(results, indent=2) + "\n")
 
 
 # The plans: stages in the order of their importance, each with a limit, and the minutes in all

@@ -429,18 +429,6 @@ def to_csv(rows: Iterable[Resources]) -> str:
     return file.getvalue()
 
 
-def read_csv(path: Path) -> list[Resources]:
-    """The rows of a table."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [Resources(**{name: _read(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
-
-
-def _read(name: str, text: str) -> Any:
-    if name == "settings":
-        return dict(entry.split("=") for entry in text.split())
-    return text.split("; ") if name == "cases" else text if name in ("operation", "kernel", "dtypes") else int(text)
-
-
 def settings_text(settings: dict[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items())
 

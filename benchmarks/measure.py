@@ -94,11 +94,6 @@ class Ceilings:
     gemm_flops: dict[str, float]
     copy_bandwidth: float
 
-    def floor_seconds(self, flops: float, moved_bytes: float, dtype: str) -> float:
-        """No call that needs this many operations and bytes is faster."""
-        rate = self.gemm_flops.get(dtype, math.nan)
-        return max(flops / rate, moved_bytes / self.copy_bandwidth)
-
 
 def percentile(samples: Sequence[float], percent: float) -> float:
     """Linear interpolation between the sorted samples.

@@ -54,7 +54,7 @@ def measure(stage: str, run: SuiteRun, since: int = 0) -> int:
     status = 0
     for case in STAGES[stage](run):
         for provider in case.providers:
-            if (*case_key(case), provider) in tried:
+            if (*case.key, provider) in tried:
                 continue
             row = run_case(case, provider, session).row
             _write(writer, row)
@@ -110,10 +110,6 @@ def _ceiling_rows(ceilings: Ceilings, where: Environment) -> Iterator[ResultRow]
         yield ResultRow("ceiling", "torch", "gemm", "", dtype, OK, where, metrics={"flops_per_s": rate})
     copy = {"bytes_per_s": ceilings.copy_bandwidth}
     yield ResultRow("ceiling", "torch", "copy", "", "float32", OK, where, metrics=copy)
-
-
-def case_key(case: BenchmarkCase) -> tuple[str, str, str, str]:
-    return case.kernel, case.mode, case.shape, case.dtype
 
 
 def _rows(run: SuiteRun) -> list[ResultRow]:

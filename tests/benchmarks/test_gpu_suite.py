@@ -261,7 +261,7 @@ def test_a_broken_context_starts_the_worker_again_behind_the_case(
     writer.write(make_row())  # of an earlier stage
 
     def run_case(case: Any, provider: str, session: Session) -> Outcome:
-        names = dict(zip(("kernel", "mode", "shape", "dtype"), worker.case_key(case), strict=True))
+        names = dict(zip(("kernel", "mode", "shape", "dtype"), case.key, strict=True))
         row = make_row(None, **names, provider=provider, environment=session.environment)
         return Outcome(replace(row, status=FAILED, detail="AcceleratorError: CUDA error: an illegal memory access"))
 

@@ -3,15 +3,17 @@
 Compiling needs a process without TRITON_INTERPRET; each version of Triton gets one.
 """
 
+import csv
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import kernel_resources
-from benchmarks.kernel_resources import STORE, Resources, read_csv, to_csv
+from benchmarks.kernel_resources import STORE, Resources, to_csv
 from benchmarks.rows import ROOT
 from gakernels.ops import gpus
 
@@ -23,6 +25,18 @@ NO_PRODUCTS = {
     "low_rank_polar.largest_entries",
 }
 ODD = "4095 -> 4093"  # rows that start at odd places can't be copied asynchronously; the operation's page says so
+
+
+def read_csv(path: Path) -> list[Resources]:
+    """The rows of a table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Resources(**{name: _read(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
+
+
+def _read(name: str, text: str) -> Any:
+    if name == "settings":
+        return dict(entry.split("=") for entry in text.split())
+    return text.split("; ") if name == "cases" else text if name in ("operation", "kernel", "dtypes") else int(text)
 
 
 def compiled(tmp_path: Path, folder: str | None, *options: str) -> Path:

@@ -49,7 +49,7 @@ def test_a_row_has_the_estimate_beside_the_measured_peak(tmp_path: Path, monkeyp
     words = ["--preset", "tiny", "--device", "cpu", "--steps", "1", "--providers", "auto,recompute,frozen_base"]
     assert train_step.main([*words, "--json", str(file)]) == 0
     rows = {row["provider"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-    assert "estimated_bytes" not in rows["frozen_base"]
+    assert "estimated_bytes" not in rows["frozen_base"]["metrics"]
     for name in ("auto", "recompute"):
-        assert rows[name]["estimated_bytes"] == pytest.approx(rows[name]["peak_bytes"], rel=0.15)
+        assert rows[name]["metrics"]["estimated_bytes"] == pytest.approx(rows[name]["peak_bytes"], rel=0.15)
     assert rows["recompute"]["peak_bytes"] < rows["auto"]["peak_bytes"]

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -16,10 +15,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import conftest, inference, modules, operations, providers, rows, train_step
+from benchmarks import conftest, inference, modules, operations, providers, rows
 from benchmarks.cases import BenchmarkCase, Session, Trial, largest_error, run_case
 from benchmarks.operations import Operation
-from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, ROOT, UNAVAILABLE, WRONG, Environment
+from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, ROOT, UNAVAILABLE, WRONG
 from gakernels.ops.context_state import eager as state_eager
 from gakernels.ops.low_rank_polar import eager as polar_eager
 from gakernels.ops.lowrank_linear import eager as linear_eager
@@ -289,25 +288,3 @@ def test_many_states(case: BenchmarkCase, session: Session) -> None:
 def test_compiled(case: BenchmarkCase, session: Session) -> None:
     row = run_case(case, "compiled", session).row
     assert row.status in (OK, UNAVAILABLE), row.detail
-
-
-def test_rows_of_training_steps(where: Environment) -> None:
-    report = json.loads(
-        '{"preset": "tiny", "shape": {"dtype": "float32", "quantization": null}, '
-        '"ratios": {"auto/dense_lora": {"median": 1.05}}, "rows": ['
-        '{"provider": "auto", "status": "ok", "error": 1e-9, "step_s_median": 2, "step_s_p20": 1.5, "step_s_p80": 3, '
-        '"samples": 5, "segment_tokens_per_s": 64, "peak_bytes": 10, "fits": {"H100": true}, "parts_s": {"polar": 1}},'
-        '{"provider": "dense_lora", "status": "floor", "error": 0, "step_s_median": 1, "step_s_p20": 1, '
-        '"step_s_p80": 1, "samples": 5, "peak_bytes": 9},'
-        '{"provider": "reference", "status": "wrong", "error": 0.5, "detail": "off"}]}'
-    )
-    auto, floor, wrong = train_step.rows_of(report, where)
-    assert (auto.status, auto.p20_ms, auto.p50_ms, auto.p80_ms, auto.samples) == (OK, 1500, 2000, 3000, 5)
-    assert auto.metrics == {
-        "segment_tokens_per_s": 64,
-        "fits.H100": 1,
-        "parts_s.polar": 1,
-        "over_dense_lora": 1.05,
-    }
-    assert floor.status == FLOOR
-    assert (wrong.status, wrong.detail, wrong.p50_ms) == (WRONG, "off", None)
