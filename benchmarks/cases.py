@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Ceilings, Effort, Timing, is_out_of_memory, peak_bytes, time_call
-from benchmarks.rows import FAILED, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, Environment, Row, rates, times
+from benchmarks.rows import FAILED, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, Environment, ResultRow, rates, times
 
 # Relative distance ||out - oracle|| / ||oracle|| that a correct implementation stays under: TF32 is near 3e-4.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+NOTHING_HERE = 4  # exit status of a command that has nothing to measure on this machine
 
 
 class UnavailableError(Exception):
@@ -56,11 +57,11 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """What is measured, and who can compute it.
 
     Attributes:
-        kernel, mode, shape, dtype: see `rows.Row`.
+        kernel, mode, shape, dtype: see `rows.ResultRow`.
         tolerance: of the relative distance to the oracle.
         work: None where it is not counted.
         providers: by name, what makes a trial; it raises UnavailableError where the provider does not exist.
@@ -74,8 +75,13 @@ class Case:
     work: Work | None
     providers: Mapping[str, Callable[[], Trial]] = field(repr=False)
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What the `case` of its rows is."""
+        return self.kernel, self.mode, self.shape, self.dtype
+
     def __str__(self) -> str:
-        return f"{self.kernel} {self.mode} {self.shape} {self.dtype}"
+        return " ".join(self.key)
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,16 @@ class Session:
 class Outcome:
     """The row of a case and, if it was timed, the samples behind it."""
 
-    row: Row
+    row: ResultRow
     timing: Timing | None = None
 
 
-def run_case(case: Case, provider: str, session: Session) -> Outcome:
+def run_case(case: BenchmarkCase, provider: str, session: Session) -> Outcome:
     """Check and measure a case. Whatever goes wrong becomes the status of its row."""
 
-    def row(status: str, **entries: Any) -> Row:
+    def row(status: str, **entries: Any) -> ResultRow:
         names = (case.kernel, provider, case.mode, case.shape, case.dtype)
-        return Row(*names, status=status, environment=session.environment, **entries)
+        return ResultRow(*names, status=status, environment=session.environment, **entries)
 
     try:
         return _run(case, case.providers[provider](), session, row)
@@ -114,7 +120,7 @@ def run_case(case: Case, provider: str, session: Session) -> Outcome:
         _release(session.device)
 
 
-def _run(case: Case, trial: Trial, session: Session, row: Callable[..., Row]) -> Outcome:
+def _run(case: BenchmarkCase, trial: Trial, session: Session, row: Callable[..., ResultRow]) -> Outcome:
     error = trial.error() if trial.error else None
     if error is not None and not error <= case.tolerance:
         return Outcome(row(WRONG, error=error, detail=f"{error:.2g} from the oracle, {case.tolerance:g} allowed"))

@@ -5,6 +5,8 @@ plugin gets the samples for its tables, its JSON and its comparisons.
 """
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import training
-from benchmarks.cases import Case, Outcome, Session, run_case
+from benchmarks.cases import BenchmarkCase, Outcome, Session, run_case
 from benchmarks.measure import Effort, Timing, measure_ceilings
 from benchmarks.operations import SEED
-from benchmarks.rows import RESULTS, UNAVAILABLE, Row, RowWriter, environment
+from benchmarks.rows import RESULTS, ROOT, UNAVAILABLE, ResultRow, RowWriter, environment, read_rows
 
 DTYPES = ("float32", "bfloat16", "float16")
+STEP_PROVIDERS = ("reference", "auto", "trainer", "dense_lora", "frozen_base")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,15 +71,14 @@ def _dtype(config: pytest.Config) -> torch.dtype:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each case of the module and each provider, grouped so that the plugin compares the providers."""
     if "step_provider" in metafunc.fixturenames:
-        given = metafunc.config.getoption("--providers")
-        metafunc.parametrize("step_provider", [n for n in training.PROVIDERS if not given or n in given.split(",")])
+        metafunc.parametrize("step_provider", _step_providers(metafunc.config))
     if "case" not in metafunc.fixturenames:
         return
-    config, make = metafunc.config, metafunc.module.CASES
+    config, make = metafunc.config, metafunc.module.SUITES[metafunc.function.__name__]
     device, preset = _device(config), _preset(config)
     given = config.getoption("--providers")
     try:
-        cases: list[Case] = make(preset, device, _dtype(config), given.split(",") if given else None)
+        cases: list[BenchmarkCase] = make(preset, device, _dtype(config), given.split(",") if given else None)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     chosen = [(case, name) for case in cases for name in case.providers if _by_default(name, given, device)]
@@ -86,6 +87,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         [pytest.param(case, name, marks=pytest.mark.benchmark(group=str(case))) for case, name in chosen],
         ids=[f"{case.kernel}-{case.mode}-{case.shape.split()[0]}-{name}" for case, name in chosen],
     )
+
+
+def _step_providers(config: pytest.Config) -> list[str]:
+    given = config.getoption("--providers")
+    return [name for name in STEP_PROVIDERS if not given or name in given.split(",")]
 
 
 def _by_default(name: str, given: str | None, device: torch.device) -> bool:
@@ -109,7 +115,7 @@ def writer(request: pytest.FixtureRequest, session: Session) -> RowWriter | None
     if path is None:
         return None
     if str(path) == "results":
-        return RowWriter(RESULTS / session.environment.folder / "suites.jsonl", with_csv=False)
+        return RowWriter(RESULTS / session.environment.folder / "suites.jsonl")
     return RowWriter(path)
 
 
@@ -129,10 +135,10 @@ def advance() -> None:
 
 
 @pytest.fixture
-def measured(benchmark: Any, session: Session, writer: RowWriter | None) -> Callable[[Case, str], Outcome]:
+def measured(benchmark: Any, session: Session, writer: RowWriter | None) -> Callable[[BenchmarkCase, str], Outcome]:
     """Run a case and hand its samples to the plugin. A case without a time is skipped or fails, with one clear line."""
 
-    def measure(case: Case, provider: str) -> Outcome:
+    def measure(case: BenchmarkCase, provider: str) -> Outcome:
         outcome = run_case(case, provider, session)
         row = outcome.row
         if writer:
@@ -159,13 +165,22 @@ def report(benchmark: Any, timing: Timing) -> None:
 @pytest.fixture(scope="session")
 def training_rows(
     request: pytest.FixtureRequest, session: Session, writer: RowWriter | None, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Row]:
-    """The rows of one run of the training-step benchmark, by provider. On a CPU the preset `cpu` means `tiny`."""
-    preset = _preset(request.config)
-    given = request.config.getoption("--providers")
-    names = [name for name in training.PROVIDERS if not given or name in given.split(",")]
-    file = tmp_path_factory.mktemp("training") / "train_step.json"
-    rows = training.run("tiny" if preset == "cpu" else preset, names, session.environment, session.device, file)
+) -> dict[str, ResultRow]:
+    """The rows of one run of `benchmarks.train_step`, by provider. On a CPU the preset `cpu` means `tiny`."""
+    preset, file = _preset(request.config), tmp_path_factory.mktemp("training") / "rows.jsonl"
+    words = [
+        "--preset",
+        "tiny" if preset == "cpu" else preset,
+        "--providers",
+        ",".join(_step_providers(request.config)),
+    ]
+    words += ["--device", session.device.type, "--threads", str(torch.get_num_threads()), "--rows", str(file)]
+    command = [sys.executable, "-m", "benchmarks.train_step", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if not file.is_file():
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise RuntimeError(f"benchmarks.train_step wrote no results: {lines[-1] if lines else 'no message'}")
+    rows = read_rows(file)
     for row in rows:
         if writer:
             writer.write(row)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from benchmarks.parts import part
+from benchmarks.measure import part
 from gakernels.model.attachment import decoder_layers, lean_modules
 from gakernels.nn import AdapterGenerator
 

@@ -1,24 +1,380 @@
 """One command for a GPU machine: `python -m benchmarks.gpu_suite --plan check --out DIR`.
 
 A plan is a list of stages, the most important first, each with a limit and in a process of its own. Results are written
-as they come, to DIR/rows.jsonl, DIR/rows.csv, DIR/log.txt and, for what has no rows, DIR/*.json: a run that is cut off
-keeps what was finished, and the same command goes on behind it. Ends with a short table, and with status 1 unless every
-stage was done or had nothing to do. `--rehearse` runs a plan to its end on a CPU, at tiny sizes.
+as they come, to DIR/rows.jsonl, DIR/log.txt and, for what has no rows, DIR/*.json: a run that is cut off keeps what was
+finished, and the same command goes on behind it. Ends with a short table, and with status 1 unless every stage was done
+or had nothing to do. `--rehearse` runs a plan to its end on a CPU, at tiny sizes.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.measure import HARDWARE
-from benchmarks.plans import PLANS
-from benchmarks.rows import BAD_STATUSES, TIMED, UNAVAILABLE, Row, commit, newest, read_rows
-from benchmarks.stages import DONE, SKIPPED, Result, Run, Stage, run_stages
+import torch
 
+from benchmarks.cases import NOTHING_HERE
+from benchmarks.measure import HARDWARE
+from benchmarks.rows import BAD_STATUSES, ROOT, TIMED, UNAVAILABLE, ResultRow, commit, newest, read_rows
+from gakernels.files import write_text
+
+DONE, SKIPPED, FAILED, NO_TIME = "done", "skipped", "failed", "not run"
+RESTART = 75  # exit status of a worker whose GPU context is broken: another one goes on behind that case
+MOST_RESTARTS = 20
+DEMO = ROOT / "gakernels" / "demo" / "assets" / "generator"
+SIZES = ("mistral-7b", "smollm2-135m", "mistral-7b-1-chunk")  # of the operations
 PATIENCE = 10  # times the limits for a rehearsal: a CPU may be slow
 RATES = ("segment_tokens_per_s", "tokens_per_s", "users_per_s")
+
+
+# How a stage is run: in a process of its own, for a limited time, its output kept in `log.txt`
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """One run of a plan.
+
+    Attributes:
+        folder: of the results.
+        rehearsal: on the CPU, at tiny sizes.
+    """
+
+    folder: Path
+    rehearsal: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.rehearsal else "cuda")
+
+    @property
+    def rows(self) -> Path:
+        """The file of the rows."""
+        return self.folder / "rows.jsonl"
+
+    def row_count(self) -> int:
+        return len(read_rows(self.rows)) if self.rows.is_file() else 0
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended, and a word about it."""
+
+    status: str
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a plan.
+
+    Attributes:
+        name, what: for the user.
+        seconds: its limit; what it has written until then is kept.
+        command: from the run and the seconds that are left for it to the command line, or to a StageResult that says at
+            once why there is nothing to run.
+        needs_gpu: whether a rehearsal leaves it out.
+    """
+
+    name: str
+    what: str
+    seconds: float
+    command: Callable[[SuiteRun, float], list[str] | StageResult]
+    needs_gpu: bool = False
+
+
+def run_stage(stage: Stage, run: SuiteRun, seconds: float) -> StageResult:
+    """Run a stage for at most so long, and at most for its own limit."""
+    if stage.needs_gpu and run.rehearsal:
+        return StageResult(SKIPPED, "needs a GPU")
+    if not run.rehearsal and not torch.cuda.is_available():
+        return StageResult(FAILED, "there is no GPU that this torch can use; --rehearse runs the plan on the CPU")
+    started = time.monotonic()
+    deadline = started + min(seconds, stage.seconds)
+    command = stage.command(run, deadline - started)
+    if isinstance(command, StageResult):
+        return command
+    status: int | None = None
+    for _ in range(MOST_RESTARTS):
+        status = execute(command, run.folder / "log.txt", deadline - time.monotonic())
+        if status != RESTART:
+            break
+    return replace(_result(status), seconds=time.monotonic() - started)
+
+
+def _result(status: int | None) -> StageResult:
+    if status is None:
+        return StageResult(NO_TIME, "cut off: the time was over; what it had written is kept")
+    if status == 0:
+        return StageResult(DONE)
+    if status == NOTHING_HERE:
+        return StageResult(SKIPPED, "nothing of it can run here; see log.txt")
+    if status == RESTART:
+        return StageResult(FAILED, "the GPU context broke again and again")
+    signalled = f"it was ended by signal {-status}" if status < 0 else f"exit status {status}"
+    return StageResult(FAILED, f"{signalled}; see log.txt")
+
+
+def execute(command: Sequence[str], log: Path, seconds: float) -> int | None:
+    """Exit status of a command, or None if it ran out of time and was ended with its children.
+
+    Its output goes to the end of the log and, from there, to the terminal.
+    """
+    if seconds <= 0:
+        return None
+    with log.open("ab") as file, log.open("rb") as shown:
+        shown.seek(0, os.SEEK_END)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + seconds
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                _show(shown.read())
+                time.sleep(0.05)
+        finally:
+            ended = process.poll()
+            with contextlib.suppress(ProcessLookupError):  # children may outlive the process
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        _show(shown.read())
+    return ended
+
+
+def _show(text: bytes) -> None:
+    if text:
+        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.flush()
+
+
+# What was done before
+
+
+def run_stages(stages: Sequence[Stage], run: SuiteRun, seconds: float) -> dict[str, StageResult]:
+    """Run the stages one after the other; whatever happens to one, the others go on while there is time.
+
+    Those that were done in this folder for this commit and device are left out.
+    """
+    identity = {"commit": commit(), "device": run.device.type}
+    deadline = time.monotonic() + seconds
+    results: dict[str, StageResult] = {}
+    for stage in stages:
+        heading = f"\n== {stage.name}: {stage.what}"
+        print(heading, flush=True)
+        before = read_results(run.folder).get(stage.name, {})
+        if before.get("status") == DONE and identity.items() <= before.items():
+            results[stage.name] = StageResult(DONE, "in an earlier run")
+        elif time.monotonic() >= deadline:
+            results[stage.name] = StageResult(NO_TIME, "the time was over before it began")
+        else:
+            with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(f"{heading}\n")
+            results[stage.name] = run_stage(stage, run, deadline - time.monotonic())
+            _write_result(run.folder, stage.name, results[stage.name], identity)
+        print(f"{stage.name}: {results[stage.name].status} {results[stage.name].detail}".rstrip(), flush=True)
+    return results
+
+
+def read_results(folder: Path) -> dict[str, dict[str, object]]:
+    """How the stages of earlier runs into the folder ended, with what they were run for."""
+    file = folder / "stages.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _write_result(folder: Path, name: str, result: StageResult, identity: dict[str, str]) -> None:
+    """Note how a stage ended."""
+    results = read_results(folder) | {name: {**asdict(result), **identity}}
+    write_text(folder / "stages.json", json.dumps(results, indent=2) + "\n")
+
+
+# The plans: stages in the order of their importance, each with a limit, and the minutes in all
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """Stages that fit into so many minutes on one H100 or H200; those at the end may be cut off."""
+
+    what: str
+    minutes: float
+    stages: tuple[Stage, ...]
+
+
+def _python(module: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{module}", *words]
+
+
+def _of_worker(stage: str, run: SuiteRun, *words: str) -> list[str]:
+    return _python("worker", stage, "--out", str(run.folder), *(["--rehearse"] if run.rehearsal else []), *words)
+
+
+# Correctness
+
+
+def _build(_: SuiteRun, __: float) -> list[str] | StageResult:
+    if importlib.util.find_spec("gakernels._cuda") is not None:
+        return StageResult(DONE, "the CUDA extension was there")
+    if shutil.which("nvcc") is None:
+        return StageResult(FAILED, "nvcc is not there to build the CUDA sources")
+    return ["env", "GAKERNELS_CUDA_BUILD=force", sys.executable, "setup.py", "build_ext", "--inplace"]
+
+
+def _compile(run: SuiteRun, _: float) -> list[str] | StageResult:
+    if importlib.util.find_spec("triton") is None:
+        return StageResult(SKIPPED, "Triton is not installed")
+    return ["env", "--unset=TRITON_INTERPRET", *_of_worker("compile", run)]
+
+
+def _tests(run: SuiteRun, seconds: float) -> list[str]:
+    few = ("tests/benchmarks/test_rows.py", "tests/ops/test_on_a_gpu.py", "--processes", "2", "-m", "")
+    words = ("--seconds", f"{max(seconds - 10, 1):.0f}", *(few if run.rehearsal else ()))
+    return [sys.executable, str(ROOT / "tests" / "sharding.py"), *words]
+
+
+def _sanitizer(tool: str) -> Stage:
+    def command(run: SuiteRun, _: float) -> list[str] | StageResult:
+        if shutil.which("compute-sanitizer") is None:
+            return StageResult(SKIPPED, "compute-sanitizer is not installed")
+        return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *_of_worker("kernels_once", run)]
+
+    return Stage(tool, f"every kernel once under compute-sanitizer's {tool}", 120, command, needs_gpu=True)
+
+
+# Times
+
+
+def _worker(name: str, what: str, seconds: float, needs_gpu: bool = False) -> Stage:
+    """A stage of `benchmarks.worker`."""
+
+    def command(run: SuiteRun, _: float) -> list[str]:
+        return _of_worker(name, run, "--since", str(run.row_count()))
+
+    return Stage(name, what, seconds, command, needs_gpu)
+
+
+def _step(
+    name: str,
+    preset: str,
+    providers: str,
+    what: str,
+    seconds: float,
+    quantization: str | None = None,
+    needs_gpu: bool = False,
+) -> Stage:
+    """Training steps, the providers of a stage in one process, with rows when they are done or the time is over."""
+
+    def command(run: SuiteRun, left: float) -> list[str]:
+        words = ["--preset", "tiny" if run.rehearsal else preset, "--providers", providers]
+        words += ["--quantization", quantization] if quantization else []
+        words += ["--steps", "2"] if run.rehearsal else []
+        words += ["--device", run.device.type, "--rows", str(run.rows), "--seconds", f"{max(left - 20, 1):.0f}"]
+        # What fits must not hang on how the allocator's blocks happen to be cut.
+        return ["env", "PYTORCH_ALLOC_CONF=expandable_segments:True", *_python("train_step", *words)]
+
+    return Stage(name, what, seconds, command, needs_gpu)
+
+
+def _profile(preset: str, seconds: float) -> Stage:
+    def command(run: SuiteRun, _: float) -> list[str]:
+        words = ["--preset", "tiny" if run.rehearsal else preset, "--device", run.device.type]
+        return _python("step_profile", *words, "--json", str(run.folder / "profile.json"))
+
+    return Stage(f"profile_{preset}", f"a step of {preset}: kernels, launches, waits", seconds, command)
+
+
+def _tune(preset: str, seconds: float) -> Stage:
+    def command(run: SuiteRun, left: float) -> list[str] | StageResult:
+        if importlib.util.find_spec("triton") is None:
+            return StageResult(SKIPPED, "Triton is not installed")
+        words = ["--preset", "tiny" if run.rehearsal else preset, "--device", run.device.type]
+        words += ["--store", str(run.folder / "tuned.json")]
+        words += ["--seconds", "0" if run.rehearsal else f"{max(left - 15, 1):.0f}"]
+        return ["env", "--unset=TRITON_INTERPRET", *_python("tune", *words)]
+
+    return Stage(f"tune_{preset}", f"launch settings at the sizes of {preset}", seconds, command)
+
+
+def _demo(run: SuiteRun, _: float) -> list[str] | StageResult:
+    if not DEMO.is_dir():
+        return StageResult(SKIPPED, "the demo model is not part of this installation")
+    words = ["demo", "--device", run.device.type, "--json", str(run.folder / "demo.json")]
+    return [sys.executable, "-m", "gakernels", *words]
+
+
+PLANS = {
+    "check": SuitePlan(
+        "correctness: the kernels' tests",
+        2,
+        (
+            Stage("build", "the CUDA sources", 60, _build, needs_gpu=True),
+            Stage("tests", "all that are marked `gpu` or `kernels`, in many processes", 110, _tests),
+        ),
+    ),
+    "operations": SuitePlan(
+        "the three operations and the modules, forward and backward, by provider",
+        4,
+        (
+            Stage("compile", "their Triton kernels, in all processes at once", 45, _compile),
+            _worker("operations", "kernels and plain PyTorch, several sizes", 130),
+            _worker("modules", "the modules", 40),
+            _worker("other_operations", "what others would use in their place", 50),
+            _worker("many_states", "low_rank_polar for the states of 32 segments or users", 40),
+            _worker("compiled", "the operations under torch.compile", 60, needs_gpu=True),
+        ),
+    ),
+    "step": SuitePlan(
+        "training steps",
+        5,
+        (
+            _step("step_smollm2-135m", "smollm2-135m", "trainer,dense_lora,frozen_base", "SmolLM2-135M, floors", 90),
+            _profile("smollm2-135m", 40),
+            _step("step_mistral-7b", "mistral-7b", "trainer", "Mistral-7B by the trainer", 60),
+            _step("step_fp8", "mistral-7b", "trainer", "the same on a base in FP8", 60, "fp8"),
+            _profile("mistral-7b", 50),
+            *(
+                _step(f"step_mistral-7b_{name}", "mistral-7b", name, f"Mistral-7B: {name}", 60)
+                for name in ("dense_lora", "frozen_base", "reference", "auto")
+            ),
+            _worker("step_parts", "loss, norm, activation and rotation against those of others", 40),
+            *(
+                _step(f"step_{name}", "mistral-7b", name, f"Mistral-7B: {name}", 60, needs_gpu="compiled" in name)
+                for name in ("overlap", "recompute", "compiled_layers", "overlap_compiled")
+            ),
+        ),
+    ),
+    "inference": SuitePlan(
+        "contexts of 1K to 128K tokens against the base model's prefill, decoding, many users",
+        4,
+        (
+            _worker("inference", "all but the plain definitions", 150),
+            _worker("inference_reference", "the plain definitions", 60),
+            _worker("flash_attention", "contexts with flash-attn", 40, needs_gpu=True),
+            Stage("demo", "the demo model's experiment", 90, _demo, needs_gpu=True),
+        ),
+    ),
+    "tune": SuitePlan(
+        "launch settings of the kernels, into DIR/tuned.json",
+        5,
+        (
+            _tune("mistral-7b", 200),
+            _tune("smollm2-135m", 100),
+        ),
+    ),
+    "sanitize": SuitePlan(
+        "memory errors, races and barriers of the kernels",
+        5,
+        tuple(_sanitizer(tool) for tool in ("memcheck", "racecheck", "synccheck")),
+    ),
+}
+
+
+# The command
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -28,7 +384,7 @@ def main(words: Sequence[str] | None = None) -> int:
         stages, minutes = choose(plan.stages, options.only), plan.minutes
         if options.rehearse:
             stages, minutes = [replace(s, seconds=PATIENCE * s.seconds) for s in stages], PATIENCE * minutes
-        run = Run(options.out.resolve(), options.rehearse)
+        run = SuiteRun(options.out.resolve(), options.rehearse)
         run.folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
@@ -66,7 +422,7 @@ def choose(stages: Sequence[Stage], only: str) -> list[Stage]:
     return [stage for stage in stages if not wanted or stage.name in wanted]
 
 
-def summary(run: Run, results: dict[str, Result]) -> str:
+def summary(run: SuiteRun, results: dict[str, StageResult]) -> str:
     """The short table at the end: stages, then the newest row of each case and provider."""
     lines = [f"{'stage':26} {'status':8} {'s':>6}"]
     lines += [f"{name:26} {r.status:8} {r.seconds:6.1f} {r.detail}".rstrip() for name, r in results.items()]
@@ -76,7 +432,7 @@ def summary(run: Run, results: dict[str, Result]) -> str:
     return "\n".join([*lines, "", *table(rows), *shares(rows), "", f"rows: {run.rows}"])
 
 
-def table(rows: Iterable[Row]) -> list[str]:
+def table(rows: Iterable[ResultRow]) -> list[str]:
     """One line for each case that has a time or went wrong, with the floors of an H200 and an H100 beside it.
 
     A training step that could not run says why, too.
@@ -96,7 +452,7 @@ def table(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def floor_ms(row: Row) -> list[float | None]:
+def floor_ms(row: ResultRow) -> list[float | None]:
     """The least milliseconds that the counted operations and bytes take on each kind of GPU: bf16 rate, 16-bit only."""
     if row.flops is None or row.bytes is None:
         return [None for _ in HARDWARE]
@@ -104,7 +460,7 @@ def floor_ms(row: Row) -> list[float | None]:
     return [max(flops / h.bf16_flops, row.bytes / h.bandwidth) * 1e3 for h in HARDWARE]
 
 
-def shares(rows: Sequence[Row]) -> list[str]:
+def shares(rows: Sequence[ResultRow]) -> list[str]:
     """How fast contexts are read, as a share of the base model's own prefill of the same chunks."""
     base = {row.case: row.p50_ms for row in rows if row.provider == "base_chunks"}
     lines = []

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.cases import TOLERANCES, Case, Trial, UnavailableError, largest_error
+from benchmarks.cases import TOLERANCES, BenchmarkCase, Trial, UnavailableError, largest_error
 from benchmarks.measure import Timing, dtype_name
-from benchmarks.operations import SEED
+from benchmarks.operations import SEED, sizes_of
 from benchmarks.providers import with_backend
 from benchmarks.rows import FLOOR, OK, OTHER
 from gakernels import Adapter, GenerativeAdapter, GeneratorConfig
@@ -26,7 +26,7 @@ MOST_REFERENCE_TOKENS, MOST_REFERENCE_USERS = 4096, 8
 
 
 @dataclass(frozen=True)
-class Sizes:
+class InferenceSizes:
     """A Llama-like model with random weights, and what is asked of it. `of_layers`: of the model it stands for."""
 
     hidden: int
@@ -53,9 +53,11 @@ class Sizes:
 FAST = ("auto", "base_chunks", "full_prompt", "base", "merged", "unmerged", "compact")  # all but the plain definitions
 MISTRAL_LENGTHS = (2048, 8192, 1024, 32768, 131072, 4096, 16384, 65536)  # the most telling ones first
 PRESETS = {
-    "tiny": Sizes(32, 48, 2, 2, 4, 2, 64, 16, 4, 16, (32, 64), (1, 2), 4, 2),
-    "cpu": Sizes(256, 704, 4, 4, 8, 4, 1024, 128, 16, 256, (1024, 2048, 4096), (1, 8), 64, 8),
-    "mistral-7b": Sizes(4096, 14336, 4, 32, 32, 8, 32000, 1024, 128, 1024, MISTRAL_LENGTHS, (1, 8, 64), 512, 32),
+    "tiny": InferenceSizes(32, 48, 2, 2, 4, 2, 64, 16, 4, 16, (32, 64), (1, 2), 4, 2),
+    "cpu": InferenceSizes(256, 704, 4, 4, 8, 4, 1024, 128, 16, 256, (1024, 2048, 4096), (1, 8), 64, 8),
+    "mistral-7b": InferenceSizes(
+        4096, 14336, 4, 32, 32, 8, 32000, 1024, 128, 1024, MISTRAL_LENGTHS, (1, 8, 64), 512, 32
+    ),
 }
 
 
@@ -65,11 +67,9 @@ def cases(
     dtype: torch.dtype,
     names: Sequence[str] | None = None,
     attention: str = "sdpa",
-) -> list[Case]:
+) -> list[BenchmarkCase]:
     """Every inference case of a preset. Raises: ValueError: there is no such preset."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but it is {preset!r}")
-    sizes = PRESETS[preset]
+    sizes = sizes_of(PRESETS, preset)
     build = Builder(sizes, device, dtype, attention)
     made = [_contextualisation(build, length) for length in sizes.lengths]
     made += [_decoding(build, users) for users in (1, sizes.users[-1])]
@@ -77,16 +77,16 @@ def cases(
     return [_only(case, names) for case in made]
 
 
-def _only(case: Case, names: Sequence[str] | None) -> Case:
+def _only(case: BenchmarkCase, names: Sequence[str] | None) -> BenchmarkCase:
     chosen = {name: make for name, make in case.providers.items() if names is None or name in names}
-    return Case(case.kernel, case.mode, case.shape, case.dtype, case.tolerance, case.work, chosen)
+    return replace(case, providers=chosen)
 
 
 @dataclass(frozen=True)
 class Builder:
     """Makes the model, and the same model in float64 for the oracle."""
 
-    sizes: Sizes
+    sizes: InferenceSizes
     device: torch.device
     dtype: torch.dtype
     attention: str = "sdpa"  # as transformers calls it; the oracle always has sdpa
@@ -95,10 +95,10 @@ class Builder:
         generator = torch.Generator().manual_seed(SEED + number)
         return torch.randint(3, self.sizes.vocabulary, (count,), generator=generator).tolist()
 
-    def case(self, kernel: str, shape: str, providers: Mapping[str, Callable[[], Trial]]) -> Case:
+    def case(self, kernel: str, shape: str, providers: Mapping[str, Callable[[], Trial]]) -> BenchmarkCase:
         tolerance, shape = MODEL_TOLERANCE * TOLERANCES[self.dtype], f"{shape} {self.sizes.shape}"
         shape += "" if self.attention == "sdpa" else f" {self.attention}"
-        return Case(kernel, "inference", shape, dtype_name(self.dtype), tolerance, None, providers)
+        return BenchmarkCase(kernel, "inference", shape, dtype_name(self.dtype), tolerance, None, providers)
 
 
 @functools.lru_cache(maxsize=1)
@@ -163,7 +163,7 @@ def _delta_error(build: Builder, backend: str) -> float:
 # Reading a context
 
 
-def _contextualisation(build: Builder, length: int) -> Case:
+def _contextualisation(build: Builder, length: int) -> BenchmarkCase:
     def reading(backend: str) -> Trial:
         made = model(build)
         contexts = [build.tokens(length, 10 + number) for number in range(2)]
@@ -195,7 +195,7 @@ def _contextualisation(build: Builder, length: int) -> Case:
 # Decoding
 
 
-def _decoding(build: Builder, users: int) -> Case:
+def _decoding(build: Builder, users: int) -> BenchmarkCase:
     """Greedy decoding with a key-value cache, the same prompt length for every user, each with an own adapter."""
 
     def trial(setting: str) -> Trial:
@@ -259,7 +259,7 @@ def _logit_error(build: Builder, setting: str) -> float:
 # Adapters for many users
 
 
-def _generation(build: Builder, users: int) -> Case:
+def _generation(build: Builder, users: int) -> BenchmarkCase:
     """Contexts of two chunks of so many users, read as one batch and turned into their factors."""
 
     def trial(backend: str) -> Trial:

@@ -2,36 +2,42 @@
 
     python -m benchmarks.kernel_resources --store
 
-The operations run forward and backward on tensors without data, at the sizes of CASES; each kernel that they would
+The operations run forward and backward on tensors without data, at the sizes of CALLS; each kernel that they would
 launch is compiled for sm_90 with the very arguments of the launch. Rows that differ in no setting and no specialisation
 are one. The command fails where a kernel spills registers, uses the stack, or wants more shared memory than there is.
 --target takes another architecture, with the launch settings that its GPUs get, to see that all fits there. With
---store the rows for sm_90 go to `benchmarks/results/kernels/`, one file for each version of Triton, and from all files
-there docs/kernel_resources.md is made.
+--store the rows go to `benchmarks/results/kernels/`, one table for each version of Triton.
 """
 
 import argparse
 import contextlib
-import json
+import csv
+import functools
+import io
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from benchmarks.rows import RESULTS, ROOT
+from benchmarks.cases import first_line
+from benchmarks.operations import Operation, operations
+from benchmarks.rows import RESULTS, command_output
 from gakernels.files import write_text
-from gakernels.ops import gpus, launching
+from gakernels.ops import gpus, launching, tuned
 from gakernels.ops.dispatch import missing, module
 
 STORE = RESULTS / "kernels"
-PAGE = ROOT / "docs" / "kernel_resources.md"
 HOPPER = 90
 TARGETS = {80: "NVIDIA A100", 89: "NVIDIA GeForce RTX 4090", HOPPER: "NVIDIA H200", 120: "NVIDIA GeForce RTX 5090"}
 SHARED_LIMIT = gpus.known(TARGETS[HOPPER]).shared_memory
@@ -57,7 +63,7 @@ class Resources:
     operation: str
     kernel: str
     dtypes: str
-    settings: dict[str, int]
+    settings: dict[str, str]
     cases: list[str]
     registers: int
     shared: int
@@ -82,32 +88,45 @@ class Resources:
         return found
 
 
+COLUMNS = sorted((entry.name for entry in fields(Resources)), key=lambda name: name == "cases")
+
+
 @dataclass(frozen=True)
-class Case:
-    """A call of an operation on tensors without data."""
+class KernelCall:
+    """A call of an operation on tensors without data, forward and backward."""
 
     operation: str
     name: str
-    run: Callable[[Any], None]  # with the module of the kernels
+    arguments: Callable[[], tuple[Any, ...]]
+    tf32: bool = False
+
+    def run(self) -> None:
+        before = torch.backends.cuda.matmul.fp32_precision
+        if self.tf32:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            both_passes(self.operation, self.arguments())
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
 
 
 def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "", target: int = HOPPER) -> list[Resources]:
-    """Compile what the cases of the operations launch, each kernel and specialisation once.
+    """Compile what the calls of the operations launch, each kernel and specialisation once.
 
     Args:
-        only: a part of the names of the cases that are wanted.
+        only: a part of the names of the calls that are wanted.
         target: the architecture, one of TARGETS.
     """
     with compiling_for(target), gpus.pretend(gpus.known(TARGETS[target])):
         found: dict[str, Resources] = {}
-        for case in CASES:
-            if case.operation in operations and only in case.name:
-                with _recording(case, found):
-                    case.run(module(case.operation, "triton"))
+        for call in CALLS:
+            if call.operation in operations and only in call.name:
+                with _recording(call, found):
+                    call.run()
     return list(found.values())
 
 
-@contextlib.contextmanager
+@contextmanager
 def compiling_for(target: int = 90) -> Iterator[None]:
     """Triton compiles for a GPU of this compute capability while the block runs; none is asked for."""
     from triton.backends.compiler import GPUTarget
@@ -136,17 +155,17 @@ def compiling_for(target: int = 90) -> Iterator[None]:
             driver.reset_active()
 
 
-@contextlib.contextmanager
-def _recording(case: Case, found: dict[str, Resources]) -> Iterator[None]:
+@contextmanager
+def _recording(call: KernelCall, found: dict[str, Resources]) -> Iterator[None]:
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if compiled.hash in found:
-            if case.name not in found[compiled.hash].cases:
-                found[compiled.hash].cases.append(case.name)
+            if call.name not in found[compiled.hash].cases:
+                found[compiled.hash].cases.append(call.name)
             return
         tensors = [str(a.dtype).removeprefix("torch.") for a in arguments if isinstance(a, Tensor)]
         dtypes = ", ".join(dict.fromkeys(tensors))
-        found[compiled.hash] = _resources(case, kernel.fn.__name__, dtypes, dict(options), compiled)
+        found[compiled.hash] = _resources(call, kernel.fn.__name__, dtypes, dict(options), compiled)
 
     before = launching.exchange_launcher(record)
     try:
@@ -155,16 +174,16 @@ def _recording(case: Case, found: dict[str, Resources]) -> Iterator[None]:
         launching.exchange_launcher(before)
 
 
-def _resources(case: Case, kernel: str, dtypes: str, settings: dict[str, int], compiled: Any) -> Resources:
+def _resources(call: KernelCall, kernel: str, dtypes: str, settings: dict[str, Any], compiled: Any) -> Resources:
     usage, code = _disassembled(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     ptx, threads = compiled.asm["ptx"], 32 * compiled.metadata.num_warps
     return Resources(
-        case.operation,
+        call.operation,
         kernel,
         dtypes,
-        settings,
-        [case.name],
+        {name: str(value) for name, value in settings.items()},
+        [call.name],
         registers,
         compiled.metadata.shared,
         stack,
@@ -205,167 +224,224 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _context_state(
     hidden: int, state: int, dtype: torch.dtype, *, rows: int = 1, masked: bool = False
-) -> Callable[[Any], None]:
-    def run(kernels: Any) -> None:
-        inputs = _empty(rows, 8, 1024, hidden, dtype=dtype)
-        a2, b1 = _empty(state, hidden, dtype=dtype), _empty(hidden, state, dtype=dtype)
-        mask = _empty(rows, 8, 1024, dtype=torch.bool) if masked else None
-        initial = _empty(rows, state, state, dtype=torch.float32) if masked else None
-        states, projected = kernels.forward(inputs, a2, b1, mask, initial)
-        kernels.backward(states, inputs, a2, b1, mask, projected, (True, True, True))
-
-    return run
+) -> tuple[Any, ...]:
+    inputs = _empty(rows, 8, 1024, hidden, dtype=dtype)
+    a2, b1 = _empty(state, hidden, dtype=dtype), _empty(hidden, state, dtype=dtype)
+    mask = _empty(rows, 8, 1024, dtype=torch.bool) if masked else None
+    initial = _empty(rows, state, state, dtype=torch.float32) if masked else None
+    return inputs, a2, b1, mask, initial
 
 
-def _low_rank_polar(state: int, rank: int, batch: int) -> Callable[[Any], None]:
-    def run(kernels: Any) -> None:
-        states, sketch = _empty(batch, state, state, dtype=torch.float32), _empty(state, rank, dtype=torch.float32)
-        u, v, steps = kernels.forward(states, sketch, 1, 1e-3)
-        kernels.backward(u, v, states, sketch, steps, 1e-3)
-
-    return run
+def _low_rank_polar(state: int, rank: int, batch: int) -> tuple[Any, ...]:
+    return _empty(batch, state, state, dtype=torch.float32), _empty(state, rank, dtype=torch.float32), 1, 1e-3
 
 
 def _lowrank_linear(
     layer: tuple[int, int], rank: int, dtype: torch.dtype, *, adapters: int | None = None, tokens: int = 1024
-) -> Callable[[Any], None]:
+) -> tuple[Any, ...]:
     """16 windows; with a bias and an index where the number of adapters is given."""
-
-    def run(kernels: Any) -> None:
-        inputs, outputs = layer
-        x, weight = _empty(16, tokens, inputs, dtype=dtype), _empty(outputs, inputs, dtype=dtype)
-        lora_a, lora_b = (_empty(adapters or 16, *sizes, dtype=dtype) for sizes in ((rank, inputs), (outputs, rank)))
-        index = _empty(16, dtype=torch.int64) if adapters else None
-        bias = _empty(outputs, dtype=dtype) if adapters else None
-        y, z = kernels.forward(x, weight, lora_a, lora_b, 0.0625, index, bias)
-        kernels.backward(y, x, z, weight, lora_a, lora_b, 0.0625, index, True)
-
-    return run
-
-
-def _with_tf32(run: Callable[[Any], None]) -> Callable[[Any], None]:
-    def permitted(kernels: Any) -> None:
-        before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        try:
-            run(kernels)
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
-
-    return permitted
+    inputs, outputs = layer
+    x, weight = _empty(16, tokens, inputs, dtype=dtype), _empty(outputs, inputs, dtype=dtype)
+    lora_a, lora_b = (_empty(adapters or 16, *sizes, dtype=dtype) for sizes in ((rank, inputs), (outputs, rank)))
+    index = _empty(16, dtype=torch.int64) if adapters else None
+    bias = _empty(outputs, dtype=dtype) if adapters else None
+    return x, weight, lora_a, lora_b, 0.0625, index, bias
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _cases() -> Iterator[Case]:
+def _calls() -> Iterator[KernelCall]:
     for hidden in (2048, 4096, 5120, 8192):
+        of_states = functools.partial(_call, _context_state, hidden)
         for state in (512, 1024):
             for name, dtype in DTYPES.items():
                 label = f"hidden {hidden}, state {state}, {name}"
-                yield Case("context_state", label, _context_state(hidden, state, dtype))
+                yield of_states(state, dtype, name=label)
                 if hidden == 4096:
-                    yield Case("context_state", f"{label}, masked", _context_state(hidden, state, dtype, masked=True))
-                    yield Case("context_state", f"{label}, 2 rows", _context_state(hidden, state, dtype, rows=2))
-        yield Case(
-            "context_state",
-            f"hidden {hidden}, tf32",
-            _with_tf32(_context_state(hidden, 1024, torch.float32, masked=True)),
-        )
+                    yield of_states(state, dtype, masked=True, name=f"{label}, masked")
+                    yield of_states(state, dtype, rows=2, name=f"{label}, 2 rows")
+        yield of_states(1024, torch.float32, masked=True, name=f"hidden {hidden}, tf32", tf32=True)
     for state in (512, 1024):
         for rank in (64, 128):
             for batch in (8, 256):
-                yield Case(
-                    "low_rank_polar", f"state {state}, rank {rank}, {batch}", _low_rank_polar(state, rank, batch)
-                )
-    yield from _linear_cases()
+                yield _call(_low_rank_polar, state, rank, batch, name=f"state {state}, rank {rank}, {batch}")
+    yield from _linear_calls()
 
 
-def _linear_cases() -> Iterator[Case]:
+def _linear_calls() -> Iterator[KernelCall]:
+    linear = functools.partial(_call, _lowrank_linear)
     for layer in [(h, h) for h in (2048, 4096, 5120, 8192)] + [(14336, 4096)]:
         for rank in (64, 128):
             for name, dtype in DTYPES.items():
                 for suffix, adapters in (("", None), (", indexed", 8)):
                     label = f"{layer[0]} -> {layer[1]}, rank {rank}, {name}{suffix}"
-                    yield Case("lowrank_linear", label, _lowrank_linear(layer, rank, dtype, adapters=adapters))
-    square, float32 = (4096, 4096), torch.float32
+                    yield linear(layer, rank, dtype, adapters=adapters, name=label)
+    square = (4096, 4096)
     for name, dtype in DTYPES.items():
         label = f"4096 -> 4096, rank 128, {name}"
-        yield Case("lowrank_linear", f"{label}, one adapter", _lowrank_linear(square, 128, dtype, adapters=1))
-        yield Case("lowrank_linear", f"{label}, 16 tokens", _lowrank_linear(square, 128, dtype, adapters=8, tokens=16))
-        yield Case("lowrank_linear", f"4096 -> 4096, rank 8, {name}", _lowrank_linear(square, 8, dtype, adapters=8))
-        yield Case("lowrank_linear", f"4095 -> 4093, rank 100, {name}", _lowrank_linear((4095, 4093), 100, dtype))
-    label, run = "4096 -> 4096, rank 128, fp32 with TF32", _lowrank_linear(square, 128, float32, adapters=8)
-    yield Case("lowrank_linear", label, _with_tf32(run))
+        yield linear(square, 128, dtype, adapters=1, name=f"{label}, one adapter")
+        yield linear(square, 128, dtype, adapters=8, tokens=16, name=f"{label}, 16 tokens")
+        yield linear(square, 8, dtype, adapters=8, name=f"4096 -> 4096, rank 8, {name}")
+        yield linear((4095, 4093), 100, dtype, name=f"4095 -> 4093, rank 100, {name}")
+    yield linear(square, 128, torch.float32, adapters=8, name="4096 -> 4096, rank 128, fp32 with TF32", tf32=True)
 
 
-CASES = tuple(_cases())
+def _call(make: Callable[..., tuple[Any, ...]], *sizes: Any, name: str, tf32: bool = False, **more: Any) -> KernelCall:
+    operation = make.__name__.removeprefix("_")
+    return KernelCall(operation, name, functools.partial(make, *sizes, **more), tf32)
 
 
-def to_document(rows: list[Resources], target: int = HOPPER) -> dict[str, Any]:
-    """What a stored file holds."""
-    import triton
-
-    return {"triton": triton.__version__, "target": f"sm_{target}", "rows": [asdict(row) for row in rows]}
+CALLS = tuple(_calls())
 
 
-def page(documents: list[dict[str, Any]]) -> str:
-    """docs/kernel_resources.md."""
-    lines = [
-        "# What the Triton kernels need on a Hopper GPU",
-        "",
-        "Made by `python -m benchmarks.kernel_resources --store`, which compiles every kernel for sm_90 with its",
-        "shipped settings (`gakernels/ops/tuned/`), without a GPU. A test compiles and compares. No",
-        f"kernel spills or uses the stack, and none wants more than the {SHARED_LIMIT:,} bytes of shared memory that a",
-        "program can have. `programs/SM` is how many fit a multiprocessor by registers, shared memory and warps.",
-        "`wgmma` and `mma` are matrix instructions in the code, of Hopper's kind and of the older one (float64, and",
-        "float32 where TF32 is not allowed in a single pass); `copies` are asynchronous copies to shared memory, of",
-        "which `in flight` groups may be under way while the kernel computes. The",
-        "first case that uses a kernel is named, and how many others do.",
-    ]
-    for document in documents:
-        lines += ["", f"## Triton {document['triton']}"]
-        for operation in OPERATIONS:
-            rows = [row for row in document["rows"] if row["operation"] == operation]
-            lines += ["", f"### {operation}", "", *_table(rows)]
-    return "\n".join(lines) + "\n"
+# What is launched, and its compilation ahead in several processes
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    heads = (
-        "kernel",
-        "dtypes",
-        "settings",
-        "registers",
-        "shared",
-        "programs/SM",
-        "wgmma",
-        "mma",
-        "copies",
-        "in flight",
-        "case",
-    )
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel: what Triton needs to compile it."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def compile(self) -> None:
+        """Compile it for the target that is set, into Triton's cache."""
+        self.kernel.warmup(*self.arguments, grid=(1,), **self.options)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from launches that run other code."""
+        return self.kernel.fn.__name__, tuple(map(_kind, self.arguments)), tuple(sorted(self.options.items()))
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton specialises an argument by: the dtype; whether a number is 1, a multiple of 16, of 32 bits."""
+    if isinstance(argument, Tensor):
+        return argument.dtype
+    if isinstance(argument, int) and not isinstance(argument, bool):
+        return "one" if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
+    return argument if isinstance(argument, bool | None) else type(argument)
+
+
+def launches(runs: Iterable[Callable[[], object]]) -> list[Launch]:
+    """What some calls launch, each kind once; nothing is compiled or run."""
+    found: dict[tuple[Any, ...], Launch] = {}
+
+    def record(kernel: Any, _: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        launch = Launch(kernel, arguments, dict(options))
+        found.setdefault(launch.key, launch)
+
+    before = launching.exchange_launcher(record)
+    try:
+        for run in runs:
+            run()
+    finally:
+        launching.exchange_launcher(before)
+    return list(found.values())
+
+
+@contextmanager
+def settings_of(device: torch.device) -> Iterator[None]:
+    """Tensors without data get the launch settings of a device while the block runs."""
+    plain = tuned.settings
+
+    def of_the_device(kernel: str, _: torch.device, dtype: torch.dtype, **sizes: int) -> dict[str, int]:
+        return plain(kernel, device, dtype, **sizes)
+
+    with patch.object(tuned, "settings", of_the_device):
+        yield
+
+
+_wanted: list[Launch] = []  # the processes are forks, and find it here
+
+
+def compile_launches(wanted: Sequence[Launch], processes: int, capability: int = 90) -> list[str]:
+    """Compile in so many processes; returns a line for each launch that can't be.
+
+    The processes are forks that never ask for the GPU: they compile for the compute capability that they are told.
+    """
+    global _wanted
+    _wanted = list(wanted)
+    fork = multiprocessing.get_context("fork")
+    with compiling_for(capability), ProcessPoolExecutor(processes, mp_context=fork) as pool:
+        return [line for line in pool.map(_compile, range(len(_wanted))) if line]
+
+
+def _compile(number: int) -> str:
+    launch = _wanted[number]
+    try:
+        launch.compile()
+    except Exception as error:  # whatever the compiler raises
+        return f"{launch.kernel.fn.__name__} {launch.options}: {type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def preset_runs(presets: Iterable[str], names: Sequence[str], dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Both passes of the named operations at the sizes of some presets."""
+    every = [operation for preset in presets for operation in operations(preset, torch.device("meta"), dtype)]
+    return [passes_of(operation) for operation in every if operation.name in names]
+
+
+def passes_of(operation: Operation) -> Callable[[], None]:
+    """Both passes of an operation, with arguments drawn anew."""
+    return lambda: both_passes(operation.name, operation.draw(torch.Generator()))
+
+
+def both_passes(operation: str, arguments: Sequence[Any]) -> None:
+    """Forward and backward of an operation on tensors without data, by the Triton kernels themselves."""
+    kernels = module(operation, "triton")
+    if operation == "context_state":
+        hidden, a2, b1, mask, _ = arguments
+        states, projected = kernels.forward(*arguments)
+        kernels.backward(states, hidden, a2, b1, mask, projected, (True, True, True))
+    elif operation == "low_rank_polar":
+        states, sketch, _, damping = arguments
+        u, v, steps = kernels.forward(*arguments)
+        kernels.backward(u, v, states, sketch, steps, damping)
+    else:
+        x, weight, lora_a, lora_b, scale, index, _ = arguments
+        y, z = kernels.forward(*arguments)
+        kernels.backward(y, x, z, weight, lora_a, lora_b, scale, index, True)
+
+
+def capability() -> int:
+    """90 for compute capability 9.0, which is taken where there is no GPU.
+
+    The driver's tool is asked: processes that are forked later must not find CUDA begun.
+    """
+    answer = command_output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").splitlines()
+    return int(answer[0].replace(".", "")) if answer else 90
+
+
+# Tables
+
+
+def to_csv(rows: Iterable[Resources]) -> str:
+    """The table: a line for each kernel."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
     for row in rows:
-        settings = " ".join(f"{name}={value}" for name, value in row["settings"].items())
-        others = f" (+ {len(row['cases']) - 1})" if len(row["cases"]) > 1 else ""
-        numbers = (
-            row[name]
-            for name in ("registers", "shared", "programs_per_sm", "wgmma", "mma", "async_copies", "in_flight")
-        )
-        cells = (row["kernel"], row["dtypes"], settings, *numbers, f"{row['cases'][0]}{others}")
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return lines
+        texts = {"settings": settings_text(row.settings), "cases": "; ".join(row.cases)}
+        writer.writerow(texts.get(name, getattr(row, name)) for name in COLUMNS)
+    return file.getvalue()
+
+
+def settings_text(settings: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns 1 where a kernel has a fault, 2 where there is no Triton."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--store", action="store_true", help="write them where they are kept, and make the page anew")
+    parser.add_argument(
+        "--store", nargs="?", const=STORE, type=Path, help="folder for the table (default: the kept ones)"
+    )
     parser.add_argument("--target", type=int, default=HOPPER, choices=TARGETS, help="architecture (default: 90)")
     parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
-    parser.add_argument("--only", default="", help="only the cases with this text in their names")
+    parser.add_argument("--only", default="", help="only the calls with this text in their names")
     options = parser.parse_args(arguments)
     if launching.interpreting():
         print("TRITON_INTERPRET is set: the kernels would be interpreted, not compiled", file=sys.stderr)
@@ -375,20 +451,18 @@ def main(arguments: list[str] | None = None) -> int:
         if reason is not None:
             print(f"can't compile the kernels of {operation}: {reason}", file=sys.stderr)
             return 2
-    if options.store and (options.only or tuple(options.operations) != OPERATIONS):
-        parser.error("--store keeps the rows of all cases: leave out --operations and --only")
-    if options.store and options.target != HOPPER:
-        parser.error(f"--store keeps the rows for sm_{HOPPER} alone: leave out --target")
+    everything = not options.only and tuple(options.operations) == OPERATIONS and options.target == HOPPER
+    if options.store == STORE and not everything:
+        parser.error(
+            f"{STORE} keeps the rows of all calls for sm_{HOPPER}: leave out --operations, --only and --target"
+        )
     rows = compile_all(tuple(options.operations), options.only, options.target)
     for row in rows:
         print(_line(row))
-    document = to_document(rows, options.target)
-    if options.json:
-        write_text(options.json, json.dumps(document, indent=1) + "\n")
     if options.store:
-        write_text(STORE / f"sm_90-triton-{document['triton']}.json", json.dumps(document, indent=1) + "\n")
-        stored = sorted(STORE.glob("*.json"))
-        write_text(PAGE, page([json.loads(path.read_text(encoding="utf-8")) for path in stored]))
+        import triton
+
+        write_text(options.store / f"sm_{options.target}-triton-{triton.__version__}.csv", to_csv(rows))
     faults = [(row, row.faults if options.target == HOPPER else excess(row, options.target)) for row in rows]
     for row, found in faults:
         if found:
@@ -403,11 +477,10 @@ def excess(row: Resources, target: int) -> list[str]:
 
 
 def _line(row: Resources) -> str:
-    settings = " ".join(f"{name}={value}" for name, value in row.settings.items())
     return (
-        f"{row.operation}.{row.kernel} [{row.dtypes}] {settings}: {row.registers} registers, {row.shared} B shared, "
-        f"{row.programs_per_sm} programs/SM, {row.wgmma} wgmma, {row.mma} mma, {row.async_copies} async copies, "
-        f"{row.in_flight} in flight"
+        f"{row.operation}.{row.kernel} [{row.dtypes}] {settings_text(row.settings)}: "
+        f"{row.registers} registers, {row.shared} B shared, {row.programs_per_sm} programs/SM, "
+        f"{row.wgmma} wgmma, {row.mma} mma, {row.async_copies} async copies, {row.in_flight} in flight"
     )
 
 

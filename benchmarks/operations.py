@@ -2,15 +2,15 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from benchmarks import providers
-from benchmarks.cases import TOLERANCES, Case, Trial, Work, largest_error
+from benchmarks.cases import TOLERANCES, BenchmarkCase, Trial, Work, largest_error
 from benchmarks.measure import dtype_name
 from benchmarks.rows import FLOOR, OK
 from gakernels.ops.context_state import reference as state_reference
@@ -23,7 +23,7 @@ SEED = int(os.environ.get("GAKERNELS_TEST_SEED") or int.from_bytes(os.urandom(4)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class OperationSizes:
     """T chunks of M tokens, and the layer that reads them; 2 T windows with T adapters, as in a training segment."""
 
     chunks: int
@@ -35,14 +35,30 @@ class Sizes:
 
 
 PRESETS = {
-    "tiny": Sizes(chunks=3, tokens=8, hidden=24, state=16, rank=4, layers=((12, 20),)),
-    "cpu": Sizes(chunks=8, tokens=128, hidden=512, state=256, rank=32, layers=((512, 512),)),
-    "cpu-mid": Sizes(chunks=8, tokens=256, hidden=1024, state=512, rank=64, layers=((1024, 1024),)),
+    "tiny": OperationSizes(chunks=3, tokens=8, hidden=24, state=16, rank=4, layers=((12, 20),)),
+    "cpu": OperationSizes(chunks=8, tokens=128, hidden=512, state=256, rank=32, layers=((512, 512),)),
+    "cpu-mid": OperationSizes(chunks=8, tokens=256, hidden=1024, state=512, rank=64, layers=((1024, 1024),)),
     # The states of 32 segments of 4 chunks, and the layers that read them.
-    "smollm2-135m": Sizes(chunks=128, tokens=256, hidden=576, state=256, rank=64, layers=((576, 576), (1536, 576))),
-    "mistral-7b-1-chunk": Sizes(chunks=1, tokens=1024, hidden=4096, state=1024, rank=128, layers=((4096, 4096),)),
-    "mistral-7b": Sizes(chunks=8, tokens=1024, hidden=4096, state=1024, rank=128, layers=((4096, 4096), (14336, 4096))),
+    "smollm2-135m": OperationSizes(
+        chunks=128, tokens=256, hidden=576, state=256, rank=64, layers=((576, 576), (1536, 576))
+    ),
+    "mistral-7b-1-chunk": OperationSizes(
+        chunks=1, tokens=1024, hidden=4096, state=1024, rank=128, layers=((4096, 4096),)
+    ),
+    "mistral-7b": OperationSizes(
+        chunks=8, tokens=1024, hidden=4096, state=1024, rank=128, layers=((4096, 4096), (14336, 4096))
+    ),
 }
+
+
+S = TypeVar("S")
+
+
+def sizes_of(presets: Mapping[str, S], name: str) -> S:
+    """Raises: ValueError: there is no preset by that name."""
+    if name not in presets:
+        raise ValueError(f"preset must be one of {', '.join(presets)}, but it is {name!r}")
+    return presets[name]
 
 
 class Operation:
@@ -100,7 +116,7 @@ class ContextState(Operation):
 
     name, leaves = "context_state", (0, 1, 2)
 
-    def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: OperationSizes, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self.sizes = sizes
         t, m, h, r = sizes.chunks, sizes.tokens, sizes.hidden, sizes.state
@@ -134,7 +150,7 @@ class LowRankPolar(Operation):
 
     name, leaves = "low_rank_polar", (0,)
 
-    def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: OperationSizes, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self.sizes, self.power_iterations = sizes, 1
         t, n, r = sizes.chunks, sizes.state, sizes.rank
@@ -173,7 +189,7 @@ class LowRankLinear(Operation):
 
     name, leaves = "lowrank_linear", (0, 2, 3)
 
-    def __init__(self, sizes: Sizes, layer: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, sizes: OperationSizes, layer: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self.sizes, (self.inputs, self.outputs) = sizes, layer
         adapters, m, r = sizes.chunks, sizes.tokens, sizes.rank
@@ -205,12 +221,10 @@ def operations(preset: str, device: torch.device, dtype: torch.dtype) -> list[Op
     Raises:
         ValueError: there is no such preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but it is {preset!r}")
-    return operations_of(PRESETS[preset], device, dtype)
+    return operations_of(sizes_of(PRESETS, preset), device, dtype)
 
 
-def operations_of(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Operation]:
+def operations_of(sizes: OperationSizes, device: torch.device, dtype: torch.dtype) -> list[Operation]:
     """The operations at some sizes. States are float32 or wider whatever the dtype."""
     return [
         ContextState(sizes, device, dtype),
@@ -221,12 +235,11 @@ def operations_of(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> lis
 
 def many_states(
     preset: str, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None
-) -> list[Case]:
+) -> list[BenchmarkCase]:
     """`low_rank_polar` for the states of many segments or users at once, without the decompositions of whole matrices,
     which take minutes. Raises: ValueError: there is no such preset."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but it is {preset!r}")
-    sizes = replace(PRESETS[preset], chunks=MANY * PRESETS[preset].chunks)
+    plain = sizes_of(PRESETS, preset)
+    sizes = replace(plain, chunks=MANY * plain.chunks)
     polar = LowRankPolar(sizes, device, torch.promote_types(dtype, torch.float32))
     wanted = [name for name in polar.provider_names if name not in ("reference", "compiled", "linalg_svd")]
     return cases_of([polar], [name for name in wanted if names is None or name in names])
@@ -234,12 +247,14 @@ def many_states(
 
 def cases(
     preset: str, device: torch.device, dtype: torch.dtype, names: Sequence[str] | None = None, backward: bool = True
-) -> list[Case]:
+) -> list[BenchmarkCase]:
     """Forward and backward of each operation, with the named providers or all of them."""
     return cases_of(operations(preset, device, dtype), names, backward)
 
 
-def cases_of(operations: Sequence[Operation], names: Sequence[str] | None = None, backward: bool = True) -> list[Case]:
+def cases_of(
+    operations: Sequence[Operation], names: Sequence[str] | None = None, backward: bool = True
+) -> list[BenchmarkCase]:
     return [
         _case(operation, mode, [name for name in operation.provider_names if names is None or name in names])
         for operation in operations
@@ -247,8 +262,8 @@ def cases_of(operations: Sequence[Operation], names: Sequence[str] | None = None
     ]
 
 
-def _case(operation: Operation, mode: str, names: Sequence[str]) -> Case:
-    return Case(
+def _case(operation: Operation, mode: str, names: Sequence[str]) -> BenchmarkCase:
+    return BenchmarkCase(
         kernel=operation.name,
         mode=mode,
         shape=operation.shape,

@@ -1,5 +1,6 @@
-"""Sizes of the training-step benchmark, and the random models and batches that it makes from them."""
+"""Sizes of the training-step benchmark, the random models and batches made from them, and what a step needs."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,8 +9,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gakernels import GenerativeAdapter, GeneratorConfig
+from gakernels.cost.flops import adapted_layers, adapted_linears
+from gakernels.cost.memory import StepSetting, StepShape, estimate_memory, recomputable_layers
+from gakernels.cost.shapes import ModelShape
+from gakernels.cost.step_memory import generator_parameters
 from gakernels.model.quantized_base import quantize_base
 from gakernels.model.window_losses import WindowBatch, pretraining_windows
+from gakernels.training.plan import QUANTIZED_BYTES
 
 FAMILIES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config"}
 
@@ -196,3 +202,74 @@ def make_batch(preset: Preset, seed: int) -> WindowBatch:
     targets = torch.ones_like(batch.mask)
     targets[..., 0] = False
     return replace(batch, targets={"next_token": targets})
+
+
+# What a step takes: operations, and memory at its peak; what can't fit is not started
+
+
+def step_flops(preset: Preset) -> float:
+    """Operations of the base model in a training step: forward, and backward of the activations only.
+
+    The adapters are not counted, so that the figure is the same for every provider; they are a few per cent. Causal
+    attention counts half of its square, and its backward twice its forward.
+    """
+    width, kv_width = preset.heads * preset.head_dim, preset.kv_heads * preset.head_dim
+    attention = preset.hidden * (2 * width + 2 * kv_width)
+    weights = preset.layers * (attention + 3 * preset.hidden * preset.ffn) + preset.hidden * preset.vocabulary
+    tokens = 2 * preset.segment_tokens
+    forward_linear = 2.0 * weights * tokens
+    forward_attention = preset.layers * 2.0 * width * preset.window * tokens
+    return 2 * forward_linear + 3 * forward_attention
+
+
+# Whose memory is that of the library's estimate. The floors do less of the same.
+ESTIMATED = ("auto", "trainer", "eager", "triton", "cuda", "overlap", "recompute")
+BELOW = ("dense_lora", "frozen_base")
+
+
+def estimated_bytes(name: str, preset: Preset, device: torch.device) -> int | None:
+    """The peak of a provider's step; for the floors a bound; None where it isn't known.
+
+    Compiled steps keep something else, and of the eager baseline only the form that recomputes its layers is counted.
+    """
+    if name in (*ESTIMATED, *BELOW):
+        return _library_bytes(preset, device, recompute=name == "recompute")
+    return _baseline_bytes(preset) if name == "reference" and preset.checkpointing else None
+
+
+def _library_bytes(preset: Preset, device: torch.device, recompute: bool) -> int:
+    """By the estimate of `gakernels.cost.memory`."""
+    shape, config = shape_of(preset), preset.generator_config()
+    tokens = preset.segments * preset.chunks * 2 * (preset.window - 1)  # all that can be predicted
+    step = replace(StepShape.pretraining(preset.segments, preset.window, preset.chunks), predicted=tokens)
+    mixed = preset.dtype in (torch.bfloat16, torch.float16)
+    wide = torch.promote_types(preset.dtype, torch.float32)
+    quantised = None if preset.quantization is None else QUANTIZED_BYTES[preset.quantization]
+    setting = StepSetting(preset.dtype, wide, mixed, quantised, device=device.type)
+    layers = recomputable_layers(shape, config) if recompute else []
+    return estimate_memory(shape, config, step, setting, layers).total
+
+
+def _baseline_bytes(preset: Preset) -> int:
+    """In the backward of the loss: the base, the generators and the moments of AdamW, the input of every decoder layer.
+
+    And the logits in float32, their log-probabilities and the gradient; where the base is narrower, the logits and the
+    gradient in its dtype too.
+    """
+    tokens, width = 2 * preset.segment_tokens, preset.dtype.itemsize
+    kept = width * preset.layers * tokens * preset.hidden
+    logits = (3 * 4 + (2 * width if width < 4 else 0)) * tokens * preset.vocabulary
+    return width * shape_of(preset).parameters + 3 * 4 * generator_numbers(preset) + kept + logits
+
+
+def generator_numbers(preset: Preset) -> int:
+    """The parameters of all generators of a preset."""
+    shape, config = shape_of(preset), preset.generator_config()
+    each = sum(generator_parameters(config, shape.hidden, linear) for linear in adapted_linears(shape, config))
+    return each * len(adapted_layers(shape, config))
+
+
+@functools.cache
+def shape_of(preset: Preset) -> ModelShape:
+    """The shape of the base model; transformers takes a second or more to say."""
+    return ModelShape.from_config(preset.config())

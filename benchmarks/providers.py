@@ -8,7 +8,8 @@ import functools
 import inspect
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -49,25 +50,27 @@ def provider(operation: str, name: str, device: torch.device) -> Implementation:
 
 
 def with_backend(name: str, function: Callable[P, R]) -> Callable[P, R]:
-    """The function with all operations forced to a backend while it runs; `auto` forces nothing."""
+    """The function with all operations forced to a backend while it runs."""
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        before = os.environ.pop(dispatch.ENVIRONMENT_VARIABLE, None)
-        if name != "auto":
-            os.environ[dispatch.ENVIRONMENT_VARIABLE] = name
-        try:
+        with backend(name):
             return function(*args, **kwargs)
-        finally:
-            os.environ.pop(dispatch.ENVIRONMENT_VARIABLE, None)
-            if before is not None:
-                os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
 
     return run
 
 
-def auto(operation: str, *arguments: Any) -> str:
-    """The backend that the dispatch picks for these arguments of an operation here."""
-    return dispatch.choose(operation, *arguments).backend
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """All operations are forced to a backend while the block runs; `auto` forces nothing."""
+    before = os.environ.pop(dispatch.ENVIRONMENT_VARIABLE, None)
+    if name != "auto":
+        os.environ[dispatch.ENVIRONMENT_VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(dispatch.ENVIRONMENT_VARIABLE, None)
+        if before is not None:
+            os.environ[dispatch.ENVIRONMENT_VARIABLE] = before
 
 
 def _library(operation: str, name: str, device: torch.device) -> Implementation:

@@ -1,6 +1,14 @@
-"""Rows of results: one JSON object a line, appended and flushed one by one, each with device, versions and commit."""
+"""Rows of results: one JSON object a line, appended and flushed one by one, each with device, versions and commit.
 
-import csv
+    python -m benchmarks.rows collect DIR
+    python -m benchmarks.rows compare A B
+    python -m benchmarks.rows defaults benchmarks/results/nvidia-h200/rows.jsonl
+
+`collect` adds the rows of a run to `benchmarks/results/<device>/rows.jsonl`. `compare` prints the ratios B / A with
+their spread. `defaults` writes what decides between the backends on a GPU, `gakernels/ops/measured/<gpu>.json`.
+"""
+
+import argparse
 import datetime
 import json
 import os
@@ -8,7 +16,9 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +27,11 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Ceilings, Timing
+from gakernels.errors import InputError
+from gakernels.files import write_text
+from gakernels.ops import gpus, measured
+
+Key = tuple[str | int, ...]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -56,7 +71,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One measured case, or the reason why there is no number.
 
     Attributes:
@@ -118,7 +133,7 @@ class Row:
         return {**values, **environment}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Row":
+    def from_dict(cls, values: Mapping[str, Any]) -> "ResultRow":
         """The opposite of `to_dict`. Raises: TypeError, ValueError: an entry is missing, unknown or wrong."""
         of_environment = {entry.name for entry in fields(Environment)}
         environment = Environment(**{name: value for name, value in values.items() if name in of_environment})
@@ -129,7 +144,7 @@ class Row:
 def rates(
     timing: Timing, flops: float | None, moved_bytes: float | None, dtype: str, ceilings: Ceilings | None
 ) -> dict[str, float | None]:
-    """The shares of the measured ceilings, as arguments for a `Row`."""
+    """The shares of the measured ceilings, as arguments for a `ResultRow`."""
     seconds = timing.p50_ms * 1e-3
     gemm = ceilings.gemm_flops.get(dtype) if ceilings else None
     return {
@@ -139,7 +154,7 @@ def rates(
 
 
 def times(timing: Timing) -> dict[str, Any]:
-    """The percentiles of a timing, as arguments for a `Row`."""
+    """The percentiles of a timing, as arguments for a `ResultRow`."""
     return {
         "p20_ms": timing.p20_ms,
         "p50_ms": timing.p50_ms,
@@ -150,28 +165,21 @@ def times(timing: Timing) -> dict[str, Any]:
 
 
 class RowWriter:
-    """Appends rows to a JSON-lines file and, if wanted, a CSV file beside it; each is on disk before the next one."""
+    """Appends rows to a JSON-lines file; each is on disk before the next one."""
 
-    def __init__(self, path: Path, with_csv: bool = True) -> None:
-        self.path, self.csv_path, self.with_csv = path, path.with_suffix(".csv"), with_csv
+    def __init__(self, path: Path) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         _end_last_line(path)
 
-    def write(self, row: Row) -> None:
-        values = row.to_dict()
-        _append(self.path, json.dumps(values) + "\n")
-        if not self.with_csv:
-            return
-        columns = list(values)
-        is_new = not self.csv_path.exists() or self.csv_path.stat().st_size == 0
-        with self.csv_path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            if is_new:
-                writer.writeheader()
-            writer.writerow({**values, "metrics": json.dumps(values["metrics"])})
+    def write(self, row: ResultRow) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row.to_dict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[ResultRow]:
     """The rows of a JSON-lines file, or of all such files in a folder and below it.
 
     A last line that was cut off is left out.
@@ -186,25 +194,18 @@ def read_rows(path: Path) -> list[Row]:
     return list(parse_rows(path.read_text(encoding="utf-8"), str(path)))
 
 
-def parse_rows(text: str, source: str) -> Iterator[Row]:
+def parse_rows(text: str, source: str) -> Iterator[ResultRow]:
     """The rows of JSON lines. Raises: ValueError: a line that is not the last is damaged."""
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield Row.from_dict(json.loads(line))
+            yield ResultRow.from_dict(json.loads(line))
         except (TypeError, ValueError) as error:
             if number == len(lines) and not text.endswith("\n"):
                 return
             raise ValueError(f"{source}, line {number}, is not a row of results: {error}") from error
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _end_last_line(path: Path) -> None:
@@ -280,7 +281,230 @@ def command_output(*command: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
+def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Of the rows of the same case, provider and device, the one that came last."""
-    chosen = {(row.environment.device, row.environment.threads, *row.case, row.provider): row for row in rows}
-    return list(chosen.values())
+    return list({key(row): row for row in rows}.values())
+
+
+def key(row: ResultRow) -> Key:
+    """What makes two rows comparable: the same case and provider on the same device."""
+    return (*row.case, row.provider, row.environment.device, row.environment.threads)
+
+
+# Keep rows
+
+
+def collect(source: Path, results: Path) -> int:
+    """Add the rows of a run that are not there already; nothing is ever changed or removed.
+
+    Returns:
+        The number of new rows.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    known = read_rows(results) if results.is_dir() else []
+    new = [row for row in read_rows(source) if row not in known]
+    for row in new:
+        RowWriter(results / row.environment.folder / "rows.jsonl").write(row)
+    return len(new)
+
+
+# Compare rows
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time in B over time in A: of the medians, and from the most favourable to the least favourable percentiles."""
+
+    median: float
+    low: float  # p20 of B over p80 of A
+    high: float  # p80 of B over p20 of A
+
+    def verdict(self, limit: float) -> str:
+        """`slower` or `faster` where the medians differ by more than the limit and the spreads do not overlap."""
+        if self.median > limit and self.low > 1:
+            return "slower"
+        if self.median < 1 / limit and self.high < 1:
+            return "faster"
+        return ""
+
+
+def ratio(a: ResultRow, b: ResultRow) -> Ratio:
+    """Raises: ValueError: a row has no time."""
+    times = [(row.p20_ms, row.p50_ms, row.p80_ms) for row in (a, b)]
+    (a20, a50, a80), (b20, b50, b80) = times
+    if a20 is None or a50 is None or a80 is None or b20 is None or b50 is None or b80 is None:
+        raise ValueError("a row without a time has no ratio")
+    return Ratio(b50 / a50, b20 / a80, b80 / a20)
+
+
+def load(name: str, results: Path) -> list[ResultRow]:
+    """The newest row of each case: of a file or folder, or of a commit in the folder of results.
+
+    Raises:
+        ValueError: there is no such file and no row of such a commit, or a file is damaged.
+    """
+    if Path(name).exists():
+        rows = read_rows(Path(name))
+    else:
+        rows = [row for row in read_rows(results) if _same_commit(row.environment.commit, name)]
+        if not rows:
+            raise ValueError(f"{name!r} is no file, and no row in {results} was measured at such a commit")
+    return newest(rows)
+
+
+def _same_commit(commit: str, name: str) -> bool:
+    """Both may be short. A commit with changes on top, `abc+`, is another one than `abc`."""
+    if len(name) < 4 or commit.endswith("+") != name.endswith("+"):
+        return False
+    commit, name = commit.rstrip("+"), name.rstrip("+")
+    return commit.startswith(name) or name.startswith(commit)
+
+
+def compare(a: Iterable[ResultRow], b: Iterable[ResultRow], limit: float) -> tuple[list[str], int]:
+    """The lines of the table, and how many cases became worse."""
+    before, after = ({key(row): row for row in rows} for rows in (a, b))
+    lines = [f"{'case':64} {'provider':12} {'A ms':>9} {'B ms':>9} {'B/A':>6}  spread"]
+    worse = 0
+    for name in (name for name in before if name in after):
+        old, new = before[name], after[name]
+        case = f"{old.kernel} {old.mode} {old.shape} {old.dtype}"
+        if old.status not in TIMED:
+            continue
+        if new.status not in TIMED:
+            worse += 1
+            lines.append(f"{case:64.64} {old.provider:12.12} {old.p50_ms:9.4g} {new.status:>9.9}  {new.detail}")
+            continue
+        found = ratio(old, new)
+        verdict = found.verdict(limit)
+        worse += verdict == "slower"
+        spread = f"{found.low:.2f}..{found.high:.2f}"
+        times = f"{old.p50_ms:9.4g} {new.p50_ms:9.4g} {found.median:6.3f}"
+        lines.append(f"{case:64.64} {old.provider:12.12} {times}  {spread} {verdict}".rstrip())
+    only = len(before.keys() ^ after.keys())
+    lines.append(f"{len(before.keys() & after.keys())} in both, {only} in one only, {worse} worse")
+    return lines, worse
+
+
+def compare_sets(a: str, b: str, results: Path, limit: float) -> tuple[list[str], int]:
+    """`compare` for two names. Raises: ValueError: one is unknown, or they have nothing in common."""
+    if not limit >= 1:
+        raise ValueError(f"--limit must be at least 1, but it is {limit:g}")
+    before, after = load(a, results), load(b, results)
+    if not {key(row) for row in before} & {key(row) for row in after}:
+        raise ValueError("A and B have no case, provider and device in common")
+    return compare(before, after, limit)
+
+
+# What decides between the backends on a GPU: from committed rows, never by hand
+
+MEASURED = ("context_state", "low_rank_polar", "lowrank_linear")
+BACKENDS = ("eager", "triton", "cuda")
+PASSES = ("forward", "backward")
+SIZE_NAMES = {"T": "batch", "windows": "batch", "M": "tokens", "d_h": "hidden", "d_r": "state", "r": "rank"}
+SIZE_NAMES |= {"d_in": "in", "d_out": "out"}  # the names in a row's shape, and those of the operations
+
+
+def documents(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:
+    """The file of each GPU. Later rows of the same case and provider stand for earlier ones.
+
+    Raises:
+        InputError: the compute capability of a GPU is not known (`gpus.known`).
+    """
+    found: dict[str, dict[str, Any]] = {}
+    cases: dict[tuple[str, ...], dict[tuple[str, str], ResultRow]] = defaultdict(dict)
+    for row in rows:
+        if row.environment.kind != "gpu":
+            continue
+        gpu = row.environment.device
+        if gpu not in found:
+            capability = list(gpus.known(gpu).capability)
+            found[gpu] = {"gpu": gpu, "capability": capability, "gemm_flops": {}, "copy_bytes": 0.0, "rows": []}
+        if row.kernel == "ceiling" and row.mode == "gemm":
+            found[gpu]["gemm_flops"][row.dtype] = row.metrics["flops_per_s"]
+        elif row.kernel == "ceiling" and row.mode == "copy":
+            found[gpu]["copy_bytes"] = row.metrics["bytes_per_s"]
+        elif row.kernel in MEASURED:
+            cases[gpu, row.kernel, row.shape, row.dtype, row.environment.commit][row.provider, row.mode] = row
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for (gpu, operation, shape, dtype, commit), passes in cases.items():
+        times = _median_times(passes)
+        if len(times) > 1:
+            newest[gpu, operation, shape, dtype] = _entry(operation, shape, dtype, commit, times)
+    for (gpu, *_), entry in newest.items():
+        found[gpu]["rows"].append(entry)
+    return {gpu: document for gpu, document in found.items() if document["rows"] and document["copy_bytes"]}
+
+
+def _median_times(passes: dict[tuple[str, str], ResultRow]) -> dict[str, list[float]]:
+    """Median times of forward and backward by provider, of those that were right in both."""
+    found = {}
+    for provider in BACKENDS:
+        rows = [row for mode in PASSES if (row := passes.get((provider, mode))) is not None and row.status == OK]
+        if len(rows) == len(PASSES):
+            found[provider] = [round(row.p50_ms or 0.0, 4) for row in rows]
+    return found
+
+
+def _entry(operation: str, shape: str, dtype: str, commit: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    sizes = {SIZE_NAMES[name]: int(value) for name, value in (part.split("=") for part in shape.split())}
+    if operation == "low_rank_polar":
+        sizes["power_iterations"] = 1  # the suites measure no other
+    return {"operation": operation, "dtype": dtype, "sizes": sizes, "milliseconds": times, "commit": commit}
+
+
+def write_defaults(files: Sequence[Path], folder: Path) -> list[str]:
+    """Write one file per GPU; returns a line for each case. Raises: ValueError: a file is missing, or a GPU unknown."""
+    try:
+        found = documents(row for path in files for row in read_rows(path))
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    lines = []
+    for gpu, document in found.items():
+        write_text(folder / f"{gpus.slug(gpu)}.json", json.dumps(document, indent=1) + "\n")
+        rows = document["rows"]
+        lines += [f"{gpu}: {row['operation']} {row['dtype']} {row['sizes']} {row['milliseconds']}" for row in rows]
+    return lines or ["no case was measured with several backends that are right; nothing was written"]
+
+
+# Command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    keeping = commands.add_parser("collect", help="keep the rows of a run; can be repeated")
+    keeping.add_argument("source", type=Path, help="what `benchmarks.gpu_suite --out` or `pytest --rows` wrote")
+    comparing = commands.add_parser("compare", help="status 1 if a case of B became slower or lost its time")
+    comparing.add_argument("a", help="file or folder of rows, or a commit")
+    comparing.add_argument("b", help="the same; its times stand above the fraction line")
+    comparing.add_argument("--limit", type=float, default=1.1, help="smallest ratio that counts (default: %(default)g)")
+    for command in (keeping, comparing):
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows that are kept")
+    deciding = commands.add_parser("defaults", help="measurements for the dispatch")
+    deciding.add_argument("rows", nargs="+", type=Path, help="result files (rows.jsonl)")
+    deciding.add_argument("--folder", type=Path, default=measured.FOLDER, help="where the files go")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Status 2 where an argument or a file is bad."""
+    options = _parser().parse_args(words)
+    lines, worse = [], 0
+    try:
+        if options.command == "collect":
+            lines = [f"{collect(options.source, options.results)} new rows in {options.results}"]
+        elif options.command == "compare":
+            lines, worse = compare_sets(options.a, options.b, options.results, options.limit)
+        else:
+            lines = write_defaults(options.rows, options.folder)
+    except (ValueError, OSError) as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return int(worse > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

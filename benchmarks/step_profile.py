@@ -25,7 +25,7 @@ from benchmarks.measure import synchronize
 from benchmarks.presets import PRESETS, Preset, make_model
 from benchmarks.rows import ROOT, environment
 from benchmarks.step_providers import PROVIDERS, make_trainee
-from benchmarks.train_step import Runner, Settings, device_batch
+from benchmarks.train_step import StepRunner, StepSettings, device_batch
 from gakernels.files import write_text
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
@@ -41,8 +41,8 @@ def profile_step(preset: Preset, provider: str, device: torch.device) -> dict[st
         `kernels` ([ms, calls, name] by time) and `waits` (times by place, innermost first).
     """
     model = make_model(preset, device, 0)
-    runner = Runner(make_trainee(provider, model, preset), model, preset, device)
-    batch = device_batch(Settings(preset, (provider,), device), 0)
+    runner = StepRunner(make_trainee(provider, model, preset), model, preset, device)
+    batch = device_batch(StepSettings(preset, (provider,), device), 0)
 
     def step() -> None:
         runner.step(batch)

@@ -5,41 +5,46 @@ the floors have parameters of their own.
 """
 
 import copy
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._dynamo.config as dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.cases import largest_error
 from benchmarks.eager_baseline import EagerBaseline, plain_modules
-from benchmarks.floors import DenseLora, FrozenBase
-from benchmarks.parts import part
+from benchmarks.measure import part, paused
 from benchmarks.presets import Preset, check_preset, make_batch, make_model
-from benchmarks.step_variants import VARIANTS, variant
-from benchmarks.trainer_step import TrainerStep
+from benchmarks.providers import backend
 from gakernels import GenerativeAdapter
-from gakernels.model.window_losses import Loss as WindowLoss
-from gakernels.model.window_losses import WindowBatch, to_device, token_losses
+from gakernels.cost.memory import set_recomputation
+from gakernels.model.attachment import decoder_layers
+from gakernels.model.compilation import compile_layers
+from gakernels.model.window_losses import Loss, WindowBatch, to_device, token_losses
 from gakernels.nn import adapter_generator
+from gakernels.nn.token_loss import token_loss
 from gakernels.ops import low_rank_polar
-from gakernels.ops.dispatch import ENVIRONMENT_VARIABLE
+from gakernels.training.objective import WindowObjective
+from gakernels.training.trainer import Trainer, TrainerConfig
 
+LEARNING_RATE = 1e-6  # the parameters hardly move: every step is like the first
+CLIP = 1.0
+OVERLAP = ("overlap", "overlap_compiled")
+COMPILED_LAYERS = ("compiled_layers", "overlap_compiled")
+VARIANTS = ("overlap", "compiled_layers", "overlap_compiled", "recompute")
 LIBRARY = {  # and its backend
-    **{"auto": "", "trainer": "", "eager": "eager", "compiled": "eager", "triton": "triton", "cuda": "cuda"},
-    **dict.fromkeys(VARIANTS, ""),
+    **{"auto": "auto", "trainer": "auto", "eager": "eager", "compiled": "eager", "triton": "triton", "cuda": "cuda"},
+    **dict.fromkeys(VARIANTS, "auto"),
 }
 PROVIDERS = ("reference", *LIBRARY, "dense_lora", "frozen_base")
 FLOORS = ("dense_lora", "frozen_base")
 TOLERANCE = 1e-6
-
-Loss = Callable[[WindowBatch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ class Trainee:
     """
 
     parameters: Mapping[str, nn.Parameter]
-    loss: Loss
+    loss: Callable[[WindowBatch], Tensor]
     context: Callable[[], ExitStack]
-    trainer: TrainerStep | None = None
+    trainer: "TrainerStep | None" = None
 
 
 def make_trainee(name: str, model: GenerativeAdapter, preset: Preset, guard: bool = True) -> Trainee:
@@ -99,7 +104,7 @@ def _library_trainee(name: str, model: GenerativeAdapter) -> Trainee:
         stack.enter_context(switched())
         return stack
 
-    def losses(batch: WindowBatch) -> Mapping[str, WindowLoss]:
+    def losses(batch: WindowBatch) -> Mapping[str, Loss]:
         hidden = model(batch.input_ids, batch.mask, batch.chunks, batch.seen)[0]
         with part("loss"):
             return token_losses(model, hidden, batch.input_ids, batch.targets)
@@ -107,16 +112,6 @@ def _library_trainee(name: str, model: GenerativeAdapter) -> Trainee:
     parameters = dict(model.generators.named_parameters())
     trainer = TrainerStep(parameters, losses, model.base.dtype) if name == "trainer" else None
     return Trainee(parameters, lambda batch: losses(batch)["next_token"].mean, context, trainer)
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Force a backend of the operations while the block runs; nothing is forced by an empty name."""
-    with patch.dict(os.environ):
-        os.environ.pop(ENVIRONMENT_VARIABLE, None)
-        if name:
-            os.environ[ENVIRONMENT_VARIABLE] = name
-        yield
 
 
 @contextmanager
@@ -225,3 +220,182 @@ def _within(context: AbstractContextManager[None]) -> ExitStack:
     stack = ExitStack()
     stack.enter_context(context)
     return stack
+
+
+# Floors: the same model with less work, which no way of generating adapters can beat
+
+
+class DenseLora(nn.Module):
+    """The floor `dense_lora`: y = W x + scale A1 (B2 x) of width d_r, with no state and no norm.
+
+    Args:
+        base: a frozen transformers causal language model.
+        names: of the adapted linear layers.
+        width: d_r.
+        scale: factor of the adapter.
+        seed: of the random start values.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, names: Sequence[str], width: int, scale: float, seed: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._base, self.names, self.scale = [base], list(names), scale
+        random = torch.Generator(base.device).manual_seed(seed)
+        self.input_maps, self.output_maps = nn.ParameterList(), nn.ParameterList()
+        for name in names:
+            linear = base.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            outputs, inputs = linear.weight.shape
+            for maps, shape in ((self.input_maps, (width, inputs)), (self.output_maps, (outputs, width))):
+                start = torch.empty(shape, device=base.device, dtype=dtype)
+                maps.append(nn.Parameter(start.normal_(std=0.02, generator=random)))
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Mean cross-entropy over the next tokens of the windows (B, W, M)."""
+        with self.attached():
+            return frozen_loss(self._base[0], input_ids.flatten(0, 1), mask.flatten(0, 1))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The base model with this adapter while the block runs."""
+        hooks = []
+        try:
+            for name, input_map, output_map in zip(self.names, self.input_maps, self.output_maps, strict=True):
+                hook = self._hook(input_map, output_map)
+                hooks.append(self._base[0].get_submodule(name).register_forward_hook(hook))
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _hook(self, input_map: Tensor, output_map: Tensor) -> Callable[..., Tensor]:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            with part("adapted_linear"):
+                return output + self.scale * F.linear(F.linear(inputs[0], input_map), output_map)
+
+        return add
+
+
+class FrozenBase(nn.Module):
+    """The floor `frozen_base`: no adapter at all.
+
+    So that it has a backward, the output of the first layer that the others adapt requires a gradient: the backward
+    goes through everything behind it, as it must with any adapter there.
+    """
+
+    def __init__(self, base: PreTrainedModel, first: str) -> None:
+        super().__init__()
+        self._base, self.first = [base], first
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Mean cross-entropy over the next tokens of the windows (B, W, M)."""
+        first = self._base[0].get_submodule(self.first)
+        handle = first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        try:
+            return frozen_loss(self._base[0], input_ids.flatten(0, 1), mask.flatten(0, 1))
+        finally:
+            handle.remove()
+
+
+def frozen_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy over the next tokens of windows (windows, M), as the library's training computes it."""
+    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    with part("loss"):
+        head, predicted = base.get_output_embeddings(), F.pad(valid[:, 1:], (0, 1)).flatten()
+        losses = token_loss(hidden.flatten(0, 1), F.pad(ids[:, 1:], (0, 1)).flatten(), head, base.config.vocab_size)
+        return (losses * predicted).sum() / predicted.sum()
+
+
+# The library's own trainer, and variants of the library's step
+
+
+class TrainerStep:
+    """Takes steps on the batches that it is handed.
+
+    Args:
+        parameters: what is trained, by name.
+        take: the losses of a batch; there is one.
+        dtype: of the base model; bfloat16 runs under autocast.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        take: Callable[[WindowBatch], Mapping[str, Loss]],
+        dtype: torch.dtype,
+    ) -> None:
+        self._batches: list[WindowBatch] = []
+        precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        config = TrainerConfig(1, LEARNING_RATE, 0, "constant", clip=CLIP, precision=precision)
+        self._trainer = Trainer(config, parameters, WindowObjective(lambda _: self._batches, take), progress=False)
+        self._taken = 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the trainer."""
+        return self._trainer.optimizer
+
+    def __call__(self, batch: WindowBatch) -> Tensor:
+        """One step; gives the loss."""
+        self._batches = [batch]
+        result = self._trainer.step(self._taken)
+        self._taken += 1
+        return (result.totals / result.tokens)[0]
+
+    def gradients(self, batch: WindowBatch) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss and the gradients that a step forms, as they are before clipping; the parameters stay."""
+        parameters = list(self._trainer.parameters.values())
+        before = [parameter.detach().clone() for parameter in parameters]
+        self._batches = [batch]
+        result = self._trainer.step(0)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        clipped = (CLIP / (result.norm + 1e-6)).clamp(max=1.0)
+        found = [None if parameter.grad is None else parameter.grad / clipped for parameter in parameters]
+        return (result.totals / result.tokens)[0], found
+
+
+def variant(name: str, model: GenerativeAdapter) -> Callable[[], ExitStack]:
+    """What is in force while a provider's step runs, made anew for each step.
+
+    `compiled` compiles the whole decoder, `compiled_layers` one layer after the other; `overlap` forms the adapters on
+    a second stream; `recompute` computes gate and up of all layers again in the backward. Other names change nothing.
+    """
+    decoder: Any = model.base.get_decoder()
+    replaced: list[tuple[Any, Any]] = []
+    if name == "compiled":
+        replaced.append((decoder, torch.compile(decoder.forward)))
+    elif name in COMPILED_LAYERS:
+        layers = decoder_layers(model.base)[1]
+        compile_layers(model.base)
+        replaced += [(layer, vars(layer).pop("forward")) for layer in layers]
+    if replaced or name in OVERLAP:  # a clock would be compiled in, and knows one stream
+        inner = replaced.pop()[1] if name == "compiled" else decoder.forward
+        replaced.append((decoder, _without_clock(inner)))
+
+    def context() -> ExitStack:
+        stack = ExitStack()
+        # One process compiles the layers of several models: those that are checked and those that are timed.
+        stack.enter_context(dynamo.patch(recompile_limit=64))
+        for module, forward in replaced:
+            stack.enter_context(patch.object(module, "forward", forward))
+        if name in OVERLAP:
+            model.overlap_generators()
+            stack.callback(model.overlap_generators, False)
+        if name == "recompute":
+            set_recomputation(model, range(len(decoder_layers(model.base)[1])))
+            stack.callback(set_recomputation, model, [])
+        return stack
+
+    return context
+
+
+def _without_clock(forward: Callable[..., object]) -> Callable[..., object]:
+    def run(*args: object, **kwargs: object) -> object:
+        with paused():
+            return forward(*args, **kwargs)
+
+    return run

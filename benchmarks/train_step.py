@@ -20,7 +20,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,25 +29,38 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import UnavailableError, first_line
-from benchmarks.floors import step_flops
+from benchmarks.cases import NOTHING_HERE, UnavailableError, first_line
 from benchmarks.measure import (
     HARDWARE,
+    PartClock,
+    Timing,
     dtype_name,
     is_out_of_memory,
     measure_ceilings,
+    part,
     peak_bytes,
     percentile,
     resident_bytes,
+    running,
     synchronize,
 )
-from benchmarks.parts import PartClock, part, running
-from benchmarks.presets import PRESETS, Preset, make_batch, make_model
-from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, RowWriter, environment
-from benchmarks.stages import NOTHING_HERE
-from benchmarks.step_memory import ESTIMATED, estimated_bytes
+from benchmarks.presets import ESTIMATED, PRESETS, Preset, estimated_bytes, make_batch, make_model, step_flops
+from benchmarks.rows import (
+    FAILED,
+    FLOOR,
+    OK,
+    OUT_OF_MEMORY,
+    UNAVAILABLE,
+    WRONG,
+    ResultRow,
+    RowWriter,
+    environment,
+    times,
+)
 from benchmarks.step_providers import (
+    CLIP,
     FLOORS,
+    LEARNING_RATE,
     PROVIDERS,
     TOLERANCE,
     Trainee,
@@ -55,8 +68,6 @@ from benchmarks.step_providers import (
     parts_marked,
     provider_error,
 )
-from benchmarks.trainer_step import CLIP, LEARNING_RATE
-from benchmarks.training import rows
 from gakernels import GenerativeAdapter
 from gakernels.errors import BackendError
 from gakernels.files import write_text
@@ -64,10 +75,11 @@ from gakernels.model.quantized_base import QUANTIZATIONS
 from gakernels.model.window_losses import WindowBatch, to_device
 
 STARTED = time.monotonic()  # of the process, nearly
+Ratios = dict[str, dict[str, float]]
 
 
 @dataclass
-class Runner:
+class StepRunner:
     """A provider that trains on one model: the timed steps and what they cost."""
 
     trainee: Trainee
@@ -144,7 +156,7 @@ class Contender:
     status: str = OK
     detail: str = ""
     error: float | None = None
-    runners: list[Runner] = field(default_factory=list)
+    runners: list[StepRunner] = field(default_factory=list)
 
     def fail(self, error: Exception) -> None:
         """It drops out, and its memory goes."""
@@ -161,7 +173,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepSettings:
     """What the command line asks for."""
 
     preset: Preset
@@ -176,7 +188,7 @@ class Settings:
 AfterTurn = Callable[[Sequence[Contender], int], None]  # with the number of turns that are done
 
 
-def measure(settings: Settings, after_turn: AfterTurn = lambda contenders, turns: None) -> list[Contender]:
+def measure(settings: StepSettings, after_turn: AfterTurn = lambda contenders, turns: None) -> list[Contender]:
     """Check all providers, then let them take turns. What goes wrong with one of them does not stop the others."""
     contenders = [Contender(name) for name in settings.providers]
     for contender in contenders:
@@ -191,12 +203,12 @@ def measure(settings: Settings, after_turn: AfterTurn = lambda contenders, turns
                 if contender.status == OK:
                     with _guarded(contender):
                         trainee = make_trainee(contender.name, model, preset)
-                        contender.runners.append(Runner(trainee, model, preset, settings.device))
+                        contender.runners.append(StepRunner(trainee, model, preset, settings.device))
         _take_turns(contenders, settings, after_turn)
     return contenders
 
 
-def _check(contender: Contender, settings: Settings) -> None:
+def _check(contender: Contender, settings: StepSettings) -> None:
     _refuse_what_can_not_fit(contender.name, settings)
     contender.error = provider_error(contender.name, settings.preset, settings.device, settings.seed)
     if not contender.error <= TOLERANCE:
@@ -204,7 +216,7 @@ def _check(contender: Contender, settings: Settings) -> None:
         contender.detail = f"{contender.error:.2g} from the oracle in float64, {TOLERANCE:g} allowed"
 
 
-def _refuse_what_can_not_fit(name: str, settings: Settings) -> None:
+def _refuse_what_can_not_fit(name: str, settings: StepSettings) -> None:
     """Before anything of it is there. Raises: UnavailableError: the GPU has less memory left than a step takes."""
     if settings.device.type != "cuda" or settings.preset.measured_layers:
         return
@@ -213,7 +225,7 @@ def _refuse_what_can_not_fit(name: str, settings: Settings) -> None:
         raise UnavailableError(f"a step takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
 
-def _take_turns(contenders: Sequence[Contender], settings: Settings, after_turn: AfterTurn) -> None:
+def _take_turns(contenders: Sequence[Contender], settings: StepSettings, after_turn: AfterTurn) -> None:
     """Warm-up and memory first; then in each turn one step of every provider, beginning with another one each time."""
     for contender in contenders:
         with _guarded(contender):
@@ -244,7 +256,7 @@ def _guarded(contender: Contender) -> Iterator[None]:
         _progress(f"{contender.name}: {contender.status}: {contender.detail}")
 
 
-def device_batch(settings: Settings, number: int) -> WindowBatch:
+def device_batch(settings: StepSettings, number: int) -> WindowBatch:
     """On the device, but for the targets: what the library's trainer reads on the host spares it a wait."""
     batch = make_batch(settings.preset, settings.seed + number)
     return replace(to_device(batch, settings.device), targets=batch.targets)
@@ -273,33 +285,47 @@ def step_seconds(contender: Contender, preset: Preset) -> list[float]:
     return [extrapolate(values, preset) for values in turns]
 
 
-def result_row(contender: Contender, settings: Settings, gemm_flops: float) -> dict[str, Any]:
-    """One entry of `rows`: times only where the provider is right and ran to the end."""
-    row: dict[str, Any] = {"provider": contender.name, "status": contender.status, "error": contender.error}
-    if contender.detail:
-        row["detail"] = contender.detail
-    if not contender.is_running:
-        return row
+def result_rows(
+    name: str, settings: StepSettings, contenders: Sequence[Contender], gemm_flops: float
+) -> list[ResultRow]:
+    """A row for each contender; times only where the provider is right and ran to the end."""
+    preset, where = settings.preset, environment(settings.device)
+    shape = f"preset={name}" + (f" {preset.quantization}" if preset.quantization else "")
+    paired = ratios(contenders, preset)
+    rows = []
+    for contender in contenders:
+        names = ("train_step", contender.name, "step", shape, dtype_name(preset.dtype))
+        row = ResultRow(*names, contender.status, where, contender.detail, error=contender.error)
+        rows.append(_measured(row, contender, settings, gemm_flops, paired) if contender.is_running else row)
+    return rows
+
+
+def _measured(
+    row: ResultRow, contender: Contender, settings: StepSettings, gemm_flops: float, paired: Ratios
+) -> ResultRow:
     preset, samples = settings.preset, step_seconds(contender, settings.preset)
     median = statistics.median(samples)
     peak = int(extrapolate([runner.peak for runner in contender.runners], preset))
-    row |= {
-        "status": FLOOR if contender.name in FLOORS else OK,
-        "step_s_median": median,
-        "step_s_p20": percentile(samples, 20),
-        "step_s_p80": percentile(samples, 80),
-        "samples": len(samples),
+    pairs = {other: paired.get(f"{contender.name}/{other}") for other in ("reference", "dense_lora")}
+    metrics = {
         "segment_tokens_per_s": preset.segment_tokens / median,
-        "peak_bytes": peak,
-        "fits": {hardware.name: peak <= hardware.memory_bytes for hardware in HARDWARE},
         "mfu": step_flops(preset) / median / gemm_flops,
-        "parts_s": _part_medians(contender, preset),
+        **{f"fits.{hardware.name}": float(peak <= hardware.memory_bytes) for hardware in HARDWARE},
+        **{f"parts_s.{region}": seconds for region, seconds in _part_medians(contender, preset).items()},
+        **{f"over_{other}": ratio["median"] for other, ratio in pairs.items() if ratio},
     }
-    if contender.name in ESTIMATED and not preset.measured_layers:
-        row["estimated_bytes"] = estimated_bytes(contender.name, preset, settings.device)
-    if preset.measured_layers:
-        row["extrapolated_from_layers"] = list(preset.measured_layers)
-    return row
+    estimate = estimated_bytes(contender.name, preset, settings.device) if contender.name in ESTIMATED else None
+    if estimate is not None and not preset.measured_layers:
+        metrics["estimated_bytes"] = estimate
+    layers = " and ".join(str(count) for count in preset.measured_layers)
+    return replace(
+        row,
+        status=FLOOR if contender.name in FLOORS else OK,
+        detail=f"extrapolated to {preset.layers} layers from runs with {layers}" if layers else "",
+        peak_bytes=peak,
+        metrics=metrics,
+        **times(Timing(tuple(1e3 * sample for sample in samples), "")),
+    )
 
 
 def _part_medians(contender: Contender, preset: Preset) -> dict[str, float]:
@@ -311,7 +337,7 @@ def _part_medians(contender: Contender, preset: Preset) -> dict[str, float]:
     return {name: extrapolate(values, preset) for name, values in medians.items()}
 
 
-def ratios(contenders: Sequence[Contender], preset: Preset) -> dict[str, dict[str, float]]:
+def ratios(contenders: Sequence[Contender], preset: Preset) -> Ratios:
     """For each pair `a/b` of providers the time of a over that of b within a turn: median, p20 and p80."""
     samples = {contender.name: step_seconds(contender, preset) for contender in contenders if contender.is_running}
     result = {}
@@ -327,21 +353,19 @@ def ratios(contenders: Sequence[Contender], preset: Preset) -> dict[str, dict[st
     return result
 
 
-def report(name: str, settings: Settings, contenders: Sequence[Contender], gemm_flops: float) -> dict[str, Any]:
-    """What goes to the JSON file."""
+def report(name: str, settings: StepSettings, contenders: Sequence[Contender], gemm_flops: float) -> dict[str, Any]:
+    """What goes to the JSON file: the rows, and what belongs to all of them."""
     preset = settings.preset
-    shape = {key: value for key, value in asdict(preset).items() if key not in ("dtype", "measured_layers")}
     return {
         "preset": name,
-        "shape": {**shape, "dtype": dtype_name(preset.dtype)},
+        "shape": {**asdict(preset), "dtype": dtype_name(preset.dtype)},
         "windows": 2 * preset.segments * preset.chunks,
         "segment_tokens": preset.segment_tokens,
         "seed": settings.seed,
-        "environment": asdict(environment(settings.device)),
         "gemm_flops": gemm_flops,
         "model_flops": step_flops(preset),
         "floor_s": {hardware.name: step_flops(preset) / hardware.bf16_flops for hardware in HARDWARE},
-        "rows": [result_row(contender, settings, gemm_flops) for contender in contenders],
+        "rows": [row.to_dict() for row in result_rows(name, settings, contenders, gemm_flops)],
         "ratios": ratios(contenders, preset),
     }
 
@@ -371,7 +395,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _settings(parser: _Parser, arguments: argparse.Namespace) -> Settings:
+def _settings(parser: _Parser, arguments: argparse.Namespace) -> StepSettings:
     """Exits with status 2 and one line where an argument is bad."""
     if arguments.preset not in PRESETS:
         parser.error(f"--preset must be one of {', '.join(PRESETS)}, but it is {arguments.preset!r}")
@@ -394,7 +418,7 @@ def _settings(parser: _Parser, arguments: argparse.Namespace) -> Settings:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preset = replace(PRESETS[arguments.preset], quantization=arguments.quantization)
     deadline = STARTED + arguments.seconds
-    return Settings(preset, providers, device, arguments.steps, arguments.warmup, arguments.seed, deadline)
+    return StepSettings(preset, providers, device, arguments.steps, arguments.warmup, arguments.seed, deadline)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -425,12 +449,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _progress(f"out of memory: the base model of {parsed.preset} does not fit on {settings.device}")
             return 1
     save(contenders, max((len(runner.seconds) for c in contenders for runner in c.runners), default=0))
-    results = report(parsed.preset, settings, contenders, gemm_flops)
+    rows = result_rows(parsed.preset, settings, contenders, gemm_flops)
     if parsed.rows:
         writer = RowWriter(parsed.rows)
-        for row in rows(results, environment(settings.device)):
+        for row in rows:
             writer.write(row)
-    print(table(results))
+    print(table(rows, ratios(contenders, settings.preset)))
     if all(contender.status == UNAVAILABLE for contender in contenders):
         return NOTHING_HERE
     return 0 if all(contender.is_running for contender in contenders) else 1
@@ -462,30 +486,24 @@ def _available_bytes() -> int | None:
     return (int(free) + int(own)) * 1024
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(rows: Sequence[ResultRow], paired: Ratios) -> str:
     """The rows as text, with the ratios to the first floor there is."""
-    names = [row["provider"] for row in results["rows"]]
+    names, where = [row.provider for row in rows], rows[0].environment
     against = next((name for name in ("dense_lora", "reference", *names) if name in names), "")
-    lines = [
-        f"{results['preset']} on {results['environment']['device']}, {results['environment']['threads']} thread(s)",
-        f"{'provider':<12} {'step s':>8} {'p20':>8} {'p80':>8} {'tokens/s':>10} {'peak GB':>8} {'MFU':>6}  x {against}",
-    ]
-    for row in results["rows"]:
-        if "step_s_median" not in row:
-            lines.append(f"{row['provider']:<12} {row['status']}: {row.get('detail', '')}")
+    heads = f"{'step s':>8} {'p20':>8} {'p80':>8} {'tokens/s':>10} {'peak GB':>8} {'MFU':>6}"
+    lines = [f"{rows[0].shape} on {where.device}, {where.threads} thread(s)", f"{'provider':<12} {heads}  x {against}"]
+    for row in rows:
+        if row.p50_ms is None or row.p20_ms is None or row.p80_ms is None or row.peak_bytes is None:
+            lines.append(f"{row.provider:<12} {row.status}: {row.detail}")
             continue
-        times = " ".join(f"{row[f'step_s_{name}']:8.3f}" for name in ("median", "p20", "p80"))
-        ratio = results["ratios"].get(f"{row['provider']}/{against}", {}).get("median", 1.0)
-        lines.append(
-            f"{row['provider']:<12} {times} {row['segment_tokens_per_s']:10.0f} {row['peak_bytes'] / 1e9:8.2f} "
-            f"{row['mfu']:6.1%}  {ratio:.3f}"
-        )
-        lines.append("    " + ", ".join(f"{name} {value:.3f}" for name, value in row["parts_s"].items()))
-    measured = next((row for row in results["rows"] if "extrapolated_from_layers" in row), None)
-    if measured:
-        layers = " and ".join(str(count) for count in measured["extrapolated_from_layers"])
-        lines.append(f"extrapolated to {results['shape']['layers']} layers from runs with {layers}")
-    return "\n".join(lines)
+        seconds = " ".join(f"{value / 1e3:8.3f}" for value in (row.p50_ms, row.p20_ms, row.p80_ms))
+        numbers = f"{row.metrics['segment_tokens_per_s']:10.0f} {row.peak_bytes / 1e9:8.2f} {row.metrics['mfu']:6.1%}"
+        ratio = paired.get(f"{row.provider}/{against}", {}).get("median", 1.0)
+        lines.append(f"{row.provider:<12} {seconds} {numbers}  {ratio:.3f}")
+        parts = [(name, value) for name, value in row.metrics.items() if name.startswith("parts_s.")]
+        lines.append("    " + ", ".join(f"{name.removeprefix('parts_s.')} {value:.3f}" for name, value in parts))
+    extrapolated = next((row.detail for row in rows if row.p50_ms is not None and row.detail), "")
+    return "\n".join([*lines, extrapolated] if extrapolated else lines)
 
 
 def _turn_text(contenders: Sequence[Contender]) -> str:

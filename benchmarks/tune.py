@@ -30,8 +30,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.compile_ahead import both_passes, capability, launches, settings_of
-from benchmarks.kernel_resources import OPERATIONS, compiling_for
+from benchmarks.kernel_resources import OPERATIONS, capability, compiling_for, launches, passes_of, settings_of
 from benchmarks.measure import Effort, dtype_name, time_call
 from benchmarks.operations import PRESETS, Operation, operations, oracle_error, seeded, with_leaves
 from gakernels.files import write_text
@@ -100,7 +99,7 @@ def neighbours(settings: Settings) -> Iterator[Settings]:
 
 
 @dataclass(frozen=True)
-class Launch:
+class SettingsRequest:
     """What a kernel asks the tables for, and what it is given."""
 
     kernel: str
@@ -113,14 +112,14 @@ class Launch:
         return {"dtypes": [self.dtype], "sizes": dict(self.sizes), "settings": settings}
 
 
-def asked(run: Callable[[], object]) -> list[Launch]:
+def asked(run: Callable[[], object]) -> list[SettingsRequest]:
     """What the kernels that a call launches ask for, each once."""
-    found: dict[Launch, None] = {}
+    found: dict[SettingsRequest, None] = {}
     plain = tuned.settings
 
     def record(kernel: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> Settings:
         given = plain(kernel, device, dtype, **sizes)
-        found[Launch(kernel, dtype_name(dtype), tuple(sizes.items()), tuple(given.items()))] = None
+        found[SettingsRequest(kernel, dtype_name(dtype), tuple(sizes.items()), tuple(given.items()))] = None
         return given
 
     with patch.object(tuned, "settings", record):
@@ -129,7 +128,7 @@ def asked(run: Callable[[], object]) -> list[Launch]:
 
 
 @contextmanager
-def in_force(launch: Launch, settings: Settings, path: Path) -> Iterator[None]:
+def in_force(launch: SettingsRequest, settings: Settings, path: Path) -> Iterator[None]:
     """Other settings of one kernel while the block runs, in front of what the table at `path` holds."""
     kernels = json.loads(path.read_text())["kernels"] if path.exists() else {}
     entries = [launch.entry(settings), *kernels.get(launch.kernel, [])]
@@ -152,11 +151,11 @@ class Sized:
         return operations(self.preset, device, self.dtype)[self.number]
 
 
-def compile_candidate(sized: Sized, launch: Launch, settings: Settings, capability: int) -> None:
+def compile_candidate(sized: Sized, launch: SettingsRequest, settings: Settings, capability: int) -> None:
     """Compile one kernel with other settings, into Triton's cache. What can't be compiled shows when it is timed."""
     name = launch.kernel.split(".")[-1]
     with tempfile.TemporaryDirectory() as folder, in_force(launch, settings, Path(folder) / "none.json"):
-        found = launches([functools.partial(both_passes, sized.on(torch.device("meta")))])
+        found = launches([passes_of(sized.on(torch.device("meta")))])
     with compiling_for(capability):
         for wanted in found:
             if wanted.kernel.fn.__name__ == name:
@@ -185,7 +184,7 @@ def measure(operation: Operation) -> float | None:
         return None
 
 
-def store(path: Path, gpu: str, launch: Launch, settings: Settings) -> None:
+def store(path: Path, gpu: str, launch: SettingsRequest, settings: Settings) -> None:
     """Put settings in front of what a table holds for a kernel; the rest of it stays."""
     document: dict[str, Any] = {"gpu": gpu, "kernels": {}}
     if path.exists():
@@ -205,14 +204,14 @@ def tune_operation(sized: Sized, device: torch.device, pool: Executor, path: Pat
     operation, compute = sized.on(device), capability()
     print(f"{operation.name} {operation.shape}", flush=True)
     with settings_of(device):
-        found = asked(lambda: launches([functools.partial(both_passes, sized.on(torch.device("meta")))]))
+        found = asked(lambda: launches([passes_of(sized.on(torch.device("meta")))]))
     for launch in found:
 
-        def seconds(settings: Settings, launch: Launch = launch) -> float | None:
+        def seconds(settings: Settings, launch: SettingsRequest = launch) -> float | None:
             with in_force(launch, settings, path):
                 return measure(operation)
 
-        def compile_all(candidates: list[Settings], launch: Launch = launch) -> None:
+        def compile_all(candidates: list[Settings], launch: SettingsRequest = launch) -> None:
             list(pool.map(compile_candidate, *zip(*[(sized, launch, c, compute) for c in candidates], strict=True)))
 
         keep = functools.partial(store, path, gpu, launch)

@@ -1,32 +1,40 @@
-"""The process of a stage that measures cases: `python -m benchmarks.worker STAGE --out DIR` writes a row for each.
+"""The process of a stage of the GPU suite: `python -m benchmarks.worker STAGE --out DIR`.
 
-A broken GPU context takes the process down with it; it ends then with status RESTART, and the suite starts another,
-which leaves out what was tried already.
+Most stages measure cases and write a row for each. A broken GPU context takes the process down with it; it ends then
+with status RESTART, and the suite starts another, which leaves out what was tried already. `compile` compiles the
+Triton kernels in all processes at once, `kernels_once` runs every kernel once, for compute-sanitizer.
 """
 
 import argparse
 import importlib.util
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import inference, modules, operations, plans, step_parts
-from benchmarks.cases import Case, Session, run_case
-from benchmarks.measure import Ceilings, Effort, measure_ceilings
-from benchmarks.rows import BAD_STATUSES, OK, TIMED, Environment, Row, RowWriter, environment, read_rows
-from benchmarks.stages import NOTHING_HERE, RESTART, Run
+from benchmarks import inference, modules, operations
+from benchmarks.cases import NOTHING_HERE, BenchmarkCase, Session, run_case
+from benchmarks.gpu_suite import RESTART, SIZES, SuiteRun
+from benchmarks.kernel_resources import OPERATIONS, capability, compile_launches, launches, preset_runs, settings_of
+from benchmarks.measure import Ceilings, Effort, measure_ceilings, synchronize
+from benchmarks.operations import Operation, OperationSizes, operations_of, seeded, with_leaves
+from benchmarks.providers import with_backend
+from benchmarks.rows import BAD_STATUSES, OK, TIMED, Environment, ResultRow, RowWriter, environment, read_rows
+from gakernels import ops
+from gakernels.ops import dispatch, launching
 
 BROKEN = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
 SECONDS = 0.4  # of samples per case
 KERNELS = ("triton", "cuda", "eager", "base_gemm")
 OTHERS = ("svd_lowrank", "baddbmm")
 
-Make = Callable[..., Sequence[Case]]  # from a preset, a device, a dtype and names of providers
+Make = Callable[..., Sequence[BenchmarkCase]]  # from a preset, a device, a dtype and names of providers
 
 
-def measure(stage: str, run: Run, since: int = 0) -> int:
+def measure(stage: str, run: SuiteRun, since: int = 0) -> int:
     """Measure the cases of a stage.
 
     Args:
@@ -46,7 +54,7 @@ def measure(stage: str, run: Run, since: int = 0) -> int:
     status = 0
     for case in STAGES[stage](run):
         for provider in case.providers:
-            if (*case_key(case), provider) in tried:
+            if (*case.key, provider) in tried:
                 continue
             row = run_case(case, provider, session).row
             _write(writer, row)
@@ -56,22 +64,24 @@ def measure(stage: str, run: Run, since: int = 0) -> int:
     return status
 
 
-def dtype_of(run: Run) -> torch.dtype:
+def dtype_of(run: SuiteRun) -> torch.dtype:
     return torch.float32 if run.rehearsal else torch.bfloat16
 
 
-def _made(make: Make, *presets: str, names: Sequence[str] | None = None, **options: str) -> Callable[[Run], list[Case]]:
+def _made(
+    make: Make, *presets: str, names: Sequence[str] | None = None, **options: str
+) -> Callable[[SuiteRun], list[BenchmarkCase]]:
     """The cases at the sizes of some presets; in a rehearsal at tiny ones."""
 
-    def cases(run: Run) -> list[Case]:
+    def cases(run: SuiteRun) -> list[BenchmarkCase]:
         chosen = ("tiny",) if run.rehearsal else presets
         return [case for name in chosen for case in make(name, run.device, dtype_of(run), names, **options)]
 
     return cases
 
 
-STAGES: dict[str, Callable[[Run], list[Case]]] = {
-    "operations": _made(operations.cases, *plans.SIZES, names=KERNELS),
+STAGES: dict[str, Callable[[SuiteRun], list[BenchmarkCase]]] = {
+    "operations": _made(operations.cases, *SIZES, names=KERNELS),
     "other_operations": _made(operations.cases, "mistral-7b", names=OTHERS),
     "many_states": _made(operations.many_states, "mistral-7b", names=KERNELS),
     "compiled": _made(operations.cases, "mistral-7b", names=["compiled"]),
@@ -79,11 +89,11 @@ STAGES: dict[str, Callable[[Run], list[Case]]] = {
     "inference": _made(inference.cases, "mistral-7b", names=inference.FAST),
     "inference_reference": _made(inference.cases, "mistral-7b", names=["reference"]),
     "flash_attention": _made(inference.cases, "mistral-7b", names=inference.FAST, attention="flash_attention_2"),
-    "step_parts": _made(step_parts.cases, "mistral-7b"),
+    "step_parts": _made(modules.part_cases, "mistral-7b"),
 }
 
 
-def _ceilings(run: Run, writer: RowWriter, where: Environment) -> Ceilings:
+def _ceilings(run: SuiteRun, writer: RowWriter, where: Environment) -> Ceilings:
     """Those that the rows have for this device and commit; else they are measured, and become rows."""
     same = [row for row in _rows(run) if row.kernel == "ceiling" and _is_here(row, where)]
     if not same:
@@ -95,33 +105,29 @@ def _ceilings(run: Run, writer: RowWriter, where: Environment) -> Ceilings:
     return Ceilings(rates, next(row.metrics["bytes_per_s"] for row in same if row.mode == "copy"))
 
 
-def _ceiling_rows(ceilings: Ceilings, where: Environment) -> Iterator[Row]:
+def _ceiling_rows(ceilings: Ceilings, where: Environment) -> Iterator[ResultRow]:
     for dtype, rate in ceilings.gemm_flops.items():
-        yield Row("ceiling", "torch", "gemm", "", dtype, OK, where, metrics={"flops_per_s": rate})
+        yield ResultRow("ceiling", "torch", "gemm", "", dtype, OK, where, metrics={"flops_per_s": rate})
     copy = {"bytes_per_s": ceilings.copy_bandwidth}
-    yield Row("ceiling", "torch", "copy", "", "float32", OK, where, metrics=copy)
+    yield ResultRow("ceiling", "torch", "copy", "", "float32", OK, where, metrics=copy)
 
 
-def case_key(case: Case) -> tuple[str, str, str, str]:
-    return case.kernel, case.mode, case.shape, case.dtype
-
-
-def _rows(run: Run) -> list[Row]:
+def _rows(run: SuiteRun) -> list[ResultRow]:
     return read_rows(run.rows) if run.rows.is_file() else []
 
 
-def _is_here(row: Row, where: Environment) -> bool:
+def _is_here(row: ResultRow, where: Environment) -> bool:
     return (row.environment.commit, row.environment.device) == (where.commit, where.device)
 
 
-def _tried(run: Run, where: Environment, since: int) -> set[tuple[str, ...]]:
+def _tried(run: SuiteRun, where: Environment, since: int) -> set[tuple[str, ...]]:
     """What has a time from this commit and device, and whatever this stage has tried before it was started again."""
     numbered = enumerate(_rows(run))
     same = [row for number, row in numbered if number >= since or (row.status in TIMED and _is_here(row, where))]
     return {(*row.case, row.provider) for row in same}
 
 
-def _write(writer: RowWriter, row: Row) -> None:
+def _write(writer: RowWriter, row: ResultRow) -> None:
     """To the files, and one line to the terminal."""
     writer.write(row)
     time = "" if row.p50_ms is None else f"{row.p50_ms:.4g} ms"
@@ -130,15 +136,71 @@ def _write(writer: RowWriter, row: Row) -> None:
     print(line.rstrip(), flush=True)
 
 
+# Kernels without times
+
+
+def compile_kernels(run: SuiteRun) -> int:
+    """Compile what the operations launch, into Triton's cache, where later processes find it.
+
+    Returns:
+        The exit status: 1 where a kernel can't be compiled, 2 where none can.
+    """
+    names = ["context_state"] if run.rehearsal else OPERATIONS
+    obstacles = [reason for name in names if (reason := dispatch.missing(name, "triton"))]
+    if launching.interpreting():
+        obstacles.append("TRITON_INTERPRET is set: the kernels would be interpreted")
+    if obstacles:
+        print(f"can't compile: {obstacles[0]}", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    with settings_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        wanted = launches(preset_runs(("tiny",) if run.rehearsal else SIZES, names, torch.bfloat16))
+    failed = compile_launches(wanted, os.cpu_count() or 1, capability())
+    seconds = time.monotonic() - started
+    print("\n".join([*failed, f"compiled {len(wanted) - len(failed)} of {len(wanted)} launches in {seconds:.1f} s"]))
+    return 1 if failed else 0
+
+
+def run_kernels_once(run: SuiteRun) -> int:
+    """Every kernel forward and backward, at sizes with tails; 1 where no kernel at all could run."""
+    sizes = OperationSizes(chunks=2, tokens=70, hidden=136, state=256, rank=32, layers=((136, 200),))
+    done = 0
+    for dtype in (torch.bfloat16, torch.float32):
+        for operation in operations_of(sizes, run.device, dtype):
+            for backend in ("triton", "cuda"):
+                obstacle = run_once(operation, backend)
+                done += obstacle is None
+                print(f"{operation.name} {operation.dtype} {backend}: {obstacle or 'done'}", flush=True)
+    return 0 if done else 1
+
+
+def run_once(operation: Operation, backend: str) -> str | None:
+    """One forward and backward; returns why the backend can't, or None when it is done."""
+    arguments, leaves = with_leaves(operation, operation.draw(seeded(operation.device, 0)))
+    obstacle = dispatch.why_not(operation.name, backend, *arguments)
+    if obstacle is not None:
+        return obstacle
+    returned = with_backend(backend, getattr(ops, operation.name))(*arguments)
+    outputs, gradients = operation.upstream(returned, torch.ones_like(operation.defined(returned)))
+    torch.autograd.grad(outputs, leaves, gradients)
+    synchronize(operation.device)
+    return None
+
+
+KERNEL_STAGES = {"compile": compile_kernels, "kernels_once": run_kernels_once}
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Entry of the process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=(*STAGES, *KERNEL_STAGES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--since", type=int, default=0)
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args(words)
-    return measure(options.stage, Run(options.out, options.rehearse), options.since)
+    run = SuiteRun(options.out, options.rehearse)
+    kernels = KERNEL_STAGES.get(options.stage)
+    return kernels(run) if kernels else measure(options.stage, run, options.since)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.cases import Session
 from benchmarks.measure import Effort
-from benchmarks.rows import OK, Environment, Row
+from benchmarks.rows import OK, Environment, ResultRow
 
 WHERE = Environment(
     device="Some CPU",
@@ -30,13 +30,13 @@ def where() -> Environment:
 
 
 @pytest.fixture
-def make_row() -> Callable[..., Row]:
+def make_row() -> Callable[..., ResultRow]:
     """A row with a time unless the entries say otherwise."""
 
-    def make(median: float | None = 2.0, **entries: Any) -> Row:
+    def make(median: float | None = 2.0, **entries: Any) -> ResultRow:
         names = {"kernel": "context_state", "provider": "eager", "mode": "forward", "shape": "T=8", "dtype": "float32"}
         times = {"p20_ms": median * 0.95, "p50_ms": median, "p80_ms": median * 1.05} if median is not None else {}
-        return Row(**{**names, "status": OK, "environment": WHERE, **times, **entries})
+        return ResultRow(**{**names, "status": OK, "environment": WHERE, **times, **entries})
 
     return make
 

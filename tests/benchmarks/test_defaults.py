@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import defaults
-from benchmarks.rows import RESULTS, WRONG, Row, RowWriter
+from benchmarks.rows import RESULTS, WRONG, ResultRow, RowWriter, documents, main
 from gakernels.ops import measured
 
-MakeRow = Callable[..., Row]
+MakeRow = Callable[..., ResultRow]
 SHAPE = "T=8 d_r=1024 r=128"
 Times = tuple[float, float, float]
 
 
 def rows(
     make_row: MakeRow, times: dict[str, Times], status: str = "ok", commit: str = "c1", gpu: str = "gpu"
-) -> list[Row]:
+) -> list[ResultRow]:
     found = []
     for provider, (p20, p50, p80) in times.items():
         for mode in ("forward", "backward"):
@@ -36,7 +35,7 @@ EAGER = {"eager": (9.0, 10.0, 11.0)}
 BOTH = {**EAGER, "triton": (4.0, 5.0, 6.0)}
 
 
-def ceilings(make_row: MakeRow) -> list[Row]:
+def ceilings(make_row: MakeRow) -> list[ResultRow]:
     """What the suite's stage `device` leaves."""
     plain = make_row(1.0)
     environment = replace(plain.environment, device="NVIDIA H200", kind="gpu")
@@ -48,7 +47,7 @@ def ceilings(make_row: MakeRow) -> list[Row]:
 
 
 def test_a_case_with_several_backends(make_row: MakeRow) -> None:
-    found = defaults.documents([*ceilings(make_row), *rows(make_row, {**BOTH, "cuda": (3.0, 4.0, 5.0)})])
+    found = documents([*ceilings(make_row), *rows(make_row, {**BOTH, "cuda": (3.0, 4.0, 5.0)})])
     document = found["NVIDIA H200"]
     assert (document["capability"], document["gemm_flops"], document["copy_bytes"]) == (
         [9, 0],
@@ -67,24 +66,24 @@ def test_a_case_with_several_backends(make_row: MakeRow) -> None:
 
 
 def test_wrong_half_measured_alone_or_on_a_cpu(make_row: MakeRow) -> None:
-    def found(*more: Row) -> dict[str, object]:
-        return defaults.documents([*ceilings(make_row), *more])
+    def found(*more: ResultRow) -> dict[str, object]:
+        return documents([*ceilings(make_row), *more])
 
     assert found(*rows(make_row, BOTH, status=WRONG)) == {}
     assert found(*(row for row in rows(make_row, BOTH) if row.mode == "forward")) == {}
     assert found(*rows(make_row, BOTH, gpu="cpu")) == {}
     assert found(*rows(make_row, {"triton": (1.0, 1.0, 1.0)})) == {}
-    assert defaults.documents(rows(make_row, BOTH)) == {}  # no rates of the GPU
+    assert documents(rows(make_row, BOTH)) == {}  # no rates of the GPU
 
 
 def test_backends_of_different_commits_are_not_compared(make_row: MakeRow) -> None:
     other = rows(make_row, {"triton": (1.0, 1.0, 1.0)}, commit="c2")
-    assert defaults.documents([*ceilings(make_row), *rows(make_row, EAGER), *other]) == {}
+    assert documents([*ceilings(make_row), *rows(make_row, EAGER), *other]) == {}
 
 
 def test_later_rows_of_a_case_stand_for_earlier_ones(make_row: MakeRow) -> None:
     later = rows(make_row, {**EAGER, "cuda": (1.0, 1.0, 1.0)}, commit="c2")
-    (row,) = defaults.documents([*ceilings(make_row), *rows(make_row, BOTH), *later])["NVIDIA H200"]["rows"]
+    (row,) = documents([*ceilings(make_row), *rows(make_row, BOTH), *later])["NVIDIA H200"]["rows"]
     assert (list(row["milliseconds"]), row["commit"]) == (["eager", "cuda"], "c2")
 
 
@@ -92,12 +91,12 @@ def test_the_command(make_row: MakeRow, tmp_path: Path, capsys: pytest.CaptureFi
     writer = RowWriter(tmp_path / "rows.jsonl")
     for row in [*ceilings(make_row), *rows(make_row, BOTH)]:
         writer.write(row)
-    assert defaults.main([str(writer.path), "--folder", str(tmp_path / "measured")]) == 0
+    assert main(["defaults", str(writer.path), "--folder", str(tmp_path / "measured")]) == 0
     document = json.loads((tmp_path / "measured" / "nvidia-h200.json").read_text())
     assert document["gpu"] == "NVIDIA H200"
     assert len(document["rows"]) == 1
-    assert defaults.main([str(tmp_path / "none.jsonl")]) == 2
-    assert "there are no results at" in capsys.readouterr().err
+    assert main(["defaults", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl does not exist" in capsys.readouterr().err
 
 
 def test_a_gpu_of_unknown_capability_is_a_mistake(
@@ -106,11 +105,11 @@ def test_a_gpu_of_unknown_capability_is_a_mistake(
     writer = RowWriter(tmp_path / "rows.jsonl")
     for row in rows(make_row, BOTH):
         writer.write(replace(row, environment=replace(row.environment, device="Voodoo")))
-    assert defaults.main([str(writer.path), "--folder", str(tmp_path)]) == 2
+    assert main(["defaults", str(writer.path), "--folder", str(tmp_path)]) == 2
     assert "but it is 'Voodoo'" in capsys.readouterr().err
 
 
 def test_the_committed_measurements_are_those_of_the_committed_rows(tmp_path: Path) -> None:
     for path in measured.FOLDER.glob("*.json"):
-        assert defaults.main([str(RESULTS / path.stem / "rows.jsonl"), "--folder", str(tmp_path)]) == 0
+        assert main(["defaults", str(RESULTS / path.stem / "rows.jsonl"), "--folder", str(tmp_path)]) == 0
         assert (tmp_path / path.name).read_text() == path.read_text()

@@ -15,19 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_suite, measure, stages, worker
-from benchmarks.cases import Outcome, Session
-from benchmarks.plans import PLANS
-from benchmarks.rows import FAILED, TIMED, Row, RowWriter, read_rows
-from benchmarks.stages import Result, Run, Stage, run_stage, run_stages
+from benchmarks import gpu_suite, measure, worker
+from benchmarks.cases import NOTHING_HERE, Outcome, Session
+from benchmarks.gpu_suite import PLANS, Stage, StageResult, SuiteRun, run_stage, run_stages
+from benchmarks.rows import FAILED, ROOT, TIMED, ResultRow, RowWriter, read_rows
 
-MakeRow = Callable[..., Row]
-MOST_FILES = 8
+MakeRow = Callable[..., ResultRow]
+MOST_FILES = 7
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path, rehearsal=True)
+def run(tmp_path: Path) -> SuiteRun:
+    return SuiteRun(tmp_path, rehearsal=True)
 
 
 def fake(script: str, name: str = "one", seconds: float = 30) -> Stage:
@@ -55,7 +54,7 @@ def test_the_step_begins_with_what_matters_most() -> None:
     assert sum(limits) <= 60 * PLANS["step"].minutes
 
 
-def test_large_models_have_a_process_for_each_provider(run: Run) -> None:
+def test_large_models_have_a_process_for_each_provider(run: SuiteRun) -> None:
     """On a card of 80 GB they do not fit beside each other."""
     for stage in PLANS["step"].stages:
         command = stage.command(replace(run, rehearsal=False), 60)
@@ -93,14 +92,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     The commands that begin processes of their own have them.
     """
-    plain = stages.execute
+    plain = gpu_suite.execute
 
     def execute(command: Sequence[str], log: Path, seconds: float) -> int | None:
         words = list(command)
         if words[0] == "env":
             words = words[next(place for place, word in enumerate(words) if word == sys.executable) :]
         module = words[2]
-        if words[:2] != [sys.executable, "-m"] or module in ("benchmarks.compile_ahead", "benchmarks.tune"):
+        if words[:2] != [sys.executable, "-m"] or module == "benchmarks.tune" or "compile" in words[3:4]:
             return plain(command, log, seconds)
         with log.open("a", encoding="utf-8") as file:
             file.write(" ".join(words[2:]) + "\n")
@@ -108,7 +107,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     small = functools.partial(measure.measure_ceilings, small=True)
     monkeypatch.setattr("benchmarks.train_step.measure_ceilings", small)
-    monkeypatch.setattr(stages, "execute", execute)
+    monkeypatch.setattr(gpu_suite, "execute", execute)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -119,7 +118,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_comes_to_its_end(plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = gpu_suite.main(["--plan", plan, "--out", str(tmp_path), "--rehearse"])
-    results = stages.read_results(tmp_path)
+    results = gpu_suite.read_results(tmp_path)
     assert [(name, e["detail"]) for name, e in results.items() if e["status"] not in ("done", "skipped")] == []
     assert status == 0
     assert set(results) == {stage.name for stage in PLANS[plan].stages}
@@ -147,9 +146,9 @@ def _expected_files(plan: str, folder: Path) -> None:
         assert report["busy_ms"] > 0
 
 
-def test_all_plans_leave_few_files(run: Run) -> None:
-    """What the commands name, beside the rows in two forms, the log and the statuses."""
-    named = {"rows.jsonl", "rows.csv", "log.txt", "stages.json"}
+def test_all_plans_leave_few_files(run: SuiteRun) -> None:
+    """What the commands name, beside the rows, the log and the statuses."""
+    named = {"rows.jsonl", "log.txt", "stages.json"}
     for plan in PLANS.values():
         for stage in plan.stages:
             command = stage.command(replace(run, rehearsal=False), 60)
@@ -167,13 +166,15 @@ def test_all_plans_leave_few_files(run: Run) -> None:
     [
         ("print('hello')", "done", ""),
         ("raise SystemExit(3)", "failed", "exit status 3; see log.txt"),
-        (f"raise SystemExit({stages.NOTHING_HERE})", "skipped", "nothing of it can run here"),
+        (f"raise SystemExit({NOTHING_HERE})", "skipped", "nothing of it can run here"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "failed", "ended by signal 11"),
-        (f"raise SystemExit({stages.RESTART})", "failed", "the GPU context broke again and again"),
+        (f"raise SystemExit({gpu_suite.RESTART})", "failed", "the GPU context broke again and again"),
     ],
 )
-def test_how_a_stage_ends(script: str, status: str, detail: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "MOST_RESTARTS", 2)
+def test_how_a_stage_ends(
+    script: str, status: str, detail: str, run: SuiteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite, "MOST_RESTARTS", 2)
     result = run_stage(fake(script), run, 30)
     assert result.status == status
     assert detail in result.detail
@@ -181,13 +182,13 @@ def test_how_a_stage_ends(script: str, status: str, detail: str, run: Run, monke
         assert (run.folder / "log.txt").read_text(encoding="utf-8") == "hello\n"
 
 
-def test_what_needs_a_gpu_is_left_out_of_a_rehearsal(run: Run) -> None:
+def test_what_needs_a_gpu_is_left_out_of_a_rehearsal(run: SuiteRun) -> None:
     result = run_stage(replace(fake("raise SystemExit(1)"), needs_gpu=True), run, 30)
     assert (result.status, result.detail) == ("skipped", "needs a GPU")
 
 
 @pytest.mark.parametrize(("left", "limit"), [(1.5, 30.0), (30.0, 1.5)])
-def test_a_stage_is_cut_off_and_what_it_said_is_kept(left: float, limit: float, run: Run) -> None:
+def test_a_stage_is_cut_off_and_what_it_said_is_kept(left: float, limit: float, run: SuiteRun) -> None:
     script = "import time; print('begun', flush=True); time.sleep(60)"
     result = run_stage(fake(script, seconds=limit), run, left)
     assert result.status == "not run"
@@ -195,7 +196,7 @@ def test_a_stage_is_cut_off_and_what_it_said_is_kept(left: float, limit: float, 
     assert (run.folder / "log.txt").read_text(encoding="utf-8") == "begun\n"
 
 
-def test_children_end_with_their_stage(run: Run) -> None:
+def test_children_end_with_their_stage(run: SuiteRun) -> None:
     sleeper = "import time; time.sleep(60)"
     script = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {sleeper!r}]).pid, flush=True)"
     assert run_stage(fake(script), run, 30).status == "done"
@@ -213,39 +214,38 @@ def _runs(process: int) -> bool:
         return False
 
 
-def test_the_time_of_a_plan_ends_the_run_and_the_rest_is_named(run: Run) -> None:
+def test_the_time_of_a_plan_ends_the_run_and_the_rest_is_named(run: SuiteRun) -> None:
     results = run_stages([fake("import time; time.sleep(60)"), fake("", "two")], run, 1.0)
     assert [result.status for result in results.values()] == ["not run", "not run"]
     assert "before it began" in results["two"].detail
     assert run_stages([fake("")], run, 30)["one"].status == "done"
 
 
-def test_a_failed_stage_runs_again_and_a_done_one_does_not(run: Run) -> None:
+def test_a_failed_stage_runs_again_and_a_done_one_does_not(run: SuiteRun) -> None:
     assert run_stages([fake("raise SystemExit(1)")], run, 30)["one"].status == "failed"
     assert run_stages([fake("")], run, 30)["one"].detail == ""
-    assert run_stages([fake("raise SystemExit(1)")], run, 30)["one"] == Result("done", "in an earlier run")
+    assert run_stages([fake("raise SystemExit(1)")], run, 30)["one"] == StageResult("done", "in an earlier run")
 
 
 # Workers
 
 
-def test_a_worker_in_a_process_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_in_a_process_of_its_own(run: SuiteRun, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = next(stage for stage in PLANS["operations"].stages if stage.name == "other_operations")
     assert run_stage(stage, run, 120).status == "done"
     measured = [row for row in read_rows(run.rows) if row.kernel != "ceiling"]
     assert {row.provider for row in measured} == {"svd_lowrank", "baddbmm"}
     assert all(row.p50_ms and row.environment.commit for row in measured)
-    assert (run.folder / "rows.csv").read_text(encoding="utf-8").count("\n") == 1 + len(read_rows(run.rows))
 
 
-def test_a_worker_leaves_out_what_is_measured(run: Run) -> None:
+def test_a_worker_leaves_out_what_is_measured(run: SuiteRun) -> None:
     assert worker.measure("other_operations", run) == 0
     first = read_rows(run.rows)
     assert worker.measure("other_operations", run) == 0
     assert read_rows(run.rows) == first
 
 
-def test_the_ceilings_are_measured_once_for_a_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ceilings_are_measured_once_for_a_folder(run: SuiteRun, monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker.measure("modules", run) == 0
     monkeypatch.setattr(worker, "measure_ceilings", lambda *_, **__: pytest.fail("they are there"))
     assert worker.measure("other_operations", run) == 0
@@ -255,26 +255,26 @@ def test_the_ceilings_are_measured_once_for_a_folder(run: Run, monkeypatch: pyte
 
 
 def test_a_broken_context_starts_the_worker_again_behind_the_case(
-    run: Run, make_row: MakeRow, monkeypatch: pytest.MonkeyPatch
+    run: SuiteRun, make_row: MakeRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = RowWriter(run.rows)
     writer.write(make_row())  # of an earlier stage
 
     def run_case(case: Any, provider: str, session: Session) -> Outcome:
-        names = dict(zip(("kernel", "mode", "shape", "dtype"), worker.case_key(case), strict=True))
+        names = dict(zip(("kernel", "mode", "shape", "dtype"), case.key, strict=True))
         row = make_row(None, **names, provider=provider, environment=session.environment)
         return Outcome(replace(row, status=FAILED, detail="AcceleratorError: CUDA error: an illegal memory access"))
 
     monkeypatch.setattr(worker, "run_case", run_case)
     statuses = [worker.measure("other_operations", run, since=1) for _ in range(5)]
-    assert statuses == [stages.RESTART] * 4 + [0]
+    assert statuses == [gpu_suite.RESTART] * 4 + [0]
     assert len([row for row in read_rows(run.rows) if row.status == FAILED]) == 4
 
 
-def test_flash_attention_is_skipped_where_it_is_not_installed(run: Run) -> None:
+def test_flash_attention_is_skipped_where_it_is_not_installed(run: SuiteRun) -> None:
     if importlib.util.find_spec("flash_attn") is not None:
         pytest.skip("it is installed")
-    assert worker.main(["flash_attention", "--out", str(run.folder)]) == stages.NOTHING_HERE
+    assert worker.main(["flash_attention", "--out", str(run.folder)]) == NOTHING_HERE
 
 
 # Tables
@@ -304,10 +304,10 @@ def test_the_share_of_the_base_models_rate(make_row: MakeRow) -> None:
 
 
 def sharded(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.sharded_tests", "-m", "", *words, str(folder)]
+    command = [sys.executable, "tests/sharding.py", "-m", "", *words, str(folder)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    return subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def tests_of_ones_own(tmp_path: Path) -> Path:
         "def pytest_collection_modifyitems(config, items): items[:] = sharding.part_of(items, config.option.shard)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = large\n")
-    (tmp_path / "conftest.py").write_text(conftest.format(here=str(stages.ROOT / "tests")))
+    (tmp_path / "conftest.py").write_text(conftest.format(here=str(ROOT / "tests")))
     return tmp_path
 
 

@@ -3,7 +3,7 @@
 Compiling needs a process without TRITON_INTERPRET; each version of Triton gets one.
 """
 
-import json
+import csv
 import os
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import kernel_resources
-from benchmarks.kernel_resources import PAGE, STORE, Resources
+from benchmarks.kernel_resources import STORE, Resources, to_csv
 from benchmarks.rows import ROOT
 from gakernels.ops import gpus
 
@@ -27,16 +27,28 @@ NO_PRODUCTS = {
 ODD = "4095 -> 4093"  # rows that start at odd places can't be copied asynchronously; the operation's page says so
 
 
-def compiled(tmp_path: Path, folder: str | None, *options: str) -> dict[str, Any]:
+def read_csv(path: Path) -> list[Resources]:
+    """The rows of a table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Resources(**{name: _read(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
+
+
+def _read(name: str, text: str) -> Any:
+    if name == "settings":
+        return dict(entry.split("=") for entry in text.split())
+    return text.split("; ") if name == "cases" else text if name in ("operation", "kernel", "dtypes") else int(text)
+
+
+def compiled(tmp_path: Path, folder: str | None, *options: str) -> Path:
+    """The table that the command stores, with another version of Triton where a folder is given."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), environment.get("PYTHONPATH"))))
-    file = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(file), *options]
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--store", str(tmp_path), *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return document
+    (table,) = tmp_path.glob("*.csv")
+    return table
 
 
 @pytest.mark.parametrize("version", ["development", "oldest"])
@@ -45,8 +57,8 @@ def test_every_kernel_fits_a_hopper_gpu_and_the_table_is_true(tmp_path: Path, ve
     folder = os.environ.get(OLDEST) if version == "oldest" else None
     if version == "oldest" and not folder:
         pytest.skip(f"{OLDEST} names no folder with Triton 3.6.0 (`make test` makes one)")
-    document = compiled(tmp_path, folder)
-    rows = [Resources(**row) for row in document["rows"]]
+    table = compiled(tmp_path, folder)
+    rows = read_csv(table)
     assert {row.operation for row in rows} == set(kernel_resources.OPERATIONS)
     for row in rows:
         name = f"{row.operation}.{row.kernel}"
@@ -55,9 +67,9 @@ def test_every_kernel_fits_a_hopper_gpu_and_the_table_is_true(tmp_path: Path, ve
             assert row.wgmma == row.mma == 0, name
         else:
             check_matrix_kernel(row)
-    stored = STORE / f"sm_90-triton-{document['triton']}.json"
+    stored = STORE / table.name
     if version == "oldest" or stored.exists():
-        assert json.loads(stored.read_text(encoding="utf-8")) == document, "run benchmarks.kernel_resources --store"
+        assert stored.read_text(encoding="utf-8") == table.read_text(encoding="utf-8"), "run it with --store"
 
 
 @pytest.mark.slow
@@ -66,9 +78,9 @@ def test_the_largest_kernels_fit_other_gpus(tmp_path: Path, target: int) -> None
     """`python -m benchmarks.kernel_resources --target 89` compiles all cases, in a quarter of an hour."""
     pytest.importorskip("triton")
     cases = ("--operations", "lowrank_linear", "--only", "4096 -> 4096, rank 128, bf16")
-    document = compiled(tmp_path, None, "--target", str(target), *cases)
-    assert document["target"] == f"sm_{target}"
-    rows = [Resources(**row) for row in document["rows"]]
+    table = compiled(tmp_path, None, "--target", str(target), *cases)
+    assert table.name.startswith(f"sm_{target}-triton-")
+    rows = read_csv(table)
     assert {row.kernel for row in rows} == {"shrink", "linear", "factor_gradient"}
     assert all(kernel_resources.excess(row, target) == [] for row in rows)
     limit = gpus.known(kernel_resources.TARGETS[target]).shared_memory
@@ -87,13 +99,23 @@ def check_matrix_kernel(row: Resources) -> None:
     if not all(case.startswith(ODD) for case in row.cases):
         assert row.async_copies > 0, what
         # With two stages the only block under way is waited for, then the next one is copied during the product.
-        assert row.in_flight > 0 or row.settings["num_stages"] == 2, what
+        assert row.in_flight > 0 or row.settings["num_stages"] == "2", what
 
 
-def test_the_page_is_that_of_the_stored_rows() -> None:
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(STORE.glob("*.json"))]
-    assert documents
-    assert PAGE.read_text(encoding="utf-8") == kernel_resources.page(documents)
+def test_a_table_is_read_as_it_was_written() -> None:
+    tables = list(STORE.glob("*.csv"))
+    assert tables
+    for table in tables:
+        assert to_csv(read_csv(table)) == table.read_text(encoding="utf-8")
+
+
+def test_the_kept_tables_have_all_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernel_resources, "missing", lambda *_: None)
+    for words in (["--only", "rank 8"], ["--operations", "context_state"], ["--target", "89"]):
+        with pytest.raises(SystemExit):
+            kernel_resources.main(["--store", *words])
+        assert "leave out --operations, --only and --target" in capsys.readouterr().err
 
 
 def test_faults() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import step_parts, train_step
+from benchmarks import modules, train_step
 from benchmarks.cases import Session, run_case
 from benchmarks.measure import Effort
 from benchmarks.presets import PRESETS
@@ -24,7 +24,7 @@ THERE = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_who_run_here_agree(dtype: torch.dtype) -> None:
     session = Session(CPU, environment(CPU), None, Effort(warmup=0, seconds=0.0, least=1))
-    for case in step_parts.cases("tiny", CPU, dtype):
+    for case in modules.part_cases("tiny", CPU, dtype):
         for provider in case.providers:
             if provider == "compiled":
                 continue  # takes long; the same function as `transformers`
@@ -34,7 +34,7 @@ def test_all_who_run_here_agree(dtype: torch.dtype) -> None:
 
 def test_an_unknown_preset_is_named() -> None:
     with pytest.raises(ValueError, match="preset must be one of tiny, cpu, mistral-7b, but it is 'huge'"):
-        step_parts.cases("huge", CPU, torch.float32)
+        modules.part_cases("huge", CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["overlap", "recompute"])
@@ -49,7 +49,7 @@ def test_a_row_has_the_estimate_beside_the_measured_peak(tmp_path: Path, monkeyp
     words = ["--preset", "tiny", "--device", "cpu", "--steps", "1", "--providers", "auto,recompute,frozen_base"]
     assert train_step.main([*words, "--json", str(file)]) == 0
     rows = {row["provider"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-    assert "estimated_bytes" not in rows["frozen_base"]
+    assert "estimated_bytes" not in rows["frozen_base"]["metrics"]
     for name in ("auto", "recompute"):
-        assert rows[name]["estimated_bytes"] == pytest.approx(rows[name]["peak_bytes"], rel=0.15)
+        assert rows[name]["metrics"]["estimated_bytes"] == pytest.approx(rows[name]["peak_bytes"], rel=0.15)
     assert rows["recompute"]["peak_bytes"] < rows["auto"]["peak_bytes"]

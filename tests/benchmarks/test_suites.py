@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -16,10 +15,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import conftest, inference, modules, operations, providers, rows, training
-from benchmarks.cases import Case, Session, Trial, largest_error, run_case
+from benchmarks import conftest, inference, modules, operations, providers, rows
+from benchmarks.cases import BenchmarkCase, Session, Trial, largest_error, run_case
 from benchmarks.operations import Operation
-from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, ROOT, UNAVAILABLE, WRONG, Environment
+from benchmarks.rows import FAILED, FLOOR, OK, OUT_OF_MEMORY, ROOT, UNAVAILABLE, WRONG
 from gakernels.ops.context_state import eager as state_eager
 from gakernels.ops.low_rank_polar import eager as polar_eager
 from gakernels.ops.lowrank_linear import eager as linear_eager
@@ -76,9 +75,13 @@ def metafunc(**options: str | None) -> Any:
     config = SimpleNamespace(getoption=given.__getitem__)
     made: list[list[str]] = []
     parametrize = lambda names, values, ids: made.append(ids)  # noqa: E731
-    module = SimpleNamespace(CASES=operations.cases)
     return SimpleNamespace(
-        config=config, module=module, fixturenames=["case", "provider"], parametrize=parametrize, made=made
+        config=config,
+        module=SimpleNamespace(SUITES={"test_operations": operations.cases}),
+        function=SimpleNamespace(__name__="test_operations"),
+        fixturenames=["case", "provider"],
+        parametrize=parametrize,
+        made=made,
     )
 
 
@@ -169,7 +172,7 @@ def test_the_counted_bytes_are_those_of_the_arguments_and_results(name: str) -> 
 # What goes wrong
 
 
-def linear_case(implementation: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch) -> Case:
+def linear_case(implementation: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch) -> BenchmarkCase:
     monkeypatch.setitem(providers.OTHERS, ("lowrank_linear", "baddbmm"), implementation)
     cases = operations.cases("tiny", CPU, torch.float32, ["baddbmm"])
     return next(case for case in cases if (case.kernel, case.mode) == ("lowrank_linear", mode))
@@ -244,7 +247,7 @@ def test_the_context_is_there_while_timing_but_not_in_the_check(session: Session
             events.append("out")
 
     trial = Trial(lambda i: i, lambda _: events.append("run"), lambda: float(bool(events)), context=Around)
-    case = Case("k", "m", "s", "float32", 1e-3, None, {"p": lambda: trial})
+    case = BenchmarkCase("k", "m", "s", "float32", 1e-3, None, {"p": lambda: trial})
     assert run_case(case, "p", session).row.status == OK
     assert (events[0], events[-1], set(events[1:-1])) == ("in", "out", {"run"})
 
@@ -275,34 +278,13 @@ def test_a_backend_is_forced_only_inside(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("case", operations.many_states("tiny", CPU, torch.float32, ["eager", "svd_lowrank"]), ids=str)
-def test_many_states(case: Case, session: Session) -> None:
+def test_many_states(case: BenchmarkCase, session: Session) -> None:
     assert case.shape.startswith("T=96 ")
     assert [run_case(case, name, session).row.status for name in case.providers] == [OK, OK]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", operations.cases("tiny", CPU, torch.float32, ["compiled"]), ids=str)
-def test_compiled(case: Case, session: Session) -> None:
+def test_compiled(case: BenchmarkCase, session: Session) -> None:
     row = run_case(case, "compiled", session).row
     assert row.status in (OK, UNAVAILABLE), row.detail
-
-
-def test_rows_of_training_steps(where: Environment) -> None:
-    report = json.loads(
-        '{"preset": "tiny", "shape": {"dtype": "float32", "quantization": null}, '
-        '"ratios": {"auto/dense_lora": {"median": 1.05}}, "rows": ['
-        '{"provider": "auto", "status": "ok", "error": 1e-9, "step_s_median": 2, "step_s_p20": 1.5, "step_s_p80": 3, '
-        '"samples": 5, "segment_tokens_per_s": 64, "peak_bytes": 10, "fits": {"H100": true}, "parts_s": {"polar": 1}},'
-        '{"provider": "dense_lora", "status": "floor", "step_s_median": 1, "step_s_p20": 1, "step_s_p80": 1},'
-        '{"provider": "reference", "status": "wrong", "error": 0.5, "detail": "off"}]}'
-    )
-    auto, floor, wrong = training.rows(report, where)
-    assert (auto.status, auto.p20_ms, auto.p50_ms, auto.p80_ms, auto.samples) == (OK, 1500, 2000, 3000, 5)
-    assert auto.metrics == {
-        "segment_tokens_per_s": 64,
-        "fits.H100": 1,
-        "parts_s.polar": 1,
-        "over_dense_lora": 1.05,
-    }
-    assert floor.status == FLOOR
-    assert (wrong.status, wrong.detail, wrong.p50_ms) == (WRONG, "off", None)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,17 +13,16 @@ from evaluation.counted import PRODUCTS
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step_providers, train_step
-from benchmarks.floors import step_flops
-from benchmarks.parts import PartClock, part, running
-from benchmarks.presets import PRESETS, check_preset, make_batch, make_model
-from benchmarks.rows import read_rows
-from benchmarks.stages import NOTHING_HERE
+from benchmarks.cases import NOTHING_HERE
+from benchmarks.measure import PartClock, part, running
+from benchmarks.presets import PRESETS, check_preset, make_batch, make_model, step_flops
+from benchmarks.rows import ResultRow, read_rows
 from benchmarks.step_providers import PROVIDERS, provider_error
-from benchmarks.train_step import Settings, extrapolate, main
+from benchmarks.train_step import Contender, StepSettings, extrapolate, main
 
 CPU = torch.device("cpu")
 TINY = ("--preset", "tiny", "--device", "cpu", "--steps", "2", "--threads", "1")
-TIMES = ("step_s_median", "step_s_p20", "step_s_p80", "segment_tokens_per_s", "peak_bytes")
+TIMES = ("p20_ms", "p50_ms", "p80_ms", "peak_bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,20 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads(file.read_text(encoding="utf-8"))
 
 
-def rows_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["provider"]: row for row in results["rows"]}
+def rows_of(results: dict[str, Any]) -> dict[str, ResultRow]:
+    return {row["provider"]: ResultRow.from_dict(row) for row in results["rows"]}
+
+
+def parts_of(row: ResultRow) -> dict[str, float]:
+    return {name.removeprefix("parts_s."): value for name, value in row.metrics.items() if name.startswith("parts_s.")}
+
+
+def is_timed(row: ResultRow) -> bool:
+    """Whether it has all of them; a row has all or none."""
+    values = [getattr(row, name) for name in TIMES]
+    assert all(value is None or value > 0 for value in values)
+    assert all(values) != all(value is None for value in values)
+    return all(values)
 
 
 def test_every_provider_that_runs_here_has_a_complete_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,31 +67,61 @@ def test_every_provider_that_runs_here_has_a_complete_row(tmp_path: Path, capsys
     rows = rows_of(results)
     assert tuple(rows) == names
     for name, row in rows.items():
-        assert all(row[key] > 0 for key in TIMES), name
-        assert row["step_s_p20"] <= row["step_s_median"] <= row["step_s_p80"]
-        assert row["segment_tokens_per_s"] == pytest.approx(4 * 32 / row["step_s_median"])
-        assert row["error"] <= 1e-6
-        assert {"base_forward", "adapted_linear", "loss", "backward", "optimizer"} <= set(row["parts_s"])
-        assert 0 < sum(row["parts_s"].values()) <= 1.2 * row["step_s_p80"]
-        assert {"generator", "polar"} <= set(row["parts_s"]) or name in ("dense_lora", "frozen_base")
-    assert results["environment"]["threads"] == 1
+        assert is_timed(row), name
+        assert row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert row.metrics["segment_tokens_per_s"] == pytest.approx(4 * 32 / (1e-3 * row.p50_ms))
+        assert row.error <= 1e-6
+        parts = parts_of(row)
+        assert {"base_forward", "adapted_linear", "loss", "backward", "optimizer"} <= set(parts)
+        assert 0 < sum(parts.values()) <= 1.2 * 1e-3 * row.p80_ms
+        assert {"generator", "polar"} <= set(parts) or name in ("dense_lora", "frozen_base")
+        assert row.environment.threads == 1
+    assert rows["auto"].metrics["over_dense_lora"] == results["ratios"]["auto/dense_lora"]["median"]
     assert results["ratios"]["auto/dense_lora"]["median"] > 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
+
+
+def test_rows_of_given_times() -> None:
+    def ran(name: str, seconds: list[float], peak: int) -> Contender:
+        runner: Any = SimpleNamespace(seconds=seconds, parts=[{"polar": 1.0}] * len(seconds), peak=peak)
+        return Contender(name, error=1e-9, runners=[runner])
+
+    contenders = [
+        ran("auto", [1.0, 2.0, 4.0], 10),
+        ran("dense_lora", [1.0, 1.0, 1.0], int(90e9)),
+        Contender("reference", "wrong", "off", 0.5),
+    ]
+    settings = StepSettings(replace(PRESETS["tiny"], quantization="fp8"), ("auto", "dense_lora", "reference"), CPU)
+    auto, floor, wrong = train_step.result_rows("tiny", settings, contenders, 1e9)
+    assert (auto.status, auto.shape, auto.dtype) == ("ok", "preset=tiny fp8", "float32")
+    assert (auto.p20_ms, auto.p50_ms, auto.p80_ms) == pytest.approx((1400, 2000, 3200))
+    assert (auto.samples, auto.error, auto.peak_bytes) == (3, 1e-9, 10)
+    assert auto.metrics.pop("mfu") == pytest.approx(step_flops(settings.preset) / 2e9)
+    assert auto.metrics.pop("estimated_bytes") > 0
+    assert auto.metrics == {
+        "segment_tokens_per_s": settings.preset.segment_tokens / 2,
+        "fits.H200": 1,
+        "fits.H100": 1,
+        "parts_s.polar": 1,
+        "over_dense_lora": 2,
+    }
+    assert (floor.status, floor.metrics["fits.H200"], floor.metrics["fits.H100"]) == ("floor", 1, 0)
+    assert (wrong.status, wrong.detail, wrong.p50_ms, wrong.metrics) == ("wrong", "off", None, {})
 
 
 def test_the_trainer_takes_steps_of_its_own(tmp_path: Path) -> None:
     status, results = run(tmp_path, "--providers", "auto,trainer")
     assert status == 0
     row = rows_of(results)["trainer"]
-    assert all(row[key] > 0 for key in TIMES)
-    assert row["error"] <= 1e-6
-    assert {"trainer", "generator", "polar", "adapted_linear", "loss"} <= set(row["parts_s"])
+    assert is_timed(row)
+    assert row.error <= 1e-6
+    assert {"trainer", "generator", "polar", "adapted_linear", "loss"} <= set(parts_of(row))
 
 
 def test_the_library_needs_less_memory_than_the_baseline_and_more_than_the_floors() -> None:
     preset = replace(PRESETS["tiny"], window=128, hidden=128, state_size=64)
-    settings = Settings(preset, ("reference", "auto", "dense_lora", "frozen_base"), CPU, steps=1)
+    settings = StepSettings(preset, ("reference", "auto", "dense_lora", "frozen_base"), CPU, steps=1)
     peaks = {contender.name: contender.runners[0].peak for contender in train_step.measure(settings)}
     assert peaks["reference"] > peaks["auto"] > peaks["frozen_base"]
     assert peaks["dense_lora"] > peaks["frozen_base"]
@@ -92,20 +134,20 @@ def test_a_missing_kernel_is_said_in_a_line_and_the_others_go_on(
     status, results = run(tmp_path, "--providers", "cuda,auto")
     rows = rows_of(results)
     assert status == 1
-    assert rows["cuda"]["status"] == "not available"
-    assert "no_such_backend" in rows["cuda"]["detail"]
-    assert not set(TIMES) & set(rows["cuda"])
-    assert rows["auto"]["step_s_median"] > 0
+    assert rows["cuda"].status == "not available"
+    assert "no_such_backend" in rows["cuda"].detail
+    assert not is_timed(rows["cuda"])
+    assert is_timed(rows["auto"])
     assert "cuda: not available: GAKERNELS_BACKEND" in capsys.readouterr().err
 
 
 def failing(error: Exception) -> Callable[..., Any]:
-    def step(self: train_step.Runner, batch: object) -> None:
+    def step(self: train_step.StepRunner, batch: object) -> None:
         if not self.trainee.parameters:  # frozen_base
             raise error
         plain_step(self, batch)
 
-    plain_step = train_step.Runner.step
+    plain_step = train_step.StepRunner.step
     return step
 
 
@@ -120,14 +162,14 @@ def failing(error: Exception) -> Callable[..., Any]:
 def test_a_provider_that_fails_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
-    monkeypatch.setattr(train_step.Runner, "step", failing(error))
+    monkeypatch.setattr(train_step.StepRunner, "step", failing(error))
     exit_status, results = run(tmp_path, "--providers", "frozen_base,auto")
     rows = rows_of(results)
     assert exit_status == 1
-    assert rows["frozen_base"]["status"] == status
-    assert str(error) in rows["frozen_base"]["detail"]
-    assert "step_s_median" not in rows["frozen_base"]
-    assert rows["auto"]["step_s_median"] > 0
+    assert rows["frozen_base"].status == status
+    assert str(error) in rows["frozen_base"].detail
+    assert not is_timed(rows["frozen_base"])
+    assert is_timed(rows["auto"])
 
 
 def test_a_model_that_needs_more_than_the_free_memory_is_refused_in_a_line(
@@ -143,15 +185,15 @@ def test_a_model_that_needs_more_than_the_free_memory_is_refused_in_a_line(
 
 
 def test_a_run_that_is_cut_off_leaves_the_turns_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, calls = train_step.Runner.timed_step, []
+    plain, calls = train_step.StepRunner.timed_step, []
 
-    def interrupted(runner: train_step.Runner, batch: Any) -> None:
+    def interrupted(runner: train_step.StepRunner, batch: Any) -> None:
         calls.append(runner)
         if len(calls) == 3:
             raise KeyboardInterrupt
         plain(runner, batch)
 
-    monkeypatch.setattr(train_step.Runner, "timed_step", interrupted)
+    monkeypatch.setattr(train_step.StepRunner, "timed_step", interrupted)
     file = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         main([*TINY, "--providers", "auto,frozen_base", "--json", str(file)])
@@ -179,7 +221,7 @@ def test_a_provider_that_can_not_run_here_is_nothing_to_measure(
     monkeypatch.setitem(step_providers.LIBRARY, "cuda", "no_such_backend")
     status, results = run(tmp_path, "--providers", "cuda")
     assert status == NOTHING_HERE
-    assert rows_of(results)["cuda"]["status"] == "not available"
+    assert rows_of(results)["cuda"].status == "not available"
 
 
 def test_a_wrong_provider_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +237,10 @@ def test_a_wrong_provider_gets_no_time(tmp_path: Path, monkeypatch: pytest.Monke
     status, results = run(tmp_path, "--providers", "dense_lora,auto")
     rows = rows_of(results)
     assert status == 1
-    assert rows["dense_lora"]["status"] == "wrong"
-    assert rows["dense_lora"]["error"] == pytest.approx(1e-4, rel=1e-3)
-    assert not set(TIMES) & set(rows["dense_lora"])
-    assert rows["auto"]["status"] == "ok"
+    assert rows["dense_lora"].status == "wrong"
+    assert rows["dense_lora"].error == pytest.approx(1e-4, rel=1e-3)
+    assert not is_timed(rows["dense_lora"])
+    assert rows["auto"].status == "ok"
 
 
 @pytest.mark.parametrize("preset", ["cpu-mid", "mistral-7b", "qwen3-8b", "smollm2-135m"])
@@ -244,7 +286,8 @@ def test_a_preset_that_is_extrapolated_says_so(
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], layers=10, measured_layers=(1, 2)))
     status, results = run(tmp_path, "--providers", "frozen_base")
     assert status == 0
-    assert results["rows"][0]["extrapolated_from_layers"] == [1, 2]
+    assert results["shape"]["measured_layers"] == [1, 2]
+    assert results["rows"][0]["detail"] == "extrapolated to 10 layers from runs with 1 and 2"
     assert "extrapolated to 10 layers from runs with 1 and 2" in capsys.readouterr().out
 
 
@@ -262,7 +305,7 @@ def test_flops_are_those_that_pytorch_counts() -> None:
 
 def test_parts_are_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 1.0, 3.0, 7.0, 20.0, 21.0])
-    monkeypatch.setattr("benchmarks.parts.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: next(ticks))
     clock = PartClock(CPU)
     with running(clock):
         with part("outer"), part("inner"):

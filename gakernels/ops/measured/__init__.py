@@ -1,7 +1,7 @@
 """What the operations took on GPUs: committed measurements, and those that `gakernels calibrate` made on this machine.
 
-`<gpu>.json` is written by `python -m benchmarks.defaults` from committed result rows; no one edits it by hand. A GPU
-without a file goes by those of its compute capability.
+`<gpu>.json` is written by `python -m benchmarks.rows defaults` from committed result rows; no one edits it by hand. A
+GPU without a file goes by those of its compute capability.
 """
 
 import functools
@@ -103,7 +103,7 @@ def _committed(folder: Path) -> tuple[tuple[tuple[int, int], tuple[Measurement, 
             for _, document in documents
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FormatError(f"{folder} must hold measurements of benchmarks.defaults only, but: {error!r}") from error
+        raise FormatError(f"{folder} must hold measurements of `benchmarks.rows` only, but: {error!r}") from error
 
 
 def measurements(document: Mapping[str, Any], calibrated: bool = False) -> tuple[Measurement, ...]:

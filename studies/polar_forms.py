@@ -1,6 +1,6 @@
 """The two forms of the last step of `low_rank_polar` in plain PyTorch, timed forward and backward on a CPU.
 
-python benchmarks/studies/polar_forms.py
+python studies/polar_forms.py
 """
 
 import time

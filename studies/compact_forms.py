@@ -1,6 +1,6 @@
 """What the compact forms of an adapter lose, on the demo's model: size, norm(S), logits and answers; a markdown table.
 
-    python benchmarks/studies/compact_forms.py
+    python studies/compact_forms.py
 
 Columns, over documents about one invented person each:
 

@@ -1,7 +1,7 @@
 """What a quantised base model changes: losses, gradients, and the demo's answers; prints markdown tables.
 
-    python benchmarks/studies/base_precision.py --demo
-    python benchmarks/studies/base_precision.py --model MODEL_FOLDER --text TEXT_FILE [--train STEPS]
+    python studies/base_precision.py --demo
+    python studies/base_precision.py --model MODEL_FOLDER --text TEXT_FILE [--train STEPS]
 
 Losses      nats a token of the text in windows of --tokens tokens, by the base model alone.
 Logits      ||logits - logits in float32|| / ||logits in float32||, over all of them.

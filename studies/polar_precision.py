@@ -1,8 +1,8 @@
 """Measure what the arithmetic of `low_rank_polar` loses, by spectrum and damping; print markdown tables.
 
-    python benchmarks/studies/polar_precision.py
-    python benchmarks/studies/polar_precision.py --state-size 1024 --rank 128
-    python benchmarks/studies/polar_precision.py --host build/host/HASH/_host.so
+    python studies/polar_precision.py
+    python studies/polar_precision.py --state-size 1024 --rank 128
+    python studies/polar_precision.py --host build/host/HASH/_host.so
 
 The error of norm(S) = u v^T is that against float64 arithmetic on the same float32 state. The products with S and the
 r x r work are done in one of these ways, all formed in PyTorch:

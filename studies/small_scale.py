@@ -1,7 +1,7 @@
 """The small-scale study: the ablation of the paper's table 2, and recall against context length, on the demo's base.
 
-    python -m benchmarks.studies.small_scale_training --output GENERATORS
-    python -m benchmarks.studies.small_scale --generators GENERATORS --json RESULTS.json --plots FOLDER
+    python -m studies.small_scale_training --output GENERATORS
+    python -m studies.small_scale --generators GENERATORS --json RESULTS.json --plots FOLDER
 
 Ablation    reconstruction and completion perplexity of texts about new people, and recall of what they tell, for every
             trained variant; each compared with `default`, paired, on the same texts.
@@ -23,9 +23,6 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.studies.small_scale_plots import draw
-from benchmarks.studies.small_scale_tables import tables
-from benchmarks.studies.small_scale_training import STATIC, VARIANTS, draw_texts
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.methods import MethodSettings
 from gakernels.evaluation.metrics import compare, score
@@ -37,6 +34,8 @@ from gakernels.evaluation.scenarios import Measurements, Scenario
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
+from studies.small_scale_report import draw, tables
+from studies.small_scale_training import STATIC, VARIANTS, draw_texts
 
 PACKAGED = Path(str(files("gakernels.demo") / "assets" / "generator"))
 TEXTS, FACTS, SEED = 48, 12, 1_000_000
@@ -46,7 +45,7 @@ OTHER_TESTS = ("facts", "position", "distractors", "overwritten", "needle")
 # A LoRA for each context takes long, so there are fewer.
 TUNED_CONTEXTS, TUNED_LENGTHS, TUNING_RATE, TUNING_STEPS = 6, (128, 256, 512), 3e-3, 40
 
-Row = dict[str, Any]
+StudyRow = dict[str, Any]
 
 
 def main() -> None:

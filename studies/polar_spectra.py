@@ -1,7 +1,7 @@
 """Measure the damping of `low_rank_polar` on synthetic spectra and on states of a real model; print markdown tables.
 
-    python benchmarks/studies/polar_spectra.py
-    python benchmarks/studies/polar_spectra.py --model MODEL_FOLDER --text TEXT_FILE [TEXT_FILE ...]
+    python studies/polar_spectra.py
+    python studies/polar_spectra.py --model MODEL_FOLDER --text TEXT_FILE [TEXT_FILE ...]
 
 Columns per damping tau, everything in float64:
 

@@ -1,6 +1,7 @@
-"""What is compiled ahead: each kind of launch once, and just what a later launch asks for."""
+"""The stages without times: what is compiled ahead is each kind of launch once, and just what a later launch asks for;
+the program that compute-sanitizer watches runs every kernel there is.
+"""
 
-import functools
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compile_ahead
+from benchmarks import kernel_resources, worker
+from benchmarks.operations import operations
 from benchmarks.rows import ROOT
 
 pytest.importorskip("triton")
@@ -37,44 +39,44 @@ class Kernel:
 )
 def test_launches_are_told_apart_by_what_triton_specialises(one: tuple, other: tuple, same: bool) -> None:
     kernel, options = Kernel(), {"BLOCK": 16}
-    keys = [compile_ahead.Launch(kernel, arguments, options).key for arguments in (one, other)]
+    keys = [kernel_resources.Launch(kernel, arguments, options).key for arguments in (one, other)]
     assert (keys[0] == keys[1]) == same
-    assert keys[0] != compile_ahead.Launch(kernel, one, {"BLOCK": 32}).key
+    assert keys[0] != kernel_resources.Launch(kernel, one, {"BLOCK": 32}).key
 
 
 def test_every_operation_launches_something_forward_and_backward() -> None:
-    for name in compile_ahead.OPERATIONS:
-        runs = compile_ahead.preset_runs(["tiny"], [name], torch.bfloat16)
-        found = compile_ahead.launches(runs)
+    for name in kernel_resources.OPERATIONS:
+        runs = kernel_resources.preset_runs(["tiny"], [name], torch.bfloat16)
+        found = kernel_resources.launches(runs)
         assert len(found) >= 4, name
-        assert len(compile_ahead.launches([*runs, *runs])) == len(found)
+        assert len(kernel_resources.launches([*runs, *runs])) == len(found)
 
 
 def test_tensors_without_data_get_the_settings_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
-    plain = compile_ahead.tuned.settings
+    plain = kernel_resources.tuned.settings
 
     def settings(kernel: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> dict[str, int]:
         asked.append(device)
         return plain(kernel, META, dtype, **sizes)
 
-    monkeypatch.setattr(compile_ahead.tuned, "settings", settings)
-    operation = next(iter(compile_ahead.operations("tiny", META, torch.bfloat16)))
-    with compile_ahead.settings_of(torch.device("cuda")):
-        compile_ahead.launches([functools.partial(compile_ahead.both_passes, operation)])
+    monkeypatch.setattr(kernel_resources.tuned, "settings", settings)
+    operation = next(iter(operations("tiny", META, torch.bfloat16)))
+    with kernel_resources.settings_of(torch.device("cuda")):
+        kernel_resources.launches([kernel_resources.passes_of(operation)])
     assert set(asked) == {torch.device("cuda")}
 
 
 @pytest.mark.slow
 def test_the_second_time_everything_is_in_the_cache(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile_ahead", "--presets", "tiny", "--operations", "context_state"]
+    command = [sys.executable, "-m", "benchmarks.worker", "compile", "--out", str(tmp_path / "out"), "--rehearse"]
 
     def compiled() -> set[Path]:
         done = subprocess.run(
-            [*command, "--processes", "2"],
+            command,
             cwd=ROOT,
-            env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+            env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
             capture_output=True,
             text=True,
         )
@@ -84,3 +86,11 @@ def test_the_second_time_everything_is_in_the_cache(tmp_path: Path) -> None:
         return set(tmp_path.rglob("*"))
 
     assert compiled() == compiled()
+
+
+@pytest.mark.kernels
+def test_every_operation_has_a_kernel_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [] if torch.cuda.is_available() else ["--rehearse"]
+    assert worker.main(["kernels_once", "--out", str(tmp_path), *words]) == 0
+    done = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("triton: done")}
+    assert done == {"context_state", "low_rank_polar", "lowrank_linear"}
