@@ -61,13 +61,14 @@ def new_cache() -> Cache:
 
 def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cache:
     """A cache of the given rows of several, all ending at column `columns`, in the order of the parts."""
-    result = new_cache()
+    result, chosen = new_cache(), [torch.tensor(list(rows)) for _, rows in parts]
     for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
         layer = GrowingLayer()
         held = [part.columns() for part in layers if isinstance(part, GrowingLayer) and part.is_initialized]
         if held:  # a layer that uses the keys and values of another one holds none
+            chosen = [rows.to(held[0][0].device) for rows in chosen]  # once for all layers of a device
             keys, values = (
-                torch.cat([_ending_at(pair[side], rows, columns) for pair, (_, rows) in zip(held, parts, strict=True)])
+                torch.cat([_ending_at(pair[side], rows, columns) for pair, rows in zip(held, chosen, strict=True)])
                 for side in (0, 1)
             )
             layer.hold(keys, values)
@@ -75,9 +76,22 @@ def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cach
     return result
 
 
-def _ending_at(tensor: Tensor, rows: Sequence[int], columns: int) -> Tensor:
+def pad_on_the_left(cache: Cache, mask: Tensor) -> None:
+    """Move the columns that a row sees to its end, in their order, and the padding in front of them.
+
+    Args:
+        cache: of some rows.
+        mask: (rows, columns), 0 for padding.
+    """
+    order = mask.argsort(dim=1, stable=True)[:, None, :, None]
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer) and layer.is_initialized:
+            layer.hold(*(part.gather(2, order.to(part.device).expand_as(part)) for part in layer.columns()))
+
+
+def _ending_at(tensor: Tensor, rows: Tensor, columns: int) -> Tensor:
     """The last columns of some rows, or zeros in front of them: no row looks at padding, but it must be finite."""
-    chosen = tensor[list(rows), :, -columns:]
+    chosen = tensor[:, :, -columns:].index_select(0, rows)
     return F.pad(chosen, (0, 0, columns - chosen.shape[-2], 0))
 
 

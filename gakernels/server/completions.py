@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.data.chat_templates import chat_template
 from gakernels.errors import InputError
-from gakernels.generation.running import Generation, Piece
 from gakernels.generation.sampling import Sampling
+from gakernels.generation.scheduler import Generation, Piece
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
 from gakernels.model.positions import position_limit

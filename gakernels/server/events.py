@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gakernels.generation.running import LENGTH, Piece
+from gakernels.generation.scheduler import LENGTH, Piece
 from gakernels.server.protocol import ChatChunk, ChatChunkChoice, Completion, CompletionChoice, FinishReason
 
 DONE = "data: [DONE]\n\n"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from gakernels.generation.running import Generation, Piece
+from gakernels.generation.scheduler import Generation, Piece
 from gakernels.server.api_errors import from_failure
 from gakernels.server.protocol import Usage
 

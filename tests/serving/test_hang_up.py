@@ -30,10 +30,10 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """All tokens that are generated in this process; none of them ends a text, and a step takes a while."""
     found: list[int] = []
 
-    def counted(logits: torch.Tensor, *_: Any) -> list[int]:
+    def counted(logits: torch.Tensor, *_: Any) -> torch.Tensor:
         time.sleep(0.002)
         found.extend([7] * len(logits))
-        return [7] * len(logits)
+        return torch.full((len(logits),), 7)
 
     monkeypatch.setattr(scheduler, "next_tokens", counted)
     return found

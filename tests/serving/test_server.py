@@ -122,7 +122,7 @@ def test_exports_are_what_a_stream_would_have_become(
     for layer in demo.adapted_names:
         assert torch.equal(compact.left[layer], user.adapter.left[layer])
         assert torch.equal(compact.right[layer], user.adapter.right[layer])
-        assert torch.equal(adapter.lora_a[layer], user.adapter.expand(demo).lora_a[layer])
+        assert torch.equal(adapter.lora_a[layer], demo.expand(user.adapter).lora_a[layer])
     archive = zipfile.ZipFile(io.BytesIO(files["peft"]))
     assert archive.namelist() == ["adapter_config.json", "adapter_model.safetensors"]
     assert json.loads(archive.read("adapter_config.json"))["peft_type"] == "LORA"
