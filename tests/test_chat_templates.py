@@ -15,8 +15,8 @@ from gakernels.data.chat import PLAIN_TEMPLATE, ChatEncoder
 from gakernels.data.chat_templates import chat_template
 from gakernels.data.conversations import Message
 from gakernels.evaluation.asking import Asker
-from gakernels.server.api import create_app
-from gakernels.server.server import Settings, assemble
+from gakernels.server.server import assemble, create_app
+from gakernels.server.settings import Settings
 
 WANTED = "{{ bos_token }}{% for m in messages %}w10 {{ m.content }} w11{% endfor %}"
 OTHER = "{% for m in messages %}w20 {{ m.content }}{% endfor %}"

@@ -15,7 +15,7 @@ from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.evaluation.records import Skipped
 from gakernels.evaluation.squad import read_squad
 from gakernels.evaluation.text_documents import _texts
-from gakernels.server.api_keys import ApiKeys
+from gakernels.server.settings import ApiKeys
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe
 from gakernels.user_text import read_user_text

@@ -15,7 +15,7 @@ import torch
 
 from gakernels.generation.scheduler import Generation, Scheduler
 from gakernels.model import GenerativeAdapter
-from gakernels.server.limits import Limits
+from gakernels.server.settings import Limits
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

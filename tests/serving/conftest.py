@@ -15,8 +15,8 @@ from starlette.testclient import TestClient
 from gakernels import GenerativeAdapter
 from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
 from gakernels.data.people import draw_document
-from gakernels.server.api import create_app
-from gakernels.server.server import Settings, assemble
+from gakernels.server.server import assemble, create_app
+from gakernels.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)

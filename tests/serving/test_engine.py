@@ -10,7 +10,7 @@ from gakernels import GenerativeAdapter
 from gakernels.generation import Sampling, generate
 from gakernels.generation.scheduler import Generation, Piece
 from gakernels.server.engine import BusyError, Engine
-from gakernels.server.limits import Limits
+from gakernels.server.settings import Limits
 
 
 class Row:

@@ -16,7 +16,7 @@ from loopback import served
 
 from gakernels import GenerativeAdapter
 from gakernels.generation import scheduler
-from gakernels.server.limits import Limits
+from gakernels.server.settings import Limits
 
 ASKED = 1000  # tokens
 KINDS = {

@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 from gakernels import GenerativeAdapter
 from gakernels.server import server as server_module
-from gakernels.server.api import create_app
-from gakernels.server.server import Settings, assemble
+from gakernels.server.server import assemble, create_app
+from gakernels.server.settings import Settings
 from gakernels.server.vllm import VllmClient
 
 BASE = "my-base"
