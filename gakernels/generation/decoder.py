@@ -10,8 +10,7 @@ import torch
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
-from gakernels.generation import key_values
-from gakernels.generation.decoding_batch import DecodingBatch, SharedStart, check_attention, past
+from gakernels.generation.decoding_batch import DecodingBatch, SharedStart, check_attention, new_cache, past
 from gakernels.generation.row_adapters import ExpandedForm
 from gakernels.generation.sampling import Sampling
 from gakernels.generation.scheduler import Generation, Scheduler, run
@@ -102,7 +101,7 @@ class Decoder:
             common = next((place for place, (one, other) in enumerate(pairs) if one != other), common)
         if common < LEAST_SHARED:
             return None
-        cache = key_values.new_cache()
+        cache = new_cache()
         ids = torch.tensor([first.tokens[:common]], device=self.model.device)
         decoder = self.model.base.get_decoder()
         with self.model.using(self._form.stacked([first.adapter]).factors()):

@@ -1,4 +1,8 @@
-"""DecodingBatch: rows with adapters of their own that are decoded together, and come and go between steps."""
+"""Rows with adapters of their own that are decoded together, and come and go between steps, and their cache.
+
+All rows end at the same column: a row of n tokens has them in the last n columns, and a step adds one column for all.
+So a step needs one mask of left padding, whatever the rows' lengths, and a new row can join at any time.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
-from gakernels.adapters.adapter import Adapter
-from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
-from gakernels.generation import key_values
-from gakernels.generation.row_adapters import AdapterForm, SharedMaps
+from gakernels.generation.row_adapters import AdapterForm, OneAdapter, SharedMaps
 from gakernels.model import GenerativeAdapter
 from gakernels.model.attachment import cache_name
 from gakernels.model.windows import pad_left
 from gakernels.nn import CompactFactors, LowRankFactors
 
+ROOM = 64  # least number of columns set aside for the tokens to come
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 
 
@@ -32,7 +36,7 @@ class SharedStart:
 
     def of_rows(self, count: int) -> Cache:
         """The keys and values for so many rows, which may be continued."""
-        return key_values.gathered([(self.cache, [0] * count)], self.tokens)
+        return gathered([(self.cache, [0] * count)], self.tokens)
 
 
 class DecodingBatch:
@@ -60,7 +64,7 @@ class DecodingBatch:
         self.lengths: list[int] = []
         self.adapters = self.form.stacked([])
         self._factors = self.adapters.factors()
-        self._cache = key_values.new_cache()
+        self._cache = new_cache()
         self._first = torch.empty(0, dtype=torch.int64, device=self.model.device)  # column of each row's first token
 
     @torch.inference_mode()
@@ -68,7 +72,7 @@ class DecodingBatch:
         self,
         kept: Sequence[int],
         prompts: Sequence[Sequence[int]] = (),
-        adapters: Sequence[CompactAdapter | Adapter | None] = (),
+        adapters: Sequence[OneAdapter] = (),
     ) -> Tensor:
         """Keep some rows, in this order, and let new ones join behind them.
 
@@ -100,7 +104,7 @@ class DecodingBatch:
         elif prompts or list(kept) != list(range(len(self.lengths))):
             self.lengths = [*(self.lengths[row] for row in kept), *map(len, prompts)]
             columns = max(self.lengths)
-            self._cache = key_values.gathered(parts, columns) if kept else cache
+            self._cache = gathered(parts, columns) if kept else cache
             self.adapters = self.adapters.exchanged(kept, joining) if kept else joining
             self._factors = self.adapters.factors()
             self._first = torch.tensor([columns - length for length in self.lengths], device=self.model.device)
@@ -111,13 +115,13 @@ class DecodingBatch:
     ) -> tuple[Tensor, Cache]:
         """Logits behind the prompts, and a cache that they end in together."""
         known = 0 if self._start is None else self._start.tokens
-        cache = key_values.new_cache() if self._start is None else self._start.of_rows(len(prompts))
+        cache = new_cache() if self._start is None else self._start.of_rows(len(prompts))
         ids, mask = (tensor.to(self.model.device) for tensor in pad_left([prompt[known:] for prompt in prompts], 0))
         mask = torch.cat([mask.new_ones(len(prompts), known), mask], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
         logits = self._forward(ids, mask, positions, cache, factors)
         if known:
-            key_values.pad_on_the_left(cache, mask)
+            pad_on_the_left(cache, mask)
         return logits, cache
 
     @torch.inference_mode()
@@ -190,3 +194,91 @@ def _takes_ready_masks(model: GenerativeAdapter) -> bool:
     same_for_all = set(getattr(settings, "layer_types", None) or ()) <= {"full_attention"}
     windows = getattr(settings, "sliding_window", None) is not None or getattr(settings, "alibi", False)
     return own_code and same_for_all and not windows
+
+
+# The key-value cache
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values (rows, heads, columns, d) with room behind them, so that a step writes and does not copy."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns; returns all of them."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._buffers is None:
+            self.hold(key_states, value_states)
+        elif end > self._buffers[0].shape[-2]:
+            keys, values = self.columns()
+            self.hold(torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2))
+        else:
+            for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer[..., start:end, :] = new
+            self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.columns()
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """All keys and values."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take these columns in place of what was there."""
+        self._buffers = _with_room(keys), _with_room(values)
+        self.keys, self.values = (buffer[..., : keys.shape[-2], :] for buffer in self._buffers)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+
+def new_cache() -> Cache:
+    """An empty cache; the model makes its layers."""
+    return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cache:
+    """A cache of the given rows of several, all ending at column `columns`, in the order of the parts."""
+    result, chosen = new_cache(), [torch.tensor(list(rows)) for _, rows in parts]
+    for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
+        layer = GrowingLayer()
+        held = [part.columns() for part in layers if isinstance(part, GrowingLayer) and part.is_initialized]
+        if held:  # a layer that uses the keys and values of another one holds none
+            chosen = [rows.to(held[0][0].device) for rows in chosen]  # once for all layers of a device
+            keys, values = (
+                torch.cat([_ending_at(pair[side], rows, columns) for pair, rows in zip(held, chosen, strict=True)])
+                for side in (0, 1)
+            )
+            layer.hold(keys, values)
+        result.layers.append(layer)
+    return result
+
+
+def pad_on_the_left(cache: Cache, mask: Tensor) -> None:
+    """Move the columns that a row sees to its end, in their order, and the padding in front of them.
+
+    Args:
+        cache: of some rows.
+        mask: (rows, columns), 0 for padding.
+    """
+    order = mask.argsort(dim=1, stable=True)[:, None, :, None]
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer) and layer.is_initialized:
+            layer.hold(*(part.gather(2, order.to(part.device).expand_as(part)) for part in layer.columns()))
+
+
+def _ending_at(tensor: Tensor, rows: Tensor, columns: int) -> Tensor:
+    """The last columns of some rows, or zeros in front of them: no row looks at padding, but it must be finite."""
+    chosen = tensor[:, :, -columns:].index_select(0, rows)
+    return F.pad(chosen, (0, 0, columns - chosen.shape[-2], 0))
+
+
+def _with_room(tensor: Tensor) -> Tensor:
+    columns = tensor.shape[-2]
+    buffer = tensor.new_empty(*tensor.shape[:-2], columns + max(ROOM, columns // 2), tensor.shape[-1])
+    buffer[..., :columns, :] = tensor
+    return buffer

@@ -15,6 +15,8 @@ from gakernels.errors import FormatError
 from gakernels.model import GenerativeAdapter
 from gakernels.nn import CompactFactors, LowRankFactors
 
+OneAdapter = CompactAdapter | Adapter | None
+
 
 class StackedAdapters(Protocol):
     """The adapters of some rows."""

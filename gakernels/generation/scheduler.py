@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.adapters.adapter import Adapter
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.generation.decoding_batch import DecodingBatch
+from gakernels.generation.row_adapters import OneAdapter
 from gakernels.generation.sampling import Sampling, next_tokens
 from gakernels.generation.text_output import TextOutput
 from gakernels.model import GenerativeAdapter
@@ -66,7 +66,7 @@ class Generation:
         self,
         prompt: Sequence[int],
         sampling: Sampling,
-        adapter: CompactAdapter | Adapter | Callable[[], Future[CompactAdapter]] | None = None,
+        adapter: OneAdapter | Callable[[], Future[CompactAdapter]] = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         end_tokens: Sequence[int] = (),
         on_piece: Callable[[Piece], None] | None = None,
@@ -121,7 +121,7 @@ class Generation:
         """Whether the adapter is there, or will never be."""
         return not callable(self._adapter) or (self._load is not None and self._load.done())
 
-    def adapter(self) -> CompactAdapter | Adapter | None:
+    def adapter(self) -> OneAdapter:
         """The adapter; waits for it where it is being loaded. Raises what loading raised."""
         if not callable(self._adapter):
             return self._adapter
@@ -287,7 +287,7 @@ class Scheduler:
             self._exchange(joining, adapters)
         return len(joining)
 
-    def _exchange(self, joining: Sequence[Generation], adapters: Sequence[CompactAdapter | Adapter | None]) -> None:
+    def _exchange(self, joining: Sequence[Generation], adapters: Sequence[OneAdapter]) -> None:
         """Finished rows leave, others join with their first token."""
         kept = [row for row, generation in enumerate(self.running) if generation.goes_on]
         last = self._last[torch.tensor(kept, dtype=torch.int64).to(self._last.device)]
@@ -309,10 +309,10 @@ class Scheduler:
             self._to_come[0].read()
             self._to_come.popleft()
 
-    def _admitted(self, room: int) -> tuple[list[Generation], list[CompactAdapter | Adapter | None]]:
+    def _admitted(self, room: int) -> tuple[list[Generation], list[OneAdapter]]:
         """Takes from the queue what may join now; one whose adapter is not there yet lets others pass."""
         joining: list[Generation] = []
-        adapters: list[CompactAdapter | Adapter | None] = []
+        adapters: list[OneAdapter] = []
         passed: list[Generation] = []
         longest, ahead = 0, 2 * self.max_rows
         for generation in islice(self.waiting, ahead):
@@ -338,12 +338,7 @@ class Scheduler:
         longest = max(row.most_tokens for row in [*rows, generation])
         return not rows or longest * (len(rows) + 1) <= self.max_cache_tokens
 
-    def _admit(
-        self,
-        generation: Generation,
-        joining: list[Generation],
-        adapters: list[CompactAdapter | Adapter | None],
-    ) -> None:
+    def _admit(self, generation: Generation, joining: list[Generation], adapters: list[OneAdapter]) -> None:
         try:
             adapter = generation.adapter()
             if adapter is not None:
