@@ -124,7 +124,8 @@ def batch_against_one_by_one(
 
 async def under_load(model: GenerativeAdapter, contexts: int, requests: int, at_once: int, seed: int) -> Load:
     """A server on loopback in this process, and clients in the same event loop."""
-    from gakernels.server.server import Settings, serve
+    from gakernels.server.server import serve
+    from gakernels.server.settings import Settings
 
     questions, adapters = drawn(model, contexts, seed)
     expected = answers(model, adapters, questions)

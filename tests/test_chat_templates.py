@@ -14,8 +14,8 @@ from gakernels import GenerativeAdapter, InputError
 from gakernels.data.chat import PLAIN_TEMPLATE, ChatEncoder, chat_template
 from gakernels.data.conversations import Message
 from gakernels.evaluation.prompts import Asker
-from gakernels.server.api import create_app
-from gakernels.server.server import Settings, assemble
+from gakernels.server.server import assemble, create_app
+from gakernels.server.settings import Settings
 
 WANTED = "{{ bos_token }}{% for m in messages %}w10 {{ m.content }} w11{% endfor %}"
 OTHER = "{% for m in messages %}w20 {{ m.content }}{% endfor %}"

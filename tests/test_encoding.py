@@ -24,8 +24,8 @@ from gakernels.evaluation.scenarios import docqa
 from gakernels.generation import Sampling, generate
 from gakernels.generation.decoder import Decoder
 from gakernels.model.encoding import encode_text
-from gakernels.server.api import create_app
-from gakernels.server.server import Settings, assemble
+from gakernels.server.server import assemble, create_app
+from gakernels.server.settings import Settings
 
 CONTEXT, MORE, PROMPT = "w7 w9 w30 w12", "w8 w31", "w5 w40"
 

@@ -14,7 +14,7 @@ from gakernels.data.documents import file_documents
 from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.evaluation.datasets import read_squad
 from gakernels.evaluation.perplexity import document_texts
-from gakernels.server.api_keys import ApiKeys
+from gakernels.server.settings import ApiKeys
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe
 from gakernels.user_text import read_user_text

@@ -12,8 +12,7 @@ from typing import Any
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
 from gakernels.errors import InputError
 from gakernels.paths import user_path
-from gakernels.server.api_keys import ApiKeys
-from gakernels.server.limits import Limits
+from gakernels.server.settings import ApiKeys, Limits, Settings
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 # A conversation with the models of the package, which know questions and answers only.
@@ -92,7 +91,7 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until told to end."""
     try:
-        from gakernels.server.server import Settings, serve
+        from gakernels.server.server import serve
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; `pip install gakernels[serve]` brings it") from error
     _check(options)

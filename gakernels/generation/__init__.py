@@ -2,6 +2,6 @@
 
 from gakernels.generation.decoding_batch import DecodingBatch
 from gakernels.generation.sampling import Sampling
-from gakernels.generation.scheduler import Scheduler, generate
+from gakernels.generation.scheduler import Generation, Piece, Scheduler, generate
 
-__all__ = ["DecodingBatch", "Sampling", "Scheduler", "generate"]
+__all__ = ["DecodingBatch", "Generation", "Piece", "Sampling", "Scheduler", "generate"]

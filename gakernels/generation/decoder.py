@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache
 
-from gakernels.adapters.adapter import Adapter, stack
+from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
-from gakernels.generation import key_values
-from gakernels.generation.decoding_batch import check_attention
-from gakernels.generation.text_output import TextOutput
+from gakernels.generation.decoding_batch import DecodingBatch, SharedStart, check_attention, new_cache, past
+from gakernels.generation.row_adapters import ExpandedForm
+from gakernels.generation.sampling import Sampling
+from gakernels.generation.scheduler import Generation, Scheduler, run
 from gakernels.model import GenerativeAdapter
-from gakernels.model.attachment import cache_name
 from gakernels.model.encoding import encode_text, opening_tokens
 from gakernels.model.positions import position_limit
-from gakernels.model.windows import pad_left
-from gakernels.nn import LowRankFactors
 
+__all__ = ["Decoder", "Row", "SharedStart", "plan_batches"]
 LEAST_SHARED = 64  # tokens; fewer are not worth a pass of their own
 
 
@@ -40,14 +37,6 @@ class Row:
     adapter: Adapter | None = None
     start: int = 1
     cut: bool = False
-
-
-@dataclass(frozen=True)
-class SharedStart:
-    """The first tokens of some rows, which are the same, and their keys and values: read once for all of them."""
-
-    tokens: int
-    cache: Cache
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, max_rows: int) -> list[list[int]]:
@@ -84,7 +73,7 @@ class Decoder:
             raise InputError("tokenizer is needed to ask questions; the base model has none")
         check_attention(model)
         self.model, self.tokenizer = model, model.tokenizer
-        self._ends = torch.tensor(model.end_tokens(), dtype=torch.int64, device=model.device)
+        self._form, self._ends = ExpandedForm(model), model.end_tokens()
         settings = model.base.config.get_text_config()
         self._slides = getattr(settings, "sliding_window", None) is not None
         self.limit: int | None = position_limit(settings)
@@ -112,13 +101,13 @@ class Decoder:
             common = next((place for place, (one, other) in enumerate(pairs) if one != other), common)
         if common < LEAST_SHARED:
             return None
-        cache = key_values.new_cache()
+        cache = new_cache()
         ids = torch.tensor([first.tokens[:common]], device=self.model.device)
-        with self.model.using(self._factors([first])):
-            self.model.base.get_decoder()(input_ids=ids, **self._past(cache))
+        decoder = self.model.base.get_decoder()
+        with self.model.using(self._form.stacked([first.adapter]).factors()):
+            decoder(input_ids=ids, **past(decoder, cache))
         return SharedStart(common, cache)
 
-    @torch.inference_mode()
     def generate(
         self, rows: Sequence[Row], new_tokens: int, stops: Sequence[str], shared: SharedStart | None = None
     ) -> list[str]:
@@ -133,39 +122,10 @@ class Decoder:
         Returns:
             The answers, cut at the first stop, without space around them.
         """
-        known, cache = self._known(rows, shared)
-        ids, mask = (tensor.to(self.model.device) for tensor in pad_left([row.tokens[known:] for row in rows], 0))
-        mask = torch.cat([mask.new_ones(len(rows), known), mask], dim=1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
-        outputs, answers = [TextOutput(self.tokenizer, row.tokens, stops) for row in rows], [""] * len(rows)
-        open_rows = list(range(len(rows)))
-        with self.model.using(self._factors(rows)):
-            for _ in range(new_tokens):
-                output = self.model.base.get_decoder()(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, **self._past(cache)
-                )
-                tokens = self.model.logits(output.last_hidden_state[:, -1]).argmax(-1)
-                open_rows = self._append(answers, outputs, open_rows, tokens)
-                if not open_rows:
-                    break
-                ids, positions = tokens[:, None], positions[:, -1:] + 1
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        for row in open_rows:
-            answers[row] += outputs[row].flush()[0]
-        return [answer.strip() for answer in answers]
-
-    def _append(
-        self, answers: list[str], outputs: Sequence[TextOutput], open_rows: list[int], tokens: Tensor
-    ) -> list[int]:
-        """Add the next token to the rows that are not finished; returns those that go on."""
-        values, ended = torch.stack([tokens, torch.isin(tokens, self._ends)]).tolist()
-        still_open = []
-        for row in open_rows:
-            piece, stopped = outputs[row].flush() if ended[row] else outputs[row].push(values[row])
-            answers[row] += piece
-            if not ended[row] and not stopped:
-                still_open.append(row)
-        return still_open
+        batch, sampling = DecodingBatch(self.model, self._form, shared), Sampling(new_tokens, stop=tuple(stops))
+        scheduler = Scheduler(self.model, len(rows), sys.maxsize, sys.maxsize, batch)
+        generations = [Generation(row.tokens, sampling, row.adapter, self.tokenizer, self._ends) for row in rows]
+        return [generation.text.strip() for generation in run(scheduler, generations)]
 
     @torch.inference_mode()
     def losses(self, rows: Sequence[Row], shared: SharedStart | None = None) -> list[tuple[float, int]]:
@@ -175,7 +135,7 @@ class Decoder:
             rows: the batch.
             shared: as in `generate`.
         """
-        known, cache = self._known(rows, shared)
+        known = 0 if shared is None else shared.tokens
         length = max(len(row.tokens) for row in rows) - known
         ids = torch.zeros(len(rows), length, dtype=torch.int64)
         scored = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -183,34 +143,11 @@ class Decoder:
             ids[number, : len(row.tokens) - known] = torch.tensor(row.tokens[known:])
             scored[number, row.start - known : len(row.tokens) - known] = True
         ids, scored = ids.to(self.model.device), scored.to(self.model.device)
-        with self.model.using(self._factors(rows)):
+        decoder = self.model.base.get_decoder()
+        with self.model.using(self._form.stacked([row.adapter for row in rows]).factors()):
             # No attention mask: attention is causal and the padding on the right, so no token sees it.
-            past = self._past(cache) if known else {"use_cache": False}
-            hidden = self.model.base.get_decoder()(input_ids=ids, **past).last_hidden_state
+            cached = {"use_cache": False} if shared is None else past(decoder, shared.of_rows(len(rows)))
+            hidden = decoder(input_ids=ids, **cached).last_hidden_state
         losses = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         losses[scored] = self.model.token_loss(hidden[:, :-1][scored[:, 1:]], ids[scored]).double()
         return list(zip(losses.sum(1).tolist(), scored.sum(1).tolist(), strict=True))
-
-    def _past(self, cache: Cache) -> dict[str, Any]:
-        return {cache_name(self.model.base.get_decoder()): cache, "use_cache": True}
-
-    @staticmethod
-    def _known(rows: Sequence[Row], shared: SharedStart | None) -> tuple[int, Cache]:
-        """How many tokens of each row have been read, and a cache that holds them."""
-        if shared is None:
-            return 0, key_values.new_cache()
-        return shared.tokens, key_values.gathered([(shared.cache, [0] * len(rows))], shared.tokens)
-
-    def _factors(self, rows: Sequence[Row]) -> dict[str, LowRankFactors]:
-        """The adapters of the rows, each stacked once however many rows have it."""
-        adapters = list({id(row.adapter): row.adapter for row in rows if row.adapter is not None}.values())
-        if not adapters:
-            return {}
-        numbers = {id(adapter): number for number, adapter in enumerate(adapters)}
-        index = torch.tensor([numbers.get(id(row.adapter), -1) for row in rows], device=self.model.device)
-        factors = {}
-        for name in self.model.adapted_names:
-            linear = self.model.base.get_submodule(name)
-            lora_a, lora_b = (factor.to(linear.device, linear.weight.dtype) for factor in stack(adapters, name))
-            factors[name] = LowRankFactors(lora_a, lora_b, adapters[0].scale, index)
-        return factors

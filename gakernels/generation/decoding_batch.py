@@ -1,22 +1,42 @@
-"""DecodingBatch: rows with adapters of their own that are decoded together, and come and go between steps."""
+"""Rows with adapters of their own that are decoded together, and come and go between steps, and their cache.
+
+All rows end at the same column: a row of n tokens has them in the last n columns, and a step adds one column for all.
+So a step needs one mask of left padding, whatever the rows' lengths, and a new row can join at any time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
-from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
-from gakernels.generation import key_values
-from gakernels.generation.row_adapters import RowAdapters, SharedMaps
+from gakernels.generation.row_adapters import AdapterForm, OneAdapter, SharedMaps
 from gakernels.model import GenerativeAdapter
 from gakernels.model.attachment import cache_name
 from gakernels.model.windows import pad_left
+from gakernels.nn import CompactFactors, LowRankFactors
 
+ROOM = 64  # least number of columns set aside for the tokens to come
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
+
+
+@dataclass(frozen=True)
+class SharedStart:
+    """The first tokens of some rows, which are the same, and their keys and values: read once for all of them."""
+
+    tokens: int
+    cache: Cache
+
+    def of_rows(self, count: int) -> Cache:
+        """The keys and values for so many rows, which may be continued."""
+        return gathered([(self.cache, [0] * count)], self.tokens)
 
 
 class DecodingBatch:
@@ -24,30 +44,35 @@ class DecodingBatch:
 
     Args:
         model: not to be changed while this is in use. Its tokens are computed in the base model's dtype.
+        form: of the rows' adapters; compact ones of this model if not given.
+        start: what all prompts begin with, where it has been read already.
 
     Raises:
         InputError: the base model keeps a recurrent state, which can't be padded.
     """
 
-    def __init__(self, model: GenerativeAdapter) -> None:
+    def __init__(
+        self, model: GenerativeAdapter, form: AdapterForm | None = None, start: SharedStart | None = None
+    ) -> None:
         check_attention(model)
-        self.model = model
-        self.shared = SharedMaps(model)
-        self.lengths: list[int] = []
+        self.model, self._start = model, start
+        self.form: AdapterForm = form or SharedMaps(model)
+        self._takes_ready_masks = _takes_ready_masks(model)
         self._clear()
 
     def _clear(self) -> None:
-        self.lengths = []
-        self.adapters = RowAdapters.of(self.shared, [])
-        self._has_adapter: list[bool] = []
-        self._cache = key_values.new_cache()
+        self.lengths: list[int] = []
+        self.adapters = self.form.stacked([])
+        self._factors = self.adapters.factors()
+        self._cache = new_cache()
+        self._first = torch.empty(0, dtype=torch.int64, device=self.model.device)  # column of each row's first token
 
     @torch.inference_mode()
     def exchange(
         self,
         kept: Sequence[int],
         prompts: Sequence[Sequence[int]] = (),
-        adapters: Sequence[CompactAdapter | None] = (),
+        adapters: Sequence[OneAdapter] = (),
     ) -> Tensor:
         """Keep some rows, in this order, and let new ones join behind them.
 
@@ -67,38 +92,41 @@ class DecodingBatch:
         """
         if len(prompts) != len(adapters) or not all(prompts):
             raise InputError(f"prompts must be {len(adapters)} prompts, one for each adapter, each of at least 1 token")
-        if not prompts:
-            self._keep(kept)
-            return torch.empty(0, self.model.base.config.get_text_config().vocab_size, device=self.model.device)
-        joining = RowAdapters.of(self.shared, adapters)
-        has_adapter = [adapter is not None for adapter in adapters]
-        ids, mask = (tensor.to(self.model.device) for tensor in pad_left(prompts, 0))
-        cache = key_values.new_cache()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self._forward(ids, mask, positions, cache, joining, any(has_adapter))
-        lengths = [len(prompt) for prompt in prompts]
-        if not kept:
-            self.adapters, self._cache, self.lengths, self._has_adapter = joining, cache, lengths, has_adapter
-            return logits
-        self.lengths = [self.lengths[row] for row in kept] + lengths
-        parts = [(self._cache, kept), (cache, range(len(prompts)))]
-        self._cache = key_values.gathered(parts, max(self.lengths))
-        self.adapters = self.adapters.exchanged(kept, joining)
-        self._has_adapter = [self._has_adapter[row] for row in kept] + has_adapter
+        vocabulary = self.model.base.config.get_text_config().vocab_size
+        logits = torch.empty(0, vocabulary, device=self.model.device)
+        parts = [(self._cache, kept)] if kept else []
+        joining = self.form.stacked(adapters)
+        if prompts:
+            logits, cache = self._read(prompts, joining.factors())
+            parts.append((cache, range(len(prompts))))
+        if not parts:
+            self._clear()
+        elif prompts or list(kept) != list(range(len(self.lengths))):
+            self.lengths = [*(self.lengths[row] for row in kept), *map(len, prompts)]
+            columns = max(self.lengths)
+            self._cache = gathered(parts, columns) if kept else cache
+            self.adapters = self.adapters.exchanged(kept, joining) if kept else joining
+            self._factors = self.adapters.factors()
+            self._first = torch.tensor([columns - length for length in self.lengths], device=self.model.device)
         return logits
 
-    def _keep(self, kept: Sequence[int]) -> None:
-        if not kept:
-            self._clear()
-        elif list(kept) != list(range(len(self.lengths))):
-            self.lengths = [self.lengths[row] for row in kept]
-            self._cache = key_values.gathered([(self._cache, kept)], max(self.lengths))
-            self.adapters = self.adapters.exchanged(kept, RowAdapters.of(self.shared, []))
-            self._has_adapter = [self._has_adapter[row] for row in kept]
+    def _read(
+        self, prompts: Sequence[Sequence[int]], factors: Mapping[str, LowRankFactors | CompactFactors]
+    ) -> tuple[Tensor, Cache]:
+        """Logits behind the prompts, and a cache that they end in together."""
+        known = 0 if self._start is None else self._start.tokens
+        cache = new_cache() if self._start is None else self._start.of_rows(len(prompts))
+        ids, mask = (tensor.to(self.model.device) for tensor in pad_left([prompt[known:] for prompt in prompts], 0))
+        mask = torch.cat([mask.new_ones(len(prompts), known), mask], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
+        logits = self._forward(ids, mask, positions, cache, factors)
+        if known:
+            pad_on_the_left(cache, mask)
+        return logits, cache
 
     @torch.inference_mode()
-    def advance(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each row.
+    def advance(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Append one token to each row. Nothing waits for the device: its tokens may come from there.
 
         Returns:
             Logits (rows, vocabulary) behind them.
@@ -106,28 +134,49 @@ class DecodingBatch:
         Raises:
             InputError: there is not one token for each row.
         """
-        if len(tokens) != len(self.lengths) or not tokens:
+        if len(tokens) != len(self.lengths) or not self.lengths:
             raise InputError(
                 f"tokens must be one for each of the {len(self.lengths)} rows, but there are {len(tokens)}"
             )
-        device = self.model.device
-        positions = torch.tensor(self.lengths, device=device)[:, None]
-        columns = self._cache.get_seq_length() + 1
-        mask = torch.arange(columns, device=device) >= columns - 1 - positions
-        ids = torch.tensor(tokens, device=device)[:, None]
-        logits = self._forward(ids, mask, positions, self._cache, self.adapters, any(self._has_adapter))
+        ids = torch.as_tensor(tokens, device=self.model.device)[:, None]
+        last = max(self.lengths)  # the new column
+        logits = self._forward(ids, self._mask(last + 1), last - self._first[:, None], self._cache, self._factors)
         self.lengths = [length + 1 for length in self.lengths]
         return logits
 
+    def _mask(self, columns: int) -> Tensor | None:
+        """Which of so many columns each row sees; None: all of them.
+
+        A mask of four dimensions is taken as it is. Of one of two dimensions, transformers asks the device whether
+        there is any padding in it, and waits for the answer.
+        """
+        if min(self.lengths) == max(self.lengths):
+            return None
+        seen = torch.arange(columns, device=self.model.device) >= self._first[:, None]
+        if not self._takes_ready_masks:
+            return seen
+        dtype = self.model.base.dtype
+        added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return added.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
+
     def _forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, adapters: RowAdapters, adapted: bool
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Cache,
+        factors: Mapping[str, LowRankFactors | CompactFactors],
     ) -> Tensor:
         """Logits (rows, vocabulary) behind the last column."""
         decoder = self.model.base.get_decoder()
-        past = {cache_name(decoder): cache, "use_cache": True}
-        with self.model.using(adapters.factors() if adapted else {}):
-            output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **past)
+        with self.model.using(factors):
+            output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **past(decoder, cache))
         return self.model.logits(output.last_hidden_state[:, -1])
+
+
+def past(decoder: Any, cache: Cache) -> dict[str, Any]:
+    """The arguments of a decoder that goes on with a cache."""
+    return {cache_name(decoder): cache, "use_cache": True}
 
 
 def check_attention(model: GenerativeAdapter) -> None:
@@ -136,3 +185,100 @@ def check_attention(model: GenerativeAdapter) -> None:
     unfit = [kind for kind in layer_types if any(name in kind for name in _RECURRENT)]
     if unfit:
         raise InputError(f"the base model must have attention in every layer, but it has {unfit[0]!r}")
+
+
+def _takes_ready_masks(model: GenerativeAdapter) -> bool:
+    """Whether one mask of four dimensions serves every layer: transformers' own code, no windows and no ALiBi."""
+    settings = model.base.config.get_text_config()
+    own_code = type(model.base).__module__.startswith("transformers.") and settings._attn_implementation == "sdpa"
+    same_for_all = set(getattr(settings, "layer_types", None) or ()) <= {"full_attention"}
+    windows = getattr(settings, "sliding_window", None) is not None or getattr(settings, "alibi", False)
+    return own_code and same_for_all and not windows
+
+
+# The key-value cache
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values (rows, heads, columns, d) with room behind them, so that a step writes and does not copy."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns; returns all of them."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._buffers is None:
+            self.hold(key_states, value_states)
+        elif end > self._buffers[0].shape[-2]:
+            keys, values = self.columns()
+            self.hold(torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2))
+        else:
+            for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer[..., start:end, :] = new
+            self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.columns()
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """All keys and values."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take these columns in place of what was there."""
+        self._buffers = _with_room(keys), _with_room(values)
+        self.keys, self.values = (buffer[..., : keys.shape[-2], :] for buffer in self._buffers)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+
+def new_cache() -> Cache:
+    """An empty cache; the model makes its layers."""
+    return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cache:
+    """A cache of the given rows of several, all ending at column `columns`, in the order of the parts."""
+    result, chosen = new_cache(), [torch.tensor(list(rows)) for _, rows in parts]
+    for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
+        layer = GrowingLayer()
+        held = [part.columns() for part in layers if isinstance(part, GrowingLayer) and part.is_initialized]
+        if held:  # a layer that uses the keys and values of another one holds none
+            chosen = [rows.to(held[0][0].device) for rows in chosen]  # once for all layers of a device
+            keys, values = (
+                torch.cat([_ending_at(pair[side], rows, columns) for pair, rows in zip(held, chosen, strict=True)])
+                for side in (0, 1)
+            )
+            layer.hold(keys, values)
+        result.layers.append(layer)
+    return result
+
+
+def pad_on_the_left(cache: Cache, mask: Tensor) -> None:
+    """Move the columns that a row sees to its end, in their order, and the padding in front of them.
+
+    Args:
+        cache: of some rows.
+        mask: (rows, columns), 0 for padding.
+    """
+    order = mask.argsort(dim=1, stable=True)[:, None, :, None]
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer) and layer.is_initialized:
+            layer.hold(*(part.gather(2, order.to(part.device).expand_as(part)) for part in layer.columns()))
+
+
+def _ending_at(tensor: Tensor, rows: Tensor, columns: int) -> Tensor:
+    """The last columns of some rows, or zeros in front of them: no row looks at padding, but it must be finite."""
+    chosen = tensor[:, :, -columns:].index_select(0, rows)
+    return F.pad(chosen, (0, 0, columns - chosen.shape[-2], 0))
+
+
+def _with_room(tensor: Tensor) -> Tensor:
+    columns = tensor.shape[-2]
+    buffer = tensor.new_empty(*tensor.shape[:-2], columns + max(ROOM, columns // 2), tensor.shape[-1])
+    buffer[..., :columns, :] = tensor
+    return buffer

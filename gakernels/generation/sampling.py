@@ -54,24 +54,22 @@ class Sampling:
             raise InputError(f"stop must be a tuple of texts that are not empty, but it is {self.stop!r}")
 
 
-def next_tokens(
-    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
-) -> list[int]:
-    """The next token of each row of logits (rows, vocabulary).
+def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> Tensor:
+    """The next token of each row of logits (rows, vocabulary), on their device. Nothing waits for the device.
 
     Args:
         logits: of the rows.
         samplings: of the rows.
         generators: random numbers of the rows, on the CPU; not used where the temperature is 0.
     """
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         # One random number a row, drawn on the CPU: the same on every device, whoever else is in the batch.
         uniform = torch.cat([torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawn])
-        found = draw(logits[drawn], [samplings[row] for row in drawn], uniform.to(logits.device))
-        for row, token in zip(drawn, found.tolist(), strict=True):
-            tokens[row] = token
+        rows = _moved(torch.tensor(drawn), logits.device)
+        found = draw(logits.index_select(0, rows), [samplings[row] for row in drawn], _moved(uniform, logits.device))
+        tokens.index_copy_(0, rows, found)
     return tokens
 
 
@@ -85,7 +83,7 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tens
     """
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        return _moved(torch.tensor(values, dtype=torch.float64), logits.device)[:, None]
 
     wide = logits.double()
     scaled = (wide - wide.amax(-1, keepdim=True)) / column([sampling.temperature for sampling in samplings])
@@ -100,3 +98,8 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tens
     total = values.masked_fill(~inside, 0).cumsum(-1)
     place = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
     return order.gather(-1, torch.minimum(place, inside.sum(-1, keepdim=True) - 1))[:, 0]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without a wait for what the device is doing."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

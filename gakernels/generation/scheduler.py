@@ -1,21 +1,198 @@
-"""Scheduler: continuous batching. Rows join as soon as there is room and leave as soon as they are finished."""
+"""Continuous batching: who waits, joins and leaves; one row's life from its prompt to the end of its text.
+
+On a GPU the next step is started before the tokens of the last one are read, so that the device always has work. A row
+that turns out to have ended has then got one token too many, which nobody sees.
+"""
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import islice
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.generation.decoding_batch import DecodingBatch
-from gakernels.generation.running import Generation
+from gakernels.generation.row_adapters import OneAdapter
 from gakernels.generation.sampling import Sampling, next_tokens
+from gakernels.generation.text_output import TextOutput
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
+
+STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a continuation.
+
+    Attributes:
+        text: new text, maybe none.
+        tokens: number of tokens generated so far.
+        finished: why it ended: `stop` (end token or stop text), `length` or `cancelled`; None: it goes on.
+        error: what went wrong instead.
+    """
+
+    text: str
+    tokens: int
+    finished: str | None = None
+    error: Exception | None = None
+
+
+class Generation:
+    """A row's prompt, its way of sampling, and what came out so far.
+
+    Args:
+        prompt: token ids, at least one.
+        sampling: how it is continued.
+        adapter: its adapter, None for the base model alone, or a function that starts loading it: it is called when
+            the row's turn comes near, and the row waits for the result.
+        tokenizer: for texts; None: only tokens come out.
+        end_tokens: ids that end a continuation.
+        on_piece: called after each step, in the thread that decodes.
+
+    Raises:
+        InputError: the prompt is empty, or there are stop texts but no tokenizer.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        adapter: OneAdapter | Callable[[], Future[CompactAdapter]] = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        end_tokens: Sequence[int] = (),
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> None:
+        if not prompt:
+            raise InputError("a prompt must have at least one token, but it is empty")
+        if sampling.stop and tokenizer is None:
+            raise InputError("tokenizer is needed for stop texts; pass one")
+        self.prompt, self.sampling = list(prompt), sampling
+        self.tokens: list[int] = []
+        self.begun = 0  # tokens that are there or being computed
+        self.text = ""
+        self.finished: str | None = None
+        self.error: Exception | None = None
+        self.cancelled = False
+        self.random = None
+        if sampling.temperature > 0:
+            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+            self.random = torch.Generator().manual_seed(seed)
+        self._adapter = adapter
+        self._end_tokens = frozenset(sampling.stop_token_ids)
+        if sampling.stop_at_end_token:
+            self._end_tokens |= frozenset(end_tokens)
+        self._output = None
+        if tokenizer is not None:
+            self._output = TextOutput(tokenizer, self.prompt, sampling.stop, sampling.skip_special_tokens)
+        self._on_piece = on_piece
+        self._load: Future[CompactAdapter] | None = None
+        self._on_end: Callable[[], None] | None = None
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Have a function called once it is finished, for whatever reason."""
+        self._on_end = callback
+
+    @property
+    def most_tokens(self) -> int:
+        """How long prompt and continuation may become together."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it may get one more token."""
+        return self.finished is None and self.begun < self.sampling.max_new_tokens
+
+    def start_loading(self) -> None:
+        """Have the adapter loaded, if that has not begun."""
+        if callable(self._adapter) and self._load is None:
+            self._load = self._adapter()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the adapter is there, or will never be."""
+        return not callable(self._adapter) or (self._load is not None and self._load.done())
+
+    def adapter(self) -> OneAdapter:
+        """The adapter; waits for it where it is being loaded. Raises what loading raised."""
+        if not callable(self._adapter):
+            return self._adapter
+        self.start_loading()
+        assert self._load is not None
+        return self._load.result()
+
+    def accept(self, token: int) -> None:
+        """Take the next token, and end the continuation where it is time; nothing happens once it has ended."""
+        if self.finished is not None:
+            return
+        self.tokens.append(token)
+        if token in self._end_tokens:
+            self._finish(STOP)
+            return
+        piece, stopped = ("", False) if self._output is None else self._output.push(token)
+        if stopped:
+            self.finished = STOP
+        if self.finished is None and len(self.tokens) >= self.sampling.max_new_tokens:
+            self._finish(LENGTH, piece)
+        else:
+            self._emit(piece)
+
+    def cancel(self) -> None:
+        """End it at the next step; may be called from any thread."""
+        self.cancelled = True
+
+    def end_cancelled(self) -> None:
+        """The step has come."""
+        self.finished = CANCELLED
+        self._emit("")
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error."""
+        self.error, self.finished = error, CANCELLED
+        self._emit("")
+
+    def _finish(self, reason: str, piece: str = "") -> None:
+        """End with the text that was held back, which may bring a stop text after all."""
+        self.finished = reason
+        if self._output is not None:
+            rest, stopped = self._output.flush()
+            self.finished = STOP if stopped else reason
+            piece += rest
+        self._emit(piece)
+
+    def _emit(self, text: str) -> None:
+        self.text += text
+        if self._on_piece is not None:
+            self._on_piece(Piece(text, len(self.tokens), self.finished, self.error))
+        if self.finished is not None and self._on_end is not None:
+            self._on_end()
+
+
+class TokensToCome:
+    """The next token of some rows, on its way from the device."""
+
+    def __init__(self, rows: Sequence[Generation], tokens: Tensor) -> None:
+        self.rows = list(rows)
+        self._copy, self._copied = tokens, None
+        if tokens.is_cuda:
+            self._copy = tokens.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tokens.device))
+
+    def read(self) -> None:
+        """Wait for the tokens, and let the rows have them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        for row, token in zip(self.rows, self._copy.tolist(), strict=True):
+            row.accept(token)
 
 
 class Scheduler:
@@ -28,6 +205,7 @@ class Scheduler:
             alone): the other rows wait for them.
         max_cache_tokens: bound of the key-value cache: rows times the tokens that the longest of them may reach. A row
             that needs more is decoded alone.
+        batch: what decodes; one with compact adapters if not given.
 
     Raises:
         InputError: a limit is below 1.
@@ -39,6 +217,7 @@ class Scheduler:
         max_rows: int = 64,
         max_prefill_tokens: int = 8192,
         max_cache_tokens: int = 262_144,
+        batch: DecodingBatch | None = None,
     ) -> None:
         limits = {"max_rows": max_rows, "max_prefill_tokens": max_prefill_tokens, "max_cache_tokens": max_cache_tokens}
         for name, value in limits.items():
@@ -47,77 +226,93 @@ class Scheduler:
         self.max_rows, self.max_prefill_tokens, self.max_cache_tokens = limits.values()
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
-        self._batch = DecodingBatch(model)
+        self._batch = batch or DecodingBatch(model)
+        self._last = torch.empty(0, dtype=torch.int64, device=model.device)  # token of each running row
+        self._to_come: deque[TokensToCome] = deque()
+        self._runs_ahead = runs_ahead(model.device)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.waiting and not self.running
+        return not self.waiting and not self.running and not self._to_come
 
     def submit(self, generation: Generation) -> None:
         """Put a generation at the end of the queue."""
         self.waiting.append(generation)
 
     def step(self) -> int:
-        """Give each row its next token, let the finished ones leave and waiting ones join with their first token.
+        """Begin the next token of each row, let the finished ones leave and waiting ones join with their first token.
 
         Returns:
             The number of tokens; 0 where every waiting row's adapter is still being loaded.
         """
         try:
             self._drop_cancelled()
-            return self._advance() + self._join()
+            before = len(self._to_come)
+            tokens = self._advance()
+            self._read(before)
+            tokens += self._join()
+            self._read(0)
+            return tokens
         except Exception as error:
-            self._fail_all(error)
+            self._fail_running(error)
             raise
 
+    def fail_all(self, error: Exception) -> None:
+        """End everything that runs or waits with an error."""
+        self._fail_running(error)
+        while self.waiting:
+            self.waiting.popleft().fail(error)
+
     def _drop_cancelled(self) -> None:
-        for generation in self.running:
+        for generation in [*self.running, *self.waiting]:
             if generation.cancelled and generation.finished is None:
                 generation.end_cancelled()
-        waiting, self.waiting = self.waiting, deque()
-        for generation in waiting:
-            if generation.cancelled:
-                generation.end_cancelled()
-            else:
-                self.waiting.append(generation)
-        if any(generation.finished for generation in self.running):
+        self.waiting = deque(generation for generation in self.waiting if generation.finished is None)
+        if not all(generation.goes_on for generation in self.running):
             self._exchange([], [])
 
     def _advance(self) -> int:
         """One token for each row; the finished ones leave with the next exchange."""
         if not self.running:
             return 0
-        logits = self._batch.advance([generation.tokens[-1] for generation in self.running])
-        return self._accept(self.running, logits)
+        self._last = self._begin(self.running, self._batch.advance(self._last))
+        return len(self.running)
 
     def _join(self) -> int:
         """The first token of the rows that there is room for."""
-        unfinished = sum(generation.finished is None for generation in self.running)
-        joining, adapters = self._admitted(self.max_rows - unfinished)
-        if not joining and unfinished == len(self.running):
-            return 0
-        return self._accept(joining, self._exchange(joining, adapters))
+        going_on = sum(generation.goes_on for generation in self.running)
+        joining, adapters = self._admitted(self.max_rows - going_on)
+        if joining or going_on < len(self.running):
+            self._exchange(joining, adapters)
+        return len(joining)
 
-    def _exchange(self, joining: Sequence[Generation], adapters: Sequence[CompactAdapter | None]) -> Tensor:
-        """Finished rows leave, others join; returns the logits of those."""
-        kept = [row for row, generation in enumerate(self.running) if generation.finished is None]
+    def _exchange(self, joining: Sequence[Generation], adapters: Sequence[OneAdapter]) -> None:
+        """Finished rows leave, others join with their first token."""
+        kept = [row for row, generation in enumerate(self.running) if generation.goes_on]
+        last = self._last[torch.tensor(kept, dtype=torch.int64).to(self._last.device)]
         self.running = [*(self.running[row] for row in kept), *joining]
-        return self._batch.exchange(kept, [generation.prompt for generation in joining], adapters)
+        logits = self._batch.exchange(kept, [generation.prompt for generation in joining], adapters)
+        self._last = torch.cat([last, self._begin(joining, logits)]) if joining else last
 
-    @staticmethod
-    def _accept(rows: Sequence[Generation], logits: Tensor) -> int:
-        if not rows:
-            return 0
+    def _begin(self, rows: Sequence[Generation], logits: Tensor) -> Tensor:
+        """The next token of each row, which is also on its way to the host."""
         tokens = next_tokens(logits, [row.sampling for row in rows], [row.random for row in rows])
-        for generation, token in zip(rows, tokens, strict=True):
-            generation.accept(token)
-        return len(rows)
+        for row in rows:
+            row.begun += 1
+        self._to_come.append(TokensToCome(rows, tokens))
+        return tokens
 
-    def _admitted(self, room: int) -> tuple[list[Generation], list[CompactAdapter | None]]:
+    def _read(self, count: int) -> None:
+        """Let rows have the tokens of the first so many steps that are not read; of all, unless this runs ahead."""
+        for _ in range(count if self._runs_ahead else len(self._to_come)):
+            self._to_come[0].read()
+            self._to_come.popleft()
+
+    def _admitted(self, room: int) -> tuple[list[Generation], list[OneAdapter]]:
         """Takes from the queue what may join now; one whose adapter is not there yet lets others pass."""
         joining: list[Generation] = []
-        adapters: list[CompactAdapter | None] = []
+        adapters: list[OneAdapter] = []
         passed: list[Generation] = []
         longest, ahead = 0, 2 * self.max_rows
         for generation in islice(self.waiting, ahead):
@@ -139,27 +334,28 @@ class Scheduler:
 
     def _fits_cache(self, generation: Generation, joining: Sequence[Generation]) -> bool:
         """Whether the cache has room for one more row, whatever lengths the rows will reach."""
-        rows = [row for row in [*self.running, *joining] if row.finished is None]
+        rows = [row for row in [*self.running, *joining] if row.goes_on]
         longest = max(row.most_tokens for row in [*rows, generation])
         return not rows or longest * (len(rows) + 1) <= self.max_cache_tokens
 
-    def _admit(self, generation: Generation, joining: list[Generation], adapters: list[CompactAdapter | None]) -> None:
+    def _admit(self, generation: Generation, joining: list[Generation], adapters: list[OneAdapter]) -> None:
         try:
             adapter = generation.adapter()
             if adapter is not None:
-                self._batch.shared.check(adapter)
+                self._batch.form.check(adapter)
         except Exception as error:  # this row's alone
             generation.fail(error)
             return
         joining.append(generation)
         adapters.append(adapter)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_running(self, error: Exception) -> None:
         """A step went wrong: its rows can't go on, those that wait can."""
-        for generation in self.running:
+        for generation in [*self.running, *(row for tokens in self._to_come for row in tokens.rows)]:
             if generation.finished is None:
                 generation.fail(error)
         self.running = []
+        self._to_come.clear()
         self._batch.exchange([])
 
 
@@ -198,6 +394,11 @@ def generate(
         Generation(_tokens(model.tokenizer, prompt), how, adapter, model.tokenizer, ends)
         for prompt, adapter, how in zip(prompts, adapters, samplings, strict=True)
     ]
+    return run(scheduler, generations)
+
+
+def run(scheduler: Scheduler, generations: list[Generation]) -> list[Generation]:
+    """Bring generations to their end. Raises what went wrong with one of them."""
     for generation in generations:
         scheduler.submit(generation)
     while not scheduler.idle:
@@ -206,6 +407,11 @@ def generate(
         if generation.error is not None:
             raise generation.error
     return generations
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host goes on while the device computes."""
+    return device.type == "cuda"
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase | None, prompt: str | Sequence[int]) -> list[int]:

@@ -1,52 +1,129 @@
-"""Completions by this process's own engine: requests become rows, pieces of text become answers or events."""
-
-from __future__ import annotations
+"""The OpenAI interface: models, completions and chat. Requests become rows, pieces of text become answers or events."""
 
 import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Any, Protocol
 
+from fastapi import APIRouter, Request
+from fastapi.params import Depends as Dependency
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.data.chat import chat_template
 from gakernels.errors import InputError
-from gakernels.generation.running import Generation, Piece
 from gakernels.generation.sampling import Sampling
+from gakernels.generation.scheduler import LENGTH, Generation, Piece
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
 from gakernels.model.positions import position_limit
-from gakernels.server.api_errors import ApiError, bad_request
-from gakernels.server.context_store import Context
+from gakernels.server.context_store import Context, ContextStore
 from gakernels.server.contexts import Contexts
 from gakernels.server.engine import Engine
-from gakernels.server.events import (
-    DONE,
-    EventStream,
-    as_event,
-    chat_event,
-    chat_opening,
-    completion_event,
-    finish_reason,
-)
-from gakernels.server.limits import Limits
 from gakernels.server.metrics import Metrics
 from gakernels.server.protocol import (
     ChatChoice,
     ChatChunk,
+    ChatChunkChoice,
     ChatCompletion,
     ChatMessage,
     ChatRequest,
     Completion,
     CompletionChoice,
     CompletionRequest,
+    FinishReason,
+    ModelCard,
+    ModelList,
     SamplingRequest,
+    Usage,
 )
-from gakernels.server.rows import Rows
+from gakernels.server.settings import Limits
+from gakernels.server.web import NOT_FOUND, RESPONSES, ApiError, bad_request, from_failure, hung_up, no_such_model
+
+_DONE = "data: [DONE]\n\n"
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """The events of an answer.
+
+    Attributes:
+        events: as text.
+        end: what else must happen when nobody wants them any more, even if nobody has asked for the first one.
+    """
+
+    events: AsyncGenerator[str, None]
+    end: Callable[[], None] = lambda: None
+
+    async def close(self) -> None:
+        """The answer is out, or its reader has gone."""
+        self.end()
+        await self.events.aclose()
+
+
+Answer = BaseModel | dict[str, Any] | EventStream
+
+
+class Completions(Protocol):
+    """What answers: this process's engine, or another server."""
+
+    async def complete(self, request: CompletionRequest, context: Context | None) -> Answer:
+        """The answer to a completion request, or the events of a stream."""
+
+    async def chat(self, request: ChatRequest, context: Context | None) -> Answer:
+        """The answer to a chat request, or the events of a stream."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a request is waiting for.
+
+    Attributes:
+        generations: one for each prompt.
+        pieces: number of the generation and piece, put here by the engine.
+        model: the model's name in the request, for messages.
+    """
+
+    generations: list[Generation]
+    pieces: asyncio.Queue[tuple[int, Piece]]
+    model: str
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Number of the row and piece, until all rows are finished.
+
+        Raises:
+            ApiError: a row went wrong.
+        """
+        unfinished = len(self.generations)
+        try:
+            while unfinished:
+                index, piece = await self.pieces.get()
+                if piece.error is not None:
+                    raise from_failure(piece.error, self.model) from piece.error
+                unfinished -= piece.finished is not None
+                yield index, piece
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End them at the next step; nothing happens to finished ones."""
+        for generation in self.generations:
+            generation.cancel()
+
+    @property
+    def usage(self) -> Usage:
+        """Numbers of tokens so far."""
+        return Usage.of(
+            sum(len(row.prompt) for row in self.generations), sum(len(row.tokens) for row in self.generations)
+        )
 
 
 class LocalCompletions:
@@ -177,7 +254,7 @@ class LocalCompletions:
         except Exception:
             rows.cancel()
             raise
-        self._metrics.prompt_tokens.add(rows.usage.prompt_tokens)
+        self._metrics.prompt_tokens.inc(rows.usage.prompt_tokens)
         return rows
 
     def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
@@ -229,7 +306,7 @@ class LocalCompletions:
     def _end(self, rows: Rows) -> None:
         """Nobody waits for them any more."""
         rows.cancel()
-        self._metrics.new_tokens.add(rows.usage.completion_tokens)
+        self._metrics.new_tokens.inc(rows.usage.completion_tokens)
 
     def _stream(
         self,
@@ -261,8 +338,125 @@ class LocalCompletions:
             return
         if wants_usage:
             yield as_event(frame(choices=[], usage=rows.usage))
-        yield DONE
+        yield _DONE
 
 
 def _name(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(12)}"
+
+
+def completion_event(frame: Callable[..., Completion], index: int, piece: Piece) -> Completion:
+    """A piece of the completion of prompt number `index`; `frame` makes an event of its choices."""
+    return frame(choices=[CompletionChoice(index=index, text=piece.text, finish_reason=finish_reason(piece.finished))])
+
+
+def chat_event(frame: Callable[..., ChatChunk], index: int, piece: Piece) -> ChatChunk:
+    """A piece of the model's turn."""
+    delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+    return frame(choices=[ChatChunkChoice(index=index, delta=delta, finish_reason=finish_reason(piece.finished))])
+
+
+def chat_opening(frame: Callable[..., ChatChunk]) -> ChatChunk:
+    """The event in front of the model's turn: whose it is."""
+    return frame(choices=[ChatChunkChoice(index=0, delta={"role": "assistant", "content": ""})])
+
+
+def finish_reason(finished: str | None) -> FinishReason | None:
+    """Why a text ended, in OpenAI's words; None while it goes on."""
+    if finished is None:
+        return None
+    return "length" if finished == LENGTH else "stop"
+
+
+def as_event(event: BaseModel) -> str:
+    """As a server-sent event."""
+    return f"data: {event.model_dump_json()}\n\n"
+
+
+def openai_routes(
+    completions: Completions, store: ContextStore, base_name: str, started: int, owner: Dependency
+) -> APIRouter:
+    """Models, completions and chat completions.
+
+    Args:
+        completions: answers.
+        store: where contexts are; the id of one is the name of a model.
+        base_name: name of the base model alone.
+        started: seconds since 1970.
+        owner: dependency that tells who sends a request.
+    """
+    router = APIRouter(prefix="/v1", tags=["openai"], responses=RESPONSES)
+
+    def chosen(model: str, owner: str) -> Context | None:
+        """The context that a request names, None for the base model."""
+        if model == base_name:
+            return None
+        context = store.get(model, owner)
+        if context is None:
+            raise no_such_model(model)
+        return context
+
+    def card(context: Context) -> ModelCard:
+        return ModelCard(id=context.id, created=context.created, parent=base_name)
+
+    base = ModelCard(id=base_name, created=started)
+
+    @router.get("/models")
+    async def models(owner: Annotated[str, owner]) -> ModelList:
+        """The base model, and the user's contexts."""
+        return ModelList(data=[base, *(card(context) for context in store.of(owner))])
+
+    @router.get("/models/{name}", responses=NOT_FOUND)
+    async def model(name: str, owner: Annotated[str, owner]) -> ModelCard:
+        """One of them."""
+        context = chosen(name, owner)
+        return base if context is None else card(context)
+
+    @router.post("/completions", response_model=Completion, responses=NOT_FOUND | {200: _STREAM})
+    async def complete(body: CompletionRequest, request: Request, owner: Annotated[str, owner]) -> Response:
+        """Continue prompts."""
+        return await _response(request, completions.complete(body, chosen(body.model, owner)))
+
+    @router.post("/chat/completions", response_model=ChatCompletion, responses=NOT_FOUND | {200: _STREAM})
+    async def chat(body: ChatRequest, request: Request, owner: Annotated[str, owner]) -> Response:
+        """Continue a conversation."""
+        return await _response(request, completions.chat(body, chosen(body.model, owner)))
+
+    return router
+
+
+async def _response(request: Request, work: Coroutine[Any, Any, Answer]) -> Response:
+    """The answer, as soon as it is there. Raises: ApiError: the client hung up first; the work has been cancelled."""
+    answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise hung_up()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.wait({answering, leaving})
+    answer = answering.result()
+    if isinstance(answer, BaseModel):
+        return JSONResponse(answer.model_dump())
+    return _Events(answer) if isinstance(answer, EventStream) else JSONResponse(answer)
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Events(StreamingResponse):
+    """A stream that is closed in the end, also if the client hangs up before the first event."""
+
+    def __init__(self, stream: EventStream) -> None:
+        super().__init__(stream.events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stream.close()

@@ -13,10 +13,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from gakernels.generation.running import Generation
-from gakernels.generation.scheduler import Scheduler
+from gakernels.generation.scheduler import Generation, Scheduler
 from gakernels.model import GenerativeAdapter
-from gakernels.server.limits import Limits
+from gakernels.server.settings import Limits
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -180,8 +179,6 @@ class Engine:
         while not self._inbox.empty():
             self._sort_in(self._inbox.get())
         error = BusyError("the server is shutting down")
-        for generation in [*self.scheduler.waiting, *self.scheduler.running]:
-            if generation.finished is None:
-                generation.fail(error)
+        self.scheduler.fail_all(error)
         for work in self._work:
             work.future.set_exception(error)

@@ -1,69 +1,130 @@
-"""Puts a server together and runs it."""
-
-from __future__ import annotations
+"""The web application, put together from its parts and run."""
 
 import asyncio
+import contextlib
+import ctypes
+import resource
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Annotated, Any
 
 import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from gakernels.model import GenerativeAdapter
 from gakernels.server.adapter_cache import AdapterCache
-from gakernels.server.api import Parts, create_app
-from gakernels.server.api_keys import ApiKeys
-from gakernels.server.completions import LocalCompletions
-from gakernels.server.connections import PatientProtocol
+from gakernels.server.completions import Completions, LocalCompletions, openai_routes
 from gakernels.server.context_store import ContextStore
-from gakernels.server.contexts import Contexts
+from gakernels.server.contexts import Contexts, context_routes, depends
 from gakernels.server.engine import Engine
-from gakernels.server.limits import Limits
 from gakernels.server.metrics import Metrics
-from gakernels.server.openai_routes import Completions
-from gakernels.server.process import allow_files, share_arenas
+from gakernels.server.protocol import Health
+from gakernels.server.settings import ApiKeys, Limits, Settings
 from gakernels.server.vllm import VllmClient, VllmCompletions
+from gakernels.server.web import (
+    OWNER,
+    RESPONSES,
+    ApiError,
+    BodyLimit,
+    Counted,
+    KeysFirst,
+    PatientProtocol,
+    ReadAsJson,
+    add_handlers,
+)
+from gakernels.version import __version__
 
 _MEBIBYTE = 2**20
+_FILES = 1024  # open ones, besides connections
+_M_ARENA_MAX, _ARENAS = -8, 2  # malloc.h
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a server is set up.
+class Parts:
+    """What a server is made of.
 
     Attributes:
-        folder: for contexts, cached adapters and, with vLLM, PEFT folders.
-        base_name: name of the base model in requests; with vLLM, the name that vLLM serves it under.
-        limits: how much it takes on.
+        base_name: name of the base model in requests.
+        contexts: of the users.
+        completions: what answers.
+        engine: runs the model.
         keys: who may use it.
-        gpu_mebibytes: of cached adapters on the GPU.
-        cpu_mebibytes: of cached adapters in main memory.
-        disk_mebibytes: of cached adapters on disk.
-        threads: of the CPU operations; None for PyTorch's default.
-        chat_template: Jinja template of a conversation; the tokenizer's own if not given.
-        cors_origins: origins (`https://example.org`) whose web pages may use it from a browser; `*` for all.
-        patience: seconds for a request to come in, see `PatientProtocol`.
-        vllm_url: where a vLLM server that decodes is; None: this process decodes.
-        vllm_key: API key of that server.
-        vllm_adapters: most adapters registered with it at a time.
+        limits: how much it takes on.
+        metrics: what it counts.
+        cors_origins: web pages of these may use it from a browser; `*` for all.
+        close: called when the server ends.
     """
 
-    folder: Path
     base_name: str
-    limits: Limits = field(default_factory=Limits)
-    keys: ApiKeys = field(default_factory=ApiKeys)
-    gpu_mebibytes: int = 4096
-    cpu_mebibytes: int = 1024
-    disk_mebibytes: int = 4096
-    threads: int | None = None
-    chat_template: str | None = None
-    cors_origins: tuple[str, ...] = ()
-    patience: float = 60.0
-    vllm_url: str | None = None
-    vllm_key: str | None = field(default=None, repr=False)
-    vllm_adapters: int = 64
+    contexts: Contexts
+    completions: Completions
+    engine: Engine
+    keys: ApiKeys
+    limits: Limits
+    metrics: Metrics
+    cors_origins: tuple[str, ...]
+    close: Callable[[], Any]
+
+
+def create_app(parts: Parts) -> FastAPI:
+    """The application of a server.
+
+    /health, /metrics and /openapi.json need no key: they show no content and no names.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await parts.close()
+
+    app = FastAPI(
+        title="gakernels", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False
+    )
+    bearer = HTTPBearer(auto_error=False)
+
+    def owner(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, depends(bearer)]) -> str:
+        return str(request.scope[OWNER])  # the bearer itself is for the schema
+
+    store = parts.contexts.store
+    app.include_router(context_routes(parts.contexts, parts.metrics, depends(owner)))
+    app.include_router(openai_routes(parts.completions, store, parts.base_name, int(time.time()), depends(owner)))
+
+    @app.get("/health", responses={503: RESPONSES[503]})
+    async def health() -> Health:
+        """Whether the server does its work."""
+        if not parts.engine.alive:
+            raise ApiError(503, "the engine has ended", "engine_ended")
+        return Health(model=parts.base_name, contexts=len(store), damaged_contexts=len(store.damaged))
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """In the text format of Prometheus."""
+        return PlainTextResponse(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    add_handlers(app)
+    app.add_middleware(ReadAsJson)
+    app.add_middleware(BodyLimit, limit=parts.limits.body_bytes)
+    app.add_middleware(KeysFirst, keys=parts.keys)
+    if parts.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=parts.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Content-Disposition", "Retry-After"],
+        )
+    app.add_middleware(Counted, metrics=parts.metrics)
+    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
+    _watch(parts)
+    return app
 
 
 def assemble(model: GenerativeAdapter, settings: Settings) -> Parts:
@@ -171,3 +232,56 @@ async def _end(server: uvicorn.Server, stop: asyncio.Event) -> None:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI schema. Malformed requests are answered with 400, as OpenAI and vLLM do, not with FastAPI's 422."""
+    if app.openapi_schema is None:
+        app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in app.openapi_schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            app.openapi_schema["components"]["schemas"].pop(name, None)
+    return app.openapi_schema
+
+
+def _watch(parts: Parts) -> None:
+    metrics, cache, store = parts.metrics, parts.contexts.cache, parts.contexts.store
+    metrics.watch("gakernels_contexts", "Contexts on disk.", lambda: len(store))
+    metrics.watch("gakernels_rows_running", "Prompts in the decoding batch.", lambda: parts.engine.running)
+    metrics.watch("gakernels_waiting", "Prompts and appends that wait.", lambda: parts.engine.waiting)
+    metrics.watch("gakernels_adapter_misses_total", "Adapters made from states.", lambda: cache.misses)
+    for name, what in (
+        ("used_bytes", "Bytes of cached adapters"),
+        ("limit_bytes", "Bound of cached adapters in bytes"),
+        ("entries", "Cached adapters"),
+        ("hits_total", "Adapters found in the cache"),
+        ("evictions_total", "Adapters pushed out of a tier"),
+    ):
+        read = partial(_by_tier, cache, name.removesuffix("_total"))
+        metrics.watch(f"gakernels_adapter_cache_{name}", f"{what}, by tier.", read, "tier")
+
+
+def _by_tier(cache: AdapterCache, name: str) -> dict[str, float]:
+    return {tier: getattr(values, name) for tier, values in cache.tiers.items()}
+
+
+def allow_files(connections: int) -> None:
+    """Let this process have so many connections and its files open at a time, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def share_arenas() -> None:
+    """Have all threads take memory from the same few places, where the C library is glibc.
+
+    By default each thread gets one of its own, and what one thread has freed there no other can use: a server that was
+    busy for hours holds a multiple of what it needs.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)

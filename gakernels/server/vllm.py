@@ -23,11 +23,11 @@ import httpx2
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.generation.text_output import special_tokens
 from gakernels.model import GenerativeAdapter
-from gakernels.server.api_errors import ApiError, from_failure
+from gakernels.server.completions import EventStream
 from gakernels.server.context_store import Context
 from gakernels.server.contexts import Contexts
-from gakernels.server.events import EventStream
 from gakernels.server.protocol import ChatRequest, CompletionRequest, SamplingRequest
+from gakernels.server.web import ApiError, from_failure
 
 _TIMEOUT = httpx2.Timeout(600, connect=10)
 

@@ -1,14 +1,18 @@
 """Continuous batching: who waits, who joins, who leaves, and that one row's trouble is its own."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from demo_users import User
 from tiny import make_model, random_context
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gakernels import CompactAdapter, GenerativeAdapter, InputError
-from gakernels.generation import Sampling, Scheduler, generate
-from gakernels.generation.running import Generation, Piece
+from gakernels.generation import Generation, Piece, Sampling, Scheduler, generate, scheduler
 
 
 @pytest.fixture
@@ -175,3 +179,117 @@ def test_no_gradient_is_kept(model: GenerativeAdapter) -> None:
         scheduler.submit(make(3))
         scheduler.step()
     assert not any(tensor.requires_grad for tensor in scheduler._batch.adapters.left.values())
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step begins before the tokens of the last one are read."""
+    monkeypatch.setattr(scheduler, "runs_ahead", lambda _: True)
+
+
+def test_running_ahead_shows_in_no_token_and_no_text(
+    demo: GenerativeAdapter, make_users: Callable[[int], list[User]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = make_users(12)
+    rules = [
+        Sampling(1 + row, 1.5 * (row % 2), seed=row, stop=(".", " ") if row % 4 > 1 else (), stop_token_ids=(row,))
+        for row in range(12)
+    ]
+
+    def found(sampling: list[Sampling]) -> list[tuple[list[int], str, str | None, list[Piece]]]:
+        pieces: list[list[Piece]] = [[] for _ in users]
+        rows = [
+            Generation(
+                demo.tokenizer(user.question)["input_ids"], how, user.adapter, demo.tokenizer, demo.end_tokens(), take
+            )
+            for user, how, take in zip(users, sampling, [each.append for each in pieces], strict=True)
+        ]
+        scheduler.run(Scheduler(demo, max_rows=5), rows)
+        return [(row.tokens, row.text, row.finished, each) for row, each in zip(rows, pieces, strict=True)]
+
+    expected = found(rules)
+    ends = [replace(how, stop_token_ids=(row[0][len(row[0]) // 2],)) for how, row in zip(rules, expected, strict=True)]
+    early = found(ends)
+    assert any(len(row[0]) < len(one[0]) for row, one in zip(early, expected, strict=True))
+    monkeypatch.setattr(scheduler, "runs_ahead", lambda _: True)
+    assert found(rules) == expected
+    assert found(ends) == early
+
+
+@pytest.mark.usefixtures("ahead")
+def test_the_tokens_of_a_step_are_read_while_the_next_one_runs(
+    model: GenerativeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, advance, read = [], scheduler.DecodingBatch.advance, scheduler.TokensToCome.read
+    monkeypatch.setattr(scheduler.DecodingBatch, "advance", lambda *given: (order.append("step"), advance(*given))[1])
+    monkeypatch.setattr(scheduler.TokensToCome, "read", lambda tokens: (order.append("read"), read(tokens))[1])
+    generation = generate(model, [random_context(4)], [None], Sampling(4))[0]
+    assert order == ["step", "read", "step", "read", "step", "read", "read"]
+    assert len(generation.tokens) == 4
+
+
+@pytest.mark.usefixtures("ahead")
+def test_rows_whose_last_token_is_still_to_come_are_told_of_a_failed_step_and_of_the_end(
+    model: GenerativeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, rows = Scheduler(model, max_rows=2), [make(2), make(9), make(3), make(4)]
+    for generation in rows:
+        batch.submit(generation)
+    batch.step()
+    batch.step()
+    assert [(row.begun, len(row.tokens)) for row in rows] == [(2, 1), (2, 1), (1, 0), (0, 0)]
+    assert batch.running == rows[1:3]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "logits", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.step()
+    assert [type(row.error).__name__ for row in rows] == ["ZeroDivisionError"] * 3 + ["NoneType"]
+    batch.step()
+    batch.fail_all(OSError("the end"))
+    assert isinstance(rows[3].error, OSError)
+    assert batch.idle
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_of_a_step_is_asked_of_the_device_but_its_tokens(model: GenerativeAdapter, temperature: float) -> None:
+    """Neither by this library nor by transformers, for rows of different lengths with adapters of their own."""
+    aten = torch.ops.aten
+    waits = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default)
+
+    class Questions(TorchDispatchMode):
+        """Counts where the host waits for a single number."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func in waits
+            return func(*args, **(kwargs or {}))
+
+    def questions(tokens: int) -> int:
+        prompts = [random_context(length) for length in (3, 9, 5)]
+        adapters = [model.stream().append(random_context(20)).compact(), None, None]
+        with Questions() as asked:
+            generate(model, prompts, adapters, Sampling(tokens, temperature, stop_at_end_token=False))
+        return asked.count
+
+    assert questions(3) == questions(20)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_for_nothing() -> None:
+    model = make_model(scale=2.0).to("cuda")
+    rows = [Generation(random_context(3 + row), Sampling(30, float(row % 2))) for row in range(4)]
+    batch = Scheduler(model)
+    for row in rows:
+        batch.submit(row)
+    for _ in range(3):
+        batch.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            batch.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    scheduler.run(batch, [])
+    on_cpu = generate(model.to("cpu"), [rows[0].prompt], [None], rows[0].sampling)[0]
+    assert rows[0].tokens == on_cpu.tokens

@@ -15,7 +15,8 @@ import httpx2
 
 from gakernels import GenerativeAdapter
 from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
-from gakernels.server.server import Settings, serve
+from gakernels.server.server import serve
+from gakernels.server.settings import Settings
 
 
 class ServerProcess:

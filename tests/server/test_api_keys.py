@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gakernels import InputError
-from gakernels.server.api_keys import ANYONE, ApiKeys
+from gakernels.server.settings import ANYONE, ApiKeys
 
 FIRST, SECOND = "first-key-of-16-characters", "second-key-of-16-characters"
 

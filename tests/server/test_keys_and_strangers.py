@@ -19,10 +19,8 @@ from starlette.testclient import TestClient
 
 import gakernels
 from gakernels import GenerativeAdapter
-from gakernels.server.api import create_app
-from gakernels.server.api_keys import ApiKeys
-from gakernels.server.limits import Limits
-from gakernels.server.server import Settings, assemble
+from gakernels.server.server import assemble, create_app
+from gakernels.server.settings import ApiKeys, Limits, Settings
 
 MINE, THEIRS = "first-key-of-16-characters", "second-key-of-16-characters"
 NOBODYS = "ctx-" + "0123456789abcdef" * 2

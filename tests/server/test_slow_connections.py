@@ -15,8 +15,8 @@ from loopback import served
 
 from gakernels import GenerativeAdapter
 from gakernels.generation import scheduler
-from gakernels.server.limits import Limits
-from gakernels.server.process import allow_files
+from gakernels.server.server import allow_files
+from gakernels.server.settings import Limits
 
 PATIENCE = 0.6  # seconds
 BODY = json.dumps({"model": "demo", "prompt": "The", "max_tokens": 1}).encode()

@@ -16,7 +16,7 @@ from loopback import served
 
 from gakernels import GenerativeAdapter
 from gakernels.generation import scheduler
-from gakernels.server.limits import Limits
+from gakernels.server.settings import Limits
 
 ASKED = 1000  # tokens
 KINDS = {
@@ -30,10 +30,10 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """All tokens that are generated in this process; none of them ends a text, and a step takes a while."""
     found: list[int] = []
 
-    def counted(logits: torch.Tensor, *_: Any) -> list[int]:
+    def counted(logits: torch.Tensor, *_: Any) -> torch.Tensor:
         time.sleep(0.002)
         found.extend([7] * len(logits))
-        return [7] * len(logits)
+        return torch.full((len(logits),), 7)
 
     monkeypatch.setattr(scheduler, "next_tokens", counted)
     return found

@@ -96,7 +96,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], None]:
 
     def play(tokens: list[int]) -> None:
         coming = iter(tokens)
-        monkeypatch.setattr(scheduler, "next_tokens", lambda *_: [next(coming)])
+        monkeypatch.setattr(scheduler, "next_tokens", lambda *_: torch.tensor([next(coming)]))
 
     return play
 

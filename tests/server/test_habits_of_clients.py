@@ -8,8 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from gakernels.server import protocol
-from gakernels.server.api_keys import ApiKeys
-from gakernels.server.limits import Limits
+from gakernels.server.settings import ApiKeys, Limits
 
 GREEDY = {"model": "demo", "temperature": 0, "max_tokens": 4}
 PAGE = "https://app.example.org"

@@ -11,13 +11,13 @@ import pytest
 import torch
 from demo_users import User
 from limits import files_of_at_most
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load
 from starlette.testclient import TestClient
 
 from gakernels import Adapter, CompactAdapter, GenerativeAdapter
 from gakernels.generation import Sampling, generate
-from gakernels.server.api_keys import ApiKeys
-from gakernels.server.limits import Limits
+from gakernels.server.settings import ApiKeys, Limits
 
 KEYS = ["first-key-of-16-characters", "second-key-of-16-characters"]
 GREEDY = {"temperature": 0, "max_tokens": 6}
@@ -122,7 +122,7 @@ def test_exports_are_what_a_stream_would_have_become(
     for layer in demo.adapted_names:
         assert torch.equal(compact.left[layer], user.adapter.left[layer])
         assert torch.equal(compact.right[layer], user.adapter.right[layer])
-        assert torch.equal(adapter.lora_a[layer], user.adapter.expand(demo).lora_a[layer])
+        assert torch.equal(adapter.lora_a[layer], demo.expand(user.adapter).lora_a[layer])
     archive = zipfile.ZipFile(io.BytesIO(files["peft"]))
     assert archive.namelist() == ["adapter_config.json", "adapter_model.safetensors"]
     assert json.loads(archive.read("adapter_config.json"))["peft_type"] == "LORA"
@@ -386,6 +386,7 @@ def test_health_and_metrics(client: TestClient, user: User) -> None:
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     page = response.text
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
     usage = answer["usage"]
     for line in (
         'gakernels_requests_total{method="POST",route="/v1/completions",status="200"} 1',
@@ -400,8 +401,25 @@ def test_health_and_metrics(client: TestClient, user: User) -> None:
         'gakernels_request_seconds_count{route="/v1/completions"} 1',
         'gakernels_requests_total{method="GET",route="/health",status="200"} 1',
     ):
-        assert line in page.splitlines(), line
+        sample, value = line.rsplit(" ", 1)
+        assert float(values[sample]) == float(value), line
     assert name not in page
+    assert {family.name: family.type for family in text_string_to_metric_families(page)} == {
+        "gakernels_requests": "counter",
+        "gakernels_request_seconds": "histogram",
+        "gakernels_prompt_tokens": "counter",
+        "gakernels_new_tokens": "counter",
+        "gakernels_context_tokens": "counter",
+        "gakernels_contexts": "gauge",
+        "gakernels_rows_running": "gauge",
+        "gakernels_waiting": "gauge",
+        "gakernels_adapter_misses": "counter",
+        "gakernels_adapter_cache_used_bytes": "gauge",
+        "gakernels_adapter_cache_limit_bytes": "gauge",
+        "gakernels_adapter_cache_entries": "gauge",
+        "gakernels_adapter_cache_hits": "counter",
+        "gakernels_adapter_cache_evictions": "counter",
+    }
 
 
 def test_the_schema_tells_what_the_server_answers(client: TestClient) -> None:

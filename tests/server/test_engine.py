@@ -8,9 +8,9 @@ from tiny import make_model, random_context
 
 from gakernels import GenerativeAdapter
 from gakernels.generation import Sampling, generate
-from gakernels.generation.running import Generation, Piece
+from gakernels.generation.scheduler import Generation, Piece
 from gakernels.server.engine import BusyError, Engine
-from gakernels.server.limits import Limits
+from gakernels.server.settings import Limits
 
 
 class Row:

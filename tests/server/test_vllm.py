@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 from gakernels import GenerativeAdapter
 from gakernels.server import server as server_module
-from gakernels.server.api import create_app
-from gakernels.server.server import Settings, assemble
+from gakernels.server.server import assemble, create_app
+from gakernels.server.settings import Settings
 from gakernels.server.vllm import VllmClient
 
 BASE = "my-base"
@@ -131,7 +131,7 @@ def test_an_adapter_is_made_here_and_registered_there(
     assert vllm.authorization == {"Bearer its-key"}
     body = {"model": f"{name}-1", "prompt": "The pet", "max_tokens": 5, "temperature": 0, "stop": ["."]}
     assert vllm.bodies == [body]  # what was asked for, and nothing that was not
-    adapter = user.adapter.expand(demo)
+    adapter = demo.expand(user.adapter)
     for layer in demo.adapted_names:
         factors = [vllm.loaded[f"{name}-1"][f"base_model.model.{layer}.lora_{half}.weight"] for half in "BA"]
         assert (factors[0] @ factors[1] - adapter.delta(layer)).abs().max() < 1e-5

@@ -11,8 +11,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from gakernels.server.api_keys import ApiKeys
-from gakernels.server.limits import Limits
+from gakernels.server.settings import ApiKeys, Limits
 
 schemathesis = pytest.importorskip("schemathesis")
 hypothesis = pytest.importorskip("hypothesis")

@@ -1,0 +1,3 @@
+"""The models of the package, and their users."""
+
+from demo_users import demo, make_users, seed  # noqa: F401
