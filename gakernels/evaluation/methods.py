@@ -145,9 +145,11 @@ class FullPrompt(SimpleMethod):
 
 
 class PassageSearch:
-    """Ranks passages by BM25 (Lucene's variant with k1 1.5 and b 0.75, in float64).
+    """Ranks passages by the words that they share with a query: BM25 with k1 1.5 and b 0.75, through bm25s.
 
-    Words are runs of letters, digits and underscores without regard to case; none is left out or cut to its stem.
+    The score of a passage is the sum over the query's words of ln(1 + (N - n + 0.5) / (n + 0.5)) f (k1 + 1) / (f + k1
+    (1 - b + b l / mean l)), with N passages, n of which have the word, f times in this one of l words. Words are runs
+    of letters, digits and underscores, without regard to case; none is left out or cut to its stem.
 
     Args:
         texts: the passages, at least one.
@@ -158,7 +160,7 @@ class PassageSearch:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
-        self._index = _bm25s().BM25(method="lucene", k1=1.5, b=0.75, dtype="float64")
+        self._index = _bm25s().BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")
         with np.errstate(invalid="ignore"):  # 0 / 0 where no passage has a word
             self._index.index([_words(text) for text in texts], create_empty_token=False, show_progress=False)
 

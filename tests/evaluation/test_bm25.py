@@ -26,7 +26,7 @@ def texts_of(random: Random, count: int) -> list[str]:
 
 
 def defined(texts: list[str], query: str) -> list[float]:
-    """Lucene's formula, word for word; it is Robertson and Zaragoza's without the factor k + 1, which ranks nothing."""
+    """Robertson and Zaragoza's formula, word for word."""
     split, k, b = [text.split() for text in texts], 1.5, 0.75
     mean = sum(map(len, split)) / len(split)
     scores = []
@@ -36,7 +36,7 @@ def defined(texts: list[str], query: str) -> list[float]:
             frequency = words.count(word)
             having = sum(word in other for other in split)
             weight = math.log(1 + (len(split) - having + 0.5) / (having + 0.5))
-            score += weight * frequency / (frequency + k * (1 - b + b * len(words) / mean))
+            score += weight * frequency * (k + 1) / (frequency + k * (1 - b + b * len(words) / mean))
         scores.append(score)
     return scores
 
@@ -50,8 +50,10 @@ def test_scores_are_those_of_the_definition(random: Random) -> None:
 def test_scores_computed_by_hand() -> None:
     # "a" is in both passages, n = 2: ln(1 + 0.5 / 2.5); "b" in the first, n = 1: ln(1 + 1.5 / 1.5). Lengths 3 and 1.
     first, second = PassageSearch(["a b b", "a"]).scores("b a")
-    assert first == pytest.approx(math.log(1.2) / (1 + 1.5 * (0.25 + 0.75 * 1.5)) + math.log(2) * 2 / (2 + 2.0625))
-    assert second == pytest.approx(0.18232155679395 / (1 + 1.5 * (0.25 + 0.75 * 0.5)))
+    assert first == pytest.approx(
+        math.log(1.2) * 2.5 / (1 + 1.5 * (0.25 + 0.75 * 1.5)) + math.log(2) * 5 / (2 + 2.0625)
+    )
+    assert second == pytest.approx(0.18232155679395 * 2.5 / (1 + 1.5 * (0.25 + 0.75 * 0.5)))
 
 
 def test_words_are_found_without_regard_to_case_and_punctuation() -> None:
