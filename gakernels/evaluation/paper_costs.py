@@ -1,4 +1,4 @@
-"""Table 1 of the paper beside the same quantities from this library's formulas (docs/cost.md)."""
+"""Table 1 of the paper beside the same quantities from this library's formulas (docs/evaluation.md)."""
 
 from __future__ import annotations
 

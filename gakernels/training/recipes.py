@@ -1,7 +1,7 @@
 """Recipes: what a run is made of, as nested frozen dataclasses, read from YAML with overrides from the command line.
 
 A recipe class is a dataclass whose fields are numbers, texts, paths, tuples, mappings and other such dataclasses. In a
-file it is a mapping of the same names; `section.name=value` overrides one entry (docs/configuration.md).
+file it is a mapping of the same names; `section.name=value` overrides one entry (docs/training.md).
 """
 
 import dataclasses

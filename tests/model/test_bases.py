@@ -1,4 +1,4 @@
-"""Bases as people have them: each computes what the plain one does, or is refused in one line (docs/bases.md)."""
+"""Bases as people have them: each computes what the plain one does, or is refused in one line (docs/base_models.md)."""
 
 import copy
 import re
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from gakernels import Adapter, GenerativeAdapter, InputError
 from gakernels.model import load_base
 
-DOCS = Path(__file__).parents[2] / "docs" / "bases.md"
+DOCS = Path(__file__).parents[2] / "docs" / "base_models.md"
 WORKS = "the same numbers"
 
 
