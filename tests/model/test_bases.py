@@ -152,7 +152,9 @@ CASES = [
         "base is sharded",
         processes=True,
     ),
-    Case("a module that is no transformers model", lambda base: nn.Linear(3, 3), "base must be a transformers model"),
+    Case(
+        "a module that is not a transformers model", lambda base: nn.Linear(3, 3), "base must be a transformers model"
+    ),
 ]
 NAMES = [case.what for case in CASES]
 
@@ -414,7 +416,7 @@ def test_a_folder_of_a_lora_is_refused_as_a_base(
 OTHERS = [  # each has a test of its own above
     ("in float16", "works, near the numbers in float32"),
     ("resized for added tokens", "works, with a warning"),
-    ("another one than the generator was trained for", "refused, unless `allow_other_base` is given"),
+    ("another base than the one the generator was trained for", "refused, unless `allow_other_base` is given"),
     ("the folder of a LoRA, as a name", "refused: is a PEFT adapter"),
     ("with weights on the device meta", "refused: base must have values for all of its parameters"),
 ]
