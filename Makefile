@@ -16,7 +16,7 @@ OLDEST ?= $(VENV)-oldest
 OLDEST_TESTS ?= tests
 NEWEST ?= $(VENV)-newest
 
-.PHONY: audit demo test test-all test-oldest test-newest test-matrix lint clean
+.PHONY: audit demo docs test test-all test-oldest test-newest test-matrix lint clean
 
 # The pinned versions of requirements.txt are what is tested; pyproject.toml has the ranges that the library accepts.
 $(VENV)/ready: requirements.txt pyproject.toml
@@ -70,6 +70,10 @@ matrix-%:
 	rm -rf $(VENV)-$*-oldest
 	$(MAKE) test-newest PYTHON=$(call find-python,$*) NEWEST=$(VENV)-$*-newest
 	rm -rf $(VENV)-$*-newest
+
+# The pages in docs/ as a site, in build/site. A link that leads nowhere is an error.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # Licences of what is installed, from its metadata (the allowed ones: pyproject.toml), and known vulnerabilities.
 audit: $(VENV)/ready

@@ -1,4 +1,4 @@
-// low_rank_polar (docs/numerics.md, docs/cuda.md): the sequence of kernels, for any launcher.
+// low_rank_polar (docs/numerics.md, docs/low_rank_polar.md): the sequence of kernels, for any launcher.
 //
 // A launcher has launch<Kernel>(grid, arguments). Nothing is allocated and nothing waits: all memory is the caller's,
 // the workspace as large as forward_bytes() or backward_bytes() says.

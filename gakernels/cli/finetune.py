@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "finetune",
         run,
-        "Tune a generator on conversations about contexts, with a loss on the answers (docs/instruction_tuning.md). "
+        "Tune a generator on conversations about contexts, with a loss on the answers (docs/training.md). "
         "Started again with the same options, it goes on where it stopped. On several GPUs: "
         "torchrun --nproc-per-node 8 -m gakernels finetune ...",
         "  gakernels finetune --generator my-generator --data questions.jsonl --output my-tuned-generator\n"

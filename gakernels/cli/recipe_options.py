@@ -18,7 +18,7 @@ _SETTING = "recipe: "
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """--config, --set, --dry-run, --processes and --tflops."""
-    recipe = parser.add_argument_group("recipe (docs/configuration.md)")
+    recipe = parser.add_argument_group("recipe (docs/training.md)")
     recipe.add_argument(
         "--config", type=user_path, help="YAML file, or the name of a recipe that comes with the package"
     )

@@ -1,4 +1,4 @@
-"""Floating-point operations of matrix products, from shapes (docs/cost.md).
+"""Floating-point operations of matrix products, from shapes (docs/evaluation.md).
 
 A product of (m, k) and (k, n) is 2 m k n operations. Attention counts the pairs of query and key that the causal mask
 (and a sliding window) leaves. Not counted: sums, norms, activations, softmax, and the r x r factorisations.

@@ -1,4 +1,4 @@
-"""The memory of a training step, estimated from shapes, and how to stay within a budget (docs/memory.md)."""
+"""The memory of a training step, estimated from shapes, and how to stay within a budget (docs/training.md)."""
 
 from __future__ import annotations
 

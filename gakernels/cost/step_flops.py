@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, from shapes.
 
-The matrix products of `gakernels.cost.flops` (docs/cost.md), forward and backward. The base is frozen: its
+The matrix products of `gakernels.cost.flops` (docs/evaluation.md), forward and backward. The base is frozen: its
 backward is the gradients of activations alone, from the first adapted linear layers up. The first window of a segment
 sees no adapter and has no backward, unless the generators have a static term.
 """

@@ -1,4 +1,4 @@
-"""The bytes of a training step, counted from shapes, part by part and moment by moment (docs/memory.md)."""
+"""The bytes of a training step, counted from shapes, part by part and moment by moment (docs/training.md)."""
 
 from __future__ import annotations
 

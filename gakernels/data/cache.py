@@ -1,4 +1,4 @@
-"""A token cache: the tokens of a source in files that are mapped into memory (docs/data.md)."""
+"""A token cache: the tokens of a source in files that are mapped into memory (docs/pretraining.md)."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a row of instruction data becomes: a context, and conversations that need it (docs/instruction_tuning.md)."""
+"""What a row of instruction data becomes: a context, and conversations that need it (docs/training.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

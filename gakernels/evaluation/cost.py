@@ -1,6 +1,6 @@
 """What a context costs by each method: operations to take it in, operations of a question, numbers to keep.
 
-All from shapes: `flops` has the formulas, docs/cost.md what they count and how far the paper's differ.
+All from shapes: `flops` has the formulas, docs/evaluation.md what they count and how far the paper's differ.
 """
 
 from __future__ import annotations

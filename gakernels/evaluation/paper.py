@@ -1,6 +1,6 @@
 """What the paper reports: F1 of its tables 1 and 5, perplexities of table 2, by the names of our methods.
 
-The costs of table 1 stand beside the same quantities from this library's formulas (docs/cost.md).
+The costs of table 1 stand beside the same quantities from this library's formulas (docs/evaluation.md).
 """
 
 from __future__ import annotations

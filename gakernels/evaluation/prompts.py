@@ -86,7 +86,7 @@ class Asker:
 
     Args:
         tokenizer: of the model.
-        chat: whether a question is a user's message, as instruction tuning writes it (docs/instruction_tuning.md).
+        chat: whether a question is a user's message, as instruction tuning writes it (docs/training.md).
 
     Raises:
         InputError: there is to be a chat, but the tokenizer is unfit for it; see `ChatEncoder`.

@@ -181,7 +181,7 @@ def _shape_costs(report: Mapping[str, Any]) -> ReportTable:
         for row in report["costs"]
     )
     headings = ("", "tokens", "FLOP to read the context", "FLOP of a question", "numbers kept", "bytes", "of what")
-    note = "From the shapes of the model (docs/cost.md), for the mean context and question of a cell."
+    note = "From the shapes of the model (docs/evaluation.md), for the mean context and question of a cell."
     return ReportTable("Cost", headings, rows, note)
 
 

@@ -1,6 +1,6 @@
 """The LoRA linear layers of a PEFT model on `gakernels.ops.lowrank_linear`: one call, and one that undoes it.
 
-Needs peft, which `import gakernels` does not. docs/integrations.md has the rule that says what runs on the operation.
+Needs peft, which `import gakernels` does not. docs/lowrank_linear.md has the rule that says what runs on the operation.
 """
 
 from collections.abc import Mapping

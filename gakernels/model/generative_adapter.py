@@ -35,7 +35,7 @@ class GenerativeAdapter(AttachedGenerators):
     only trainable parameters.
 
     Which adapter is in use belongs to a thread or asyncio task, not to the model: several may use one model at the same
-    time, each with its own adapter or context pass. Merging alone has the model for itself (docs/bases.md).
+    time, each with its own adapter or context pass. Merging alone has the model for itself (docs/base_models.md).
 
     Args:
         base: any decoder-only transformers model whose decoder layers hold the named linear layers; wrappers around it

@@ -56,7 +56,7 @@ class ContextStream:
         return self
 
     def add(self, other: ContextStream, weight: float = 1.0) -> ContextStream:
-        """Add the state of another context, which was read on its own (docs/composition.md).
+        """Add the state of another context, which was read on its own (docs/method.md).
 
         Args:
             other: a stream of the same generator; it stays as it is.

@@ -35,7 +35,7 @@ class SourceConfig:
     """One source of a mixture.
 
     Attributes:
-        path: a folder, a file, or `hub:` and the name of a data set (docs/data.md).
+        path: a folder, a file, or `hub:` and the name of a data set (docs/pretraining.md).
         weight: its share of every batch, relative to the others'.
         text_key: the entry of a record, or the column, that holds the text.
     """

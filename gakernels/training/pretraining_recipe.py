@@ -89,7 +89,7 @@ class EvaluationConfig:
 
 @settings
 class PretrainingRecipe:
-    """Everything that a pretraining run depends on; what it is called in a file is in docs/configuration.md.
+    """Everything that a pretraining run depends on; what it is called in a file is in docs/training.md.
 
     Attributes:
         model: the base model.
@@ -100,7 +100,7 @@ class PretrainingRecipe:
         evaluation: what is scored.
         seed: of the order of the segments and of the slices.
         parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
-        distillation: also distil the base model that sees the context (docs/distillation.md); None for not.
+        distillation: also distil the base model that sees the context (docs/training.md); None for not.
         memory_budget: of a GPU, as `80GB`: gate and up projections are computed again in as many layers as it takes to
             stay below; None for no limit.
         overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);

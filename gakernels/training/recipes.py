@@ -1,7 +1,7 @@
 """Recipes: what a run is made of, as nested classes of settings, read from YAML with overrides from the command line.
 
 In a file a recipe is a mapping of the names of its class's fields; `section.name=value` overrides one entry
-(docs/configuration.md).
+(docs/training.md).
 """
 
 import dataclasses

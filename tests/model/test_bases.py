@@ -1,4 +1,4 @@
-"""Bases as people have them: each computes what the plain one does, or is refused in one line (docs/bases.md)."""
+"""Bases as people have them: each computes what the plain one does, or is refused in one line (docs/base_models.md)."""
 
 import copy
 import re
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from gakernels import Adapter, GenerativeAdapter, InputError
 from gakernels.model import load_base
 
-DOCS = Path(__file__).parents[2] / "docs" / "bases.md"
+DOCS = Path(__file__).parents[2] / "docs" / "base_models.md"
 WORKS = "the same numbers"
 
 
@@ -152,7 +152,9 @@ CASES = [
         "base is sharded",
         processes=True,
     ),
-    Case("a module that is no transformers model", lambda base: nn.Linear(3, 3), "base must be a transformers model"),
+    Case(
+        "a module that is not a transformers model", lambda base: nn.Linear(3, 3), "base must be a transformers model"
+    ),
 ]
 NAMES = [case.what for case in CASES]
 
@@ -415,7 +417,7 @@ def test_a_folder_of_a_lora_is_refused_as_a_base(
 OTHERS = [  # each has a test of its own above
     ("in float16", "works, near the numbers in float32"),
     ("resized for added tokens", "works, with a warning"),
-    ("another one than the generator was trained for", "refused, unless `allow_other_base` is given"),
+    ("another base than the one the generator was trained for", "refused, unless `allow_other_base` is given"),
     ("the folder of a LoRA, as a name", "refused: is a PEFT adapter"),
     ("with weights on the device meta", "refused: base must have values for all of its parameters"),
 ]

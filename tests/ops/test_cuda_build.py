@@ -1,4 +1,4 @@
-"""What the compiler makes of csrc/ for sm_90a: no spills, the tensor-core instructions that docs/cuda.md counts on."""
+"""What the compiler makes of csrc/ for sm_90a: no spills, tensor-core instructions (docs/low_rank_polar.md)."""
 
 import functools
 import importlib.util
@@ -79,9 +79,9 @@ def matrix_instructions(compiled: Path) -> dict[str, frozenset[str]] | None:
 
 @functools.cache
 def table() -> dict[str, tuple[int, int, int, int, str]]:
-    """The rows of docs/cuda.md: threads, registers, shared memory, blocks of a multiprocessor, instruction."""
+    """Rows of docs/low_rank_polar.md: threads, registers, shared memory, blocks of a multiprocessor, instruction."""
     rows = {}
-    for line in (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / "docs" / "low_rank_polar.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         if len(cells) == 7 and re.fullmatch(r"`\w+`", cells[0]):
             rows[cells[0].strip("`")] = (*(int(cell.replace(",", "")) for cell in cells[2:6]), cells[6])
@@ -115,7 +115,7 @@ def test_no_kernel_spills_or_uses_a_stack(reports: dict[str, Report]) -> None:
 
 def test_registers_are_those_of_the_table(reports: dict[str, Report]) -> None:
     version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    stated = re.search(r"nvcc (\d+\.\d+)\.\d+", (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8"))
+    stated = re.search(r"nvcc (\d+\.\d+)\.\d+", (ROOT / "docs" / "low_rank_polar.md").read_text(encoding="utf-8"))
     assert stated is not None
     if f"release {stated[1]}," not in version:
         pytest.skip(f"the table was made with nvcc {stated[1]}")

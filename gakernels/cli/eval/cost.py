@@ -26,7 +26,7 @@ def add_cost(tasks: Any) -> None:
         tasks,
         "cost",
         run_cost,
-        "Operations and storage of a context by each method, computed from the shapes of a model (docs/cost.md).",
+        "Operations and storage of a context by each method, computed from the shapes of a model (docs/evaluation.md).",
         "  gakernels eval cost --model my-model --context 1024,8192,32768 --json cost.json\n"
         "  gakernels eval cost --shape mistral-7b --table-1",
     )

@@ -1,4 +1,4 @@
-"""`low_rank_polar` in CUDA C++ (csrc/, docs/cuda.md). Importing fails where the extension is not built."""
+"""`low_rank_polar` in CUDA C++ (csrc/, docs/low_rank_polar.md). Importing fails where the extension is not built."""
 
 import importlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from gakernels.ops.low_rank_polar.eager import Steps
 try:
     kernels: Any = importlib.import_module("gakernels._cuda")
 except ImportError as error:
-    raise ImportError(f"the CUDA extension is not built or does not load ({error}); see docs/cuda.md") from error
+    raise ImportError(f"the CUDA extension is not built or does not load ({error}): docs/low_rank_polar.md") from error
 
 
 def unsupported(states: Tensor, sketch: Tensor, power_iterations: int = 1, damping: float = 1e-3) -> str | None:

@@ -1,1 +1,1 @@
-"""Instruction tuning: conversations about contexts, with a loss on the answers (docs/instruction_tuning.md)."""
+"""Instruction tuning: conversations about contexts, with a loss on the answers (docs/training.md)."""

@@ -22,7 +22,7 @@ MOST_STEPS = 2**31
 
 @settings
 class InstructionDataConfig:
-    """What a generator is tuned on (docs/instruction_tuning.md).
+    """What a generator is tuned on (docs/training.md).
 
     The held-out contexts come from `held_out_path` if it is given, else from the end of each source.
 
