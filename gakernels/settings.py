@@ -66,7 +66,7 @@ def one_of(known: Collection[str]) -> AfterValidator:
 
     def check(value: str) -> str:
         if value not in known:
-            raise ValueError(f"must be one of {', '.join(known)}, but it is {value!r}")
+            raise ValueError(f"must be one of {', '.join(known)}, but it is {shown(value)}")
         return value
 
     return AfterValidator(check)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter, InputError
 from gakernels.data.bad_records import BadRecords
-from gakernels.data.chat import Limits, encode_records
+from gakernels.data.chat import TokenLimits, encode_records
 from gakernels.data.conversations import ContextRecord, Message
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
@@ -144,7 +144,9 @@ def test_the_evaluation(model: GenerativeAdapter, opening: list[int]) -> None:
 def test_the_contexts_that_a_generator_is_tuned_on(model: GenerativeAdapter, opening: list[int]) -> None:
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     record = ContextRecord(CONTEXT, ((Message("user", PROMPT), Message("assistant", MORE)),))
-    (example,) = encode_records([record], model.tokenizer, Limits(50, 50), BadRecords(), BadRecords(), progress=False)
+    (example,) = encode_records(
+        [record], model.tokenizer, TokenLimits(50, 50), BadRecords(), BadRecords(), progress=False
+    )
     assert example.context.tolist() == opening + ids(CONTEXT)
     assert example.conversations[0].tokens.tolist() == ids(f"{PROMPT} {MORE}")
 

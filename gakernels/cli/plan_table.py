@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gakernels.data import BadRecords
-from gakernels.training.plan import FinetuningPlan, Plan, PretrainingPlan
+from gakernels.training.plan import FinetuningPlan, PretrainingPlan, RunPlan
 
 USUAL_TFLOPS = (100.0, 300.0, 600.0)
 
@@ -57,7 +57,7 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     Console().print(table)
 
 
-def _parameter_rows(plan: Plan) -> list[tuple[str, str]]:
+def _parameter_rows(plan: RunPlan) -> list[tuple[str, str]]:
     return [
         ("parameters of the base, frozen", f"{plan.base_parameters:,}"),
         ("parameters of the generators, trained", f"{plan.generator_parameters:,}"),

@@ -25,6 +25,9 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+_DEFAULT = "default"  # of several chat templates
+_FUNCTION = "strftime_now"
+_DIRECTIVE = re.compile(r"%[-_0^#]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,6 @@ class ChatEncoder:
         return str(written)
 
 
-_DEFAULT = "default"
-
-
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The tokenizer's Jinja template of a conversation, of several the one named `default`; None: it has none.
 
@@ -151,10 +151,6 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
             f"the tokenizer's chat templates must have one named {_DEFAULT!r}, but they are {', '.join(sorted(given))}"
         )
     return str(given[_DEFAULT])
-
-
-_FUNCTION = "strftime_now"
-_DIRECTIVE = re.compile(r"%[-_0^#]*[A-Za-z]")
 
 
 def shows_time(template: str) -> bool:
@@ -185,7 +181,7 @@ def at_time(template: str, clock: datetime) -> str:
 
 
 @dataclass(frozen=True)
-class Example:
+class EncodedRecord:
     """A context as token ids (n,) int32, and its conversations, at least one."""
 
     context: npt.NDArray[np.int32]
@@ -193,7 +189,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Limits:
+class TokenLimits:
     """Longest context and longest conversation, in tokens.
 
     Raises:
@@ -212,13 +208,13 @@ class Limits:
 def encode_records(
     records: Sequence[ContextRecord],
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
+    limits: TokenLimits,
     bad: BadRecords,
     shortened: BadRecords,
     name: str = "data",
     progress: bool = True,
     clock: datetime | None = None,
-) -> list[Example]:
+) -> list[EncodedRecord]:
     """The token ids of all records that fit.
 
     The context is written as `GenerativeAdapter.adapt` writes a text, with the tokenizer's opening tokens and without
@@ -254,7 +250,7 @@ def encode_records(
             else:
                 conversations.append(encoded)
         if conversations:
-            examples.append(Example(context, tuple(conversations)))
+            examples.append(EncodedRecord(context, tuple(conversations)))
     return examples
 
 

@@ -34,7 +34,7 @@ QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # of a weight; fp8 is k
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What both kinds of runs take.
 
     Attributes:
@@ -59,7 +59,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class PretrainingPlan(Plan):
+class PretrainingPlan(RunPlan):
     """What `plan_pretraining` found.
 
     Attributes:
@@ -89,7 +89,7 @@ class PretrainingPlan(Plan):
 
 
 @dataclass(frozen=True)
-class FinetuningPlan(Plan):
+class FinetuningPlan(RunPlan):
     """What `plan_finetuning` found; its operations are counted as those of pretraining windows: a little too many.
 
     Attributes:

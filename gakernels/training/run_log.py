@@ -18,7 +18,7 @@ from gakernels.files import append_line, write_text
 LOG_FILE = "log.jsonl"
 
 
-class Report(Protocol):
+class LogReport(Protocol):
     """Where numbers of a run go besides the log."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -136,7 +136,7 @@ class _WandB:
         self._run.finish()
 
 
-REPORTS: dict[str, Callable[..., Report]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+REPORTS: dict[str, Callable[..., LogReport]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
 
 
 def _missing(package: str) -> InputError:

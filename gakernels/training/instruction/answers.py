@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gakernels.bootstrap import ratio_of_perplexities
-from gakernels.data.chat import Example
+from gakernels.data.chat import EncodedRecord
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.window_losses import Loss, token_losses
@@ -127,7 +127,7 @@ class _Scores:
 
 
 def score_answers(
-    model: GenerativeAdapter, examples: Sequence[Example], batch_size: int = 4, progress: bool = False
+    model: GenerativeAdapter, examples: Sequence[EncodedRecord], batch_size: int = 4, progress: bool = False
 ) -> AnswerReport:
     """Score all conversations of some examples.
 
@@ -161,7 +161,7 @@ def score_answers(
     )
 
 
-def _parts(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+def _parts(examples: Sequence[EncodedRecord], size: int) -> Iterator[Sequence[EncodedRecord]]:
     """Parts of `size`, the last one up to one larger: none of a single example, which would have no other."""
     starts = list(range(0, len(examples), size))
     if len(examples) - starts[-1] == 1:
@@ -170,7 +170,7 @@ def _parts(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]
         yield examples[start:end]
 
 
-def _score(model: GenerativeAdapter, examples: Sequence[Example]) -> dict[str, _Scores]:
+def _score(model: GenerativeAdapter, examples: Sequence[EncodedRecord]) -> dict[str, _Scores]:
     contexts = [example.context.tolist() for example in examples]
     said = [example.conversations for example in examples]
     window = max(model.config.chunk_size, *(len(s.tokens) for row in said for s in row)) if can_pack(model) else None

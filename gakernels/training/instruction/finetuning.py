@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gakernels.data.chat import Example, shows_time, template_of
+from gakernels.data.chat import EncodedRecord, shows_time, template_of
 from gakernels.data.instruction_sources import changes
 from gakernels.distributed import Parallel, Ranks
 from gakernels.errors import FormatError, InputError
@@ -143,7 +143,7 @@ class _Finetuning(GeneratorRun[FinetuningRecipe]):
         objective = InstructionObjective(self.model, steps)
         self.train_generators(config, objective, self._settings_to_resume(), self._evaluate_some, cost)
 
-    def evaluate(self, examples: Sequence[Example], progress: bool = False) -> AnswerReport:
+    def evaluate(self, examples: Sequence[EncodedRecord], progress: bool = False) -> AnswerReport:
         """Scores of examples, in the precision of the run."""
         with self.recipe.trainer.autocast(self.model.device):
             return score_answers(self.model, examples, self.recipe.evaluation.batch_size, progress)

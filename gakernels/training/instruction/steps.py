@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from gakernels.data.chat import EncodedConversation, Example
+from gakernels.data.chat import EncodedConversation, EncodedRecord
 from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
 from gakernels.errors import InputError
@@ -105,7 +105,7 @@ class InstructionSteps:
 
     def __init__(
         self,
-        sources: Sequence[Sequence[Example]],
+        sources: Sequence[Sequence[EncodedRecord]],
         weights: Sequence[float | None],
         config: BatchConfig,
         chunk_size: int,
@@ -178,7 +178,7 @@ class InstructionSteps:
         rng = Random(f"{self._seed} chunk {draw.source} {draw.index} {draw.round}")
         return rng.randrange(self._size(draw)[0])
 
-    def _example(self, draw: Draw) -> Example:
+    def _example(self, draw: Draw) -> EncodedRecord:
         return self._sources[draw.source][draw.index]
 
     def _conversations(self, draw: Draw) -> list[EncodedConversation]:

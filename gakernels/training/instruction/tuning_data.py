@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.data.bad_records import BadRecords
-from gakernels.data.chat import Example, Limits, encode_records, template_of
+from gakernels.data.chat import EncodedRecord, TokenLimits, encode_records, template_of
 from gakernels.data.conversations import ContextRecord
 from gakernels.data.instruction_sources import FILE_FAULTS, InstructionSource, read_source, source_given
 from gakernels.data.tokenizing import tokenizer_description
@@ -36,9 +36,9 @@ class TuningData:
         given: what all of it was made of, in JSON types (`source_given`).
     """
 
-    sources: Sequence[Sequence[Example]]
+    sources: Sequence[Sequence[EncodedRecord]]
     weights: Sequence[float | None]
-    held_out: Sequence[Example]
+    held_out: Sequence[EncodedRecord]
     skipped: BadRecords
     shortened: BadRecords
     refusal: str | None = None
@@ -104,10 +104,10 @@ def load_tuning_data(
     """
     skipped, shortened = BadRecords(config.strict), BadRecords()
     refusals: list[str] = []
-    limits = Limits(config.context_tokens, window)
+    limits = TokenLimits(config.context_tokens, window)
     given: dict[str, Any] = {}
 
-    def read(name: str, source: InstructionSource) -> list[Example]:
+    def read(name: str, source: InstructionSource) -> list[EncodedRecord]:
         bad = BadRecords(config.strict)
         records = read_source(source, bad, seed)
         examples = encode_records(records, tokenizer, limits, bad, shortened, name, progress, clock)
@@ -124,7 +124,7 @@ def load_tuning_data(
         return examples
 
     sources = {name: read(name, source) for name, source in config.all_sources().items()}
-    kept: list[Example] = []
+    kept: list[EncodedRecord] = []
     if config.held_out_path is not None:
         kept = read("held_out", InstructionSource(config.held_out_path))[:held_out]
     else:
@@ -153,7 +153,7 @@ def load_tuning_data(
     return TuningData(list(sources.values()), weights, kept, skipped, shortened, refusal, made_of)
 
 
-def _conversations(items: Sequence[ContextRecord] | Sequence[Example]) -> int:
+def _conversations(items: Sequence[ContextRecord] | Sequence[EncodedRecord]) -> int:
     return sum(len(item.conversations) for item in items)
 
 
@@ -172,7 +172,7 @@ def _refusals(path: str, bad: BadRecords, encoded: float) -> Iterator[str]:
         yield f"{what}: {bad}. With --allow-skipped (data.allow_skipped) a run trains on the rest"
 
 
-def _split(examples: list[Example], held_out: int, path: str) -> tuple[list[Example], list[Example]]:
+def _split(examples: list[EncodedRecord], held_out: int, path: str) -> tuple[list[EncodedRecord], list[EncodedRecord]]:
     if len(examples) <= held_out:
         raise InputError(
             f"data: {path} has {len(examples)} contexts, and {held_out} of them are held out: more data, a smaller "
@@ -182,8 +182,8 @@ def _split(examples: list[Example], held_out: int, path: str) -> tuple[list[Exam
 
 
 def _without(
-    held_out: Sequence[Example], examples: Sequence[Example], name: str, path: str, skipped: BadRecords
-) -> list[Example]:
+    held_out: Sequence[EncodedRecord], examples: Sequence[EncodedRecord], name: str, path: str, skipped: BadRecords
+) -> list[EncodedRecord]:
     """The examples whose context is not held out, from another source or from data of its own."""
     contexts = {example.context.tobytes() for example in held_out}
     left = [example for example in examples if example.context.tobytes() not in contexts]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tiny import VOCABULARY
 
-from gakernels.data.chat import EncodedConversation, Example
+from gakernels.data.chat import EncodedConversation, EncodedRecord
 
 
 def drawn_conversation(asked: int, answered: int) -> EncodedConversation:
@@ -14,13 +14,13 @@ def drawn_conversation(asked: int, answered: int) -> EncodedConversation:
     return EncodedConversation(tokens, np.arange(asked + answered) >= asked)
 
 
-def drawn_example(context: int, conversations: int, asked: int = 5, answered: int = 3) -> Example:
+def drawn_example(context: int, conversations: int, asked: int = 5, answered: int = 3) -> EncodedRecord:
     """A context, and conversations of up to the given lengths."""
     said = [drawn_conversation(_up_to(asked), _up_to(answered)) for _ in range(conversations)]
-    return Example(torch.randint(3, VOCABULARY, (context,)).numpy().astype(np.int32), tuple(said))
+    return EncodedRecord(torch.randint(3, VOCABULARY, (context,)).numpy().astype(np.int32), tuple(said))
 
 
-def realistic_examples(count: int) -> list[Example]:
+def realistic_examples(count: int) -> list[EncodedRecord]:
     """Contexts of 200 to 8,000 tokens, log-normal about 1,300; questions and answers as long as those of SQuAD."""
     examples = []
     for _ in range(count):
@@ -30,7 +30,7 @@ def realistic_examples(count: int) -> list[Example]:
             drawn_conversation(15 + int(min(60, _log_normal(13, 0.4))), 1 + int(min(60, _log_normal(4, 0.8))))
             for _ in range(questions)
         ]
-        examples.append(Example(np.full(context, 3, dtype=np.int32), tuple(said)))
+        examples.append(EncodedRecord(np.full(context, 3, dtype=np.int32), tuple(said)))
     return examples
 
 

@@ -21,7 +21,7 @@ from tiny import make_model
 
 import gakernels.training.instruction.finetuning as finetuning
 from gakernels import FormatError, GenerativeAdapter, GeneratorConfig, InputError
-from gakernels.data.chat import Example
+from gakernels.data.chat import EncodedRecord
 from gakernels.data.instruction_sources import InstructionSource
 from gakernels.data.people import draw_document
 from gakernels.demo.experiment import accuracy, answer
@@ -440,7 +440,7 @@ def test_data_and_evaluation_that_make_no_sense_are_refused() -> None:
 # The report
 
 
-def report_examples(count: int) -> list[Example]:
+def report_examples(count: int) -> list[EncodedRecord]:
     return [drawn_example(int(torch.randint(1, 20, ())), int(torch.randint(1, 5, ()))) for _ in range(count)]
 
 

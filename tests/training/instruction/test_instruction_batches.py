@@ -11,7 +11,7 @@ from drawn_examples import drawn_example, realistic_examples
 from tiny import make_model
 
 from gakernels import InputError
-from gakernels.data.chat import Example
+from gakernels.data.chat import EncodedRecord
 from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
 from gakernels.training.instruction.answers import instruction_losses
@@ -24,7 +24,7 @@ def drawn(low: int, high: int) -> int:
 
 
 def make_steps(
-    sources: list[list[Example]],
+    sources: list[list[EncodedRecord]],
     ranks: Ranks | None = None,
     seed: int | None = None,
     chunk_size: int = 6,
@@ -35,7 +35,7 @@ def make_steps(
     return InstructionSteps(sources, [None] * len(sources), config, chunk_size, seed=seed, ranks=ranks)
 
 
-def small_sources() -> list[list[Example]]:
+def small_sources() -> list[list[EncodedRecord]]:
     return [[drawn_example(drawn(1, 30), drawn(1, 7)) for _ in range(count)] for count in (40, 11)]
 
 

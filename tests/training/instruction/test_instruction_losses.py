@@ -7,7 +7,7 @@ from drawn_examples import drawn_example
 from tiny import make_model
 
 from gakernels import GenerativeAdapter
-from gakernels.data.chat import Example
+from gakernels.data.chat import EncodedRecord
 from gakernels.model.window_losses import Loss, WindowBatch, window_losses
 from gakernels.model.windows import pad_windows, split_evenly
 from gakernels.training.instruction.answers import can_pack, conversation_losses, instruction_losses
@@ -20,14 +20,14 @@ def double_model(family: str = "llama", **settings: object) -> GenerativeAdapter
     return make_model(family, torch.float64, torch.float64, chunk_size=CHUNK, **settings)
 
 
-def drawn_examples() -> list[Example]:
+def drawn_examples() -> list[EncodedRecord]:
     """Contexts of one to four chunks, with one to five conversations each, but the last one."""
     lengths = [int(torch.randint(1 + CHUNK * number, CHUNK * (number + 1), ())) for number in (0, 2, 1, 3)]
     examples = [drawn_example(length, int(torch.randint(1, 6, ()))) for length in lengths]
     return [*examples, drawn_example(9, 8)]  # of eight short conversations some always share a window
 
 
-def batch_of(examples: list[Example], window: int | None = 20, **losses: object) -> InstructionBatch:
+def batch_of(examples: list[EncodedRecord], window: int | None = 20, **losses: object) -> InstructionBatch:
     contexts = [example.context.tolist() for example in examples]
     return instruction_batch(contexts, [example.conversations for example in examples], CHUNK, window, **losses)
 
@@ -79,7 +79,7 @@ def test_attention_that_can_not_keep_conversations_apart_is_known() -> None:
     assert not can_pack(model)
 
 
-def as_windows(examples: list[Example]) -> WindowBatch:
+def as_windows(examples: list[EncodedRecord]) -> WindowBatch:
     """The same in windows of equal length, each conversation in one of its own: the definition, with much padding."""
     rows = [split_evenly(example.context.tolist(), CHUNK) for example in examples]
     chunks, most = max(map(len, rows)), max(len(example.conversations) for example in examples)

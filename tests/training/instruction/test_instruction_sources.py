@@ -15,7 +15,7 @@ from chats import CHATML, conversation, drawn, word_tokenizer, words
 from gakernels import InputError
 from gakernels.data import sources as data_sources
 from gakernels.data.bad_records import BadRecords
-from gakernels.data.chat import ChatEncoder, Limits, encode_records
+from gakernels.data.chat import ChatEncoder, TokenLimits, encode_records
 from gakernels.data.conversations import ContextRecord, Message, record_of
 from gakernels.data.instruction_sources import InstructionSource, read_source
 from gakernels.evaluation.datasets import read_squad
@@ -462,7 +462,7 @@ def test_settings_of_a_source_that_make_no_sense_are_refused(settings: Row) -> N
 
 def encode(records: list[ContextRecord], context: int = 100, said: int = 100) -> tuple[Any, BadRecords, BadRecords]:
     bad, shortened = BadRecords(), BadRecords()
-    limits = Limits(context, said)
+    limits = TokenLimits(context, said)
     return encode_records(records, word_tokenizer(CHATML), limits, bad, shortened, progress=False), bad, shortened
 
 
@@ -508,6 +508,6 @@ def test_a_conversation_over_the_limit_keeps_its_last_exchanges(system: bool) ->
 
 def test_limits_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InputError, match="the limit of a context must be at least 2 tokens, but it is 1"):
-        Limits(1, 10)
+        TokenLimits(1, 10)
     with pytest.raises(InputError, match="the limit of a conversation must be at least 2 tokens, but it is 0"):
-        Limits(10, 0)
+        TokenLimits(10, 0)
