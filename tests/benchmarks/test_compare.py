@@ -55,6 +55,15 @@ def test_two_files(make_row: MakeRow, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "faster" in capsys.readouterr().out
 
 
+def test_ceilings_have_no_times_to_compare(
+    make_row: MakeRow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ceiling = make_row(None, kernel="ceiling", metrics={"flops_per_s": 1e12})
+    a = write(tmp_path / "a.jsonl", make_row(), ceiling)
+    assert rows.main(["compare", a, a]) == 0
+    assert "ceiling" not in capsys.readouterr().out
+
+
 def test_a_case_that_became_wrong(make_row: MakeRow, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write(tmp_path / "a.jsonl", make_row())
     b = write(tmp_path / "b.jsonl", make_row(None, status="wrong", detail="0.5 from the oracle"))
