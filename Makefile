@@ -43,7 +43,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache --quiet
+	$(BIN)/lint-imports --no-cache
 
 test: lint $(GAKERNELS_OLDEST_TRITON)
 	$(BIN)/pytest -m "not slow and not gpu" --numprocesses 2
