@@ -44,7 +44,9 @@ def add_model_options(parser: argparse.ArgumentParser, generator_required: bool 
         "--generator", type=user_path, required=generator_required, help="folder or hub name of a generator"
     )
     parser.add_argument(
-        "--model", type=expanded, help="base model, a folder or hub name (default: the one the generator names)"
+        "--model",
+        type=expanded,
+        help="base model, a folder, GGUF file or hub name (default: the one the generator names)",
     )
     add_other_base_option(parser)
     add_device_options(parser)

@@ -62,7 +62,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--question", action="append", default=[], help="a prompt about --document; repeat for several")
     parser.add_argument("--generator", type=user_path, help="folder of a generator (default: the one in the package)")
     parser.add_argument(
-        "--model", type=expanded, help="base model, a folder or hub name (default: the one the generator names)"
+        "--model",
+        type=expanded,
+        help="base model, a folder, GGUF file or hub name (default: the one the generator names)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=16, help="with --document (default: %(default)s)")
     parser.add_argument("--json", type=output_file, help="also write the results to this file")

@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
         "  gakernels pretrain --config my-recipe.yaml --set trainer.learning_rate=1e-4 --output my-generator\n"
         "  gakernels pretrain --config mistral-7b-pretraining --dry-run --processes 8",
     )
-    add_setting(parser, "--model", "model.name", "base model, a folder or hub name")
+    add_setting(parser, "--model", "model.name", "base model, a folder, GGUF file or hub name")
     add_setting(
         parser,
         "--data",

@@ -1,5 +1,6 @@
 """The base model of a generator: loading it by name, and its fingerprint."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,10 +22,13 @@ _TINY = 2.0**-16  # below it, float16 holds fewer bits than bfloat16
 def load_base(
     name: str, tokenizer: PreTrainedTokenizerBase | None = None, tokenizer_name: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A causal language model and its tokenizer, if it has one, from a folder or the Hugging Face hub.
+    """A causal language model and its tokenizer, if it has one, from a folder, a GGUF file or the Hugging Face hub.
+
+    The weights of a GGUF file (`name.gguf`) are dequantised to the dtype in the options, float32 if there is none. This
+    needs the package `gguf`.
 
     Args:
-        name: folder or name of the model.
+        name: folder, GGUF file or name of the model.
         tokenizer: the tokenizer, if there is one already.
         tokenizer_name: folder or name of the tokenizer, if it is not with the model.
         options: for `AutoModelForCausalLM.from_pretrained`.
@@ -33,7 +37,7 @@ def load_base(
         InputError: there is no model of that name, a file of it is damaged, or it is a PEFT adapter.
     """
     try:
-        base = AutoModelForCausalLM.from_pretrained(name, **options)
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**_source(name), **options)
     except torch.OutOfMemoryError:
         raise
     except (
@@ -45,16 +49,36 @@ def load_base(
             f"base model {name!r} is a PEFT adapter (adapter_config.json) on top of a base model; merge it first and "
             "name the merged folder: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
         )
+    if "gguf_file" in _source(name):
+        base = _plain(base, name)
     _keep_soft_cap(base, options)
     if tokenizer is not None:
         return base, tokenizer
     name = tokenizer_name or name
     try:
-        return base, AutoTokenizer.from_pretrained(name)
+        return base, AutoTokenizer.from_pretrained(**_source(name))
     except Exception as error:  # the package tokenizers raises nothing narrower
-        if any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
+        if "gguf_file" in _source(name) or any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
             raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
         return base, None
+
+
+def _source(name: str) -> dict[str, str]:
+    """A name as transformers takes it: of a GGUF file, its folder and its own name."""
+    path = Path(name)
+    if path.suffix != ".gguf" or not path.is_file():
+        return {"pretrained_model_name_or_path": name}
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def _plain(base: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The same model without the marks of a quantised one, which refuse to be saved or moved to another dtype."""
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
+    plain.load_state_dict(base.state_dict())
+    plain.config.name_or_path = name
+    return plain.eval()
 
 
 def _keep_soft_cap(base: PreTrainedModel, options: Mapping[str, Any]) -> None:
@@ -73,7 +97,7 @@ def layers_fingerprint(base: PreTrainedModel) -> str:
 def locate(folder: Path, name: str) -> str:
     """A relative path counts from the generator's folder, if it exists there."""
     beside = folder / name
-    return str(beside) if name and beside.is_dir() else name
+    return str(beside) if name and beside.exists() else name
 
 
 def model_fingerprint(model: nn.Module, under: str = "") -> str:
