@@ -27,9 +27,11 @@ def load(name: str) -> PretrainingRecipe:
 
 
 def test_there_are_recipes() -> None:
-    names = {"mistral-7b", "llama2-7b", "one-gpu", "cpu-small", "stories260K-books"}
+    names = {"mistral-7b", "llama2-7b", "one-gpu", "cpu-small", "stories260K-books", "smollm2-135m"}
     assert {f"{name}-pretraining" for name in names} == set(PRETRAINING)
-    assert {f"{name}-finetuning" for name in ("mistral-7b", "llama2-7b", "cpu-small")} == set(FINETUNING)
+    assert {f"{name}-finetuning" for name in ("mistral-7b", "llama2-7b", "cpu-small", "smollm2-135m")} == set(
+        FINETUNING
+    )
     assert {path.stem for path in CONFIGS.iterdir()} == {*PRETRAINING, *FINETUNING}
 
 
