@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 
 _FILES = 1024  # besides connections
@@ -24,7 +25,9 @@ def share_arenas() -> None:
     """Have all threads take memory from the same few places, where the C library is glibc.
 
     By default each thread gets one of its own, and what one thread has freed there no other can use: a server that was
-    busy for hours holds a multiple of what it needs.
+    busy for hours holds a multiple of what it needs. What the user has said in the environment stands.
     """
+    if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
