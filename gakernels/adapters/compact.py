@@ -75,7 +75,7 @@ class CompactAdapter:
             FormatError: it is damaged or no compact adapter.
         """
         path = Path(path)
-        tensors, description = read_tensors(path, "compact")
+        tensors, description = read_tensors(path, "compact", copied=True)
         left, right = by_suffix(path, tensors, ".left", ".right")
         if not _fit(left, right):
             raise FormatError(f"{path} is damaged: it must hold U and V of one size for each of its layers")

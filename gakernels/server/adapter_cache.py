@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -185,9 +185,7 @@ class AdapterCache:
             self._remove_file(key)
             return None
         self.tiers["disk"].hits += 1
-        # Copies: what was loaded is a view of the file, not in memory yet.
-        left, right = ({name: t.clone() for name, t in half.items()} for half in (adapter.left, adapter.right))
-        return replace(adapter, left=left, right=right)
+        return adapter
 
     # Keeping
 

@@ -129,7 +129,7 @@ class ContextStore:
         """
         path = self._path(context.id)
         try:
-            tensors, description = read_tensors(path, KIND)
+            tensors, description = read_tensors(path, KIND, copied=True)
         except (InputError, OSError):
             if path.exists():
                 raise
@@ -140,8 +140,7 @@ class ContextStore:
             mine = found.owner == context.owner and self._fingerprints.items() <= description.items()
             self._take_over(context, found if mine else None)
             raise StaleError(f"context {context.id} is not of revision {context.revision} any more")
-        # Copies: what was read is a view of the file, and reading a view of a file that is cut short ends the process.
-        return {name: state[None].clone() for name, state in tensors.items()}
+        return {name: state[None] for name, state in tensors.items()}
 
     def commit(self, context: Context, states: Mapping[str, Tensor], tokens: int) -> Context:
         """Put new states in place of a context's, after so many more tokens.

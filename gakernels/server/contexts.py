@@ -202,27 +202,28 @@ class Contexts:
         """
         outcome: Future[CompactAdapter] = Future()
         outcome.set_running_or_notify_cancel()  # whoever waits may go away, but not cancel it
-
-        def attempt() -> None:
-            current = self.store.get(context.id, context.owner)
-            if current is None:
-                outcome.set_exception(StaleError(f"context {context.id} has been deleted"))
-                return
-            self.cache.request(_key(current), partial(self._make, current)).add_done_callback(done)
-
-        def done(found: Future[CompactAdapter]) -> None:
-            error = found.exception()
-            if isinstance(error, StaleError):  # an append came in between
-                attempt()
-            elif error is not None:
-                outcome.set_exception(error)
-            else:
-                outcome.set_result(found.result())
-
-        attempt()
+        self._bring(context, outcome)
         return outcome
 
     # Steps
+
+    def _bring(self, context: Context, outcome: Future[CompactAdapter]) -> None:
+        """The adapter goes into `outcome`. Methods: functions that name each other are a cycle, which would hold it."""
+        current = self.store.get(context.id, context.owner)
+        if current is None:
+            outcome.set_exception(StaleError(f"context {context.id} has been deleted"))
+            return
+        found = self.cache.request(_key(current), partial(self._make, current))
+        found.add_done_callback(partial(self._brought, context, outcome))
+
+    def _brought(self, context: Context, outcome: Future[CompactAdapter], found: Future[CompactAdapter]) -> None:
+        error = found.exception()
+        if isinstance(error, StaleError):  # an append came in between
+            self._bring(context, outcome)
+        elif error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(found.result())
 
     def _lock(self, identifier: str) -> asyncio.Lock:
         """One for each context in use; it goes when nobody holds it."""

@@ -1,9 +1,6 @@
 """The web application, put together from its parts and run."""
 
 import asyncio
-import contextlib
-import ctypes
-import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -26,6 +23,7 @@ from gakernels.server.context_store import ContextStore
 from gakernels.server.contexts import Contexts, context_routes, depends
 from gakernels.server.engine import Engine
 from gakernels.server.metrics import Metrics
+from gakernels.server.process import allow_files, share_arenas
 from gakernels.server.protocol import Health
 from gakernels.server.settings import ApiKeys, Limits, Settings
 from gakernels.server.vllm import VllmClient, VllmCompletions
@@ -43,8 +41,6 @@ from gakernels.server.web import (
 from gakernels.version import __version__
 
 _MEBIBYTE = 2**20
-_FILES = 1024  # open ones, besides connections
-_M_ARENA_MAX, _ARENAS = -8, 2  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -265,23 +261,3 @@ def _watch(parts: Parts) -> None:
 
 def _by_tier(cache: AdapterCache, name: str) -> dict[str, float]:
     return {tier: getattr(values, name) for tier, values in cache.tiers.items()}
-
-
-def allow_files(connections: int) -> None:
-    """Let this process have so many connections and its files open at a time, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _FILES
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def share_arenas() -> None:
-    """Have all threads take memory from the same few places, where the C library is glibc.
-
-    By default each thread gets one of its own, and what one thread has freed there no other can use: a server that was
-    busy for hours holds a multiple of what it needs.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)

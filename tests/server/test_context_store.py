@@ -21,7 +21,7 @@ def states() -> dict[str, torch.Tensor]:
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def opened(folder: Path) -> ContextStore:

@@ -1,7 +1,9 @@
 """The server's answers: contexts, completions, chat, streams, keys, limits and errors."""
 
+import gc
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -420,6 +422,41 @@ def test_health_and_metrics(client: TestClient, user: User) -> None:
         "gakernels_adapter_cache_hits": "counter",
         "gakernels_adapter_cache_evictions": "counter",
     }
+
+
+def use(client: TestClient, name: str, times: int) -> None:
+    for _ in range(times):
+        assert client.post(f"/v1/contexts/{name}/append", json={"tokens": [5]}).status_code == 200
+        for _ in range(2):  # the first may find the adapter that the append has made
+            complete(client, name, "The", max_tokens=1)
+
+
+def test_use_leaves_nothing_in_memory(make_client: Callable[..., TestClient]) -> None:
+    client = make_client(cpu_mebibytes=0)  # every adapter goes to the disk and comes from there
+    name = client.post("/v1/contexts", json={}).json()["id"]
+    blocks = []
+    for _ in range(2):
+        use(client, name, 20)
+        gc.collect()
+        blocks.append(sys.getallocatedblocks())
+    assert blocks[1] - blocks[0] < 400
+
+
+def test_no_adapter_waits_for_the_garbage_collector(make_client: Callable[..., TestClient]) -> None:
+    client = make_client(cpu_mebibytes=0)
+    name = client.post("/v1/contexts", json={}).json()["id"]
+
+    def adapters() -> int:
+        return sum(type(item) is CompactAdapter for item in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = adapters()
+        use(client, name, 10)
+        assert adapters() < before + 5
+    finally:
+        gc.enable()
 
 
 def test_the_schema_tells_what_the_server_answers(client: TestClient) -> None:

@@ -26,7 +26,7 @@ from gakernels.data.people import draw_document
 
 SECONDS = float(os.environ.get("GAKERNELS_SOAK_SECONDS", "1800"))
 USERS, KEPT = 6, 5  # at a time; contexts of each
-ALLOWED_GROWTH = 20 * 2**20  # bytes, from the second quarter of the time to the last
+ALLOWED_GROWTH = 12 * 2**20  # bytes, from the second quarter of the time to the last
 LIMITS = ("--cache-cpu", "2", "--cache-disk", "8", "--max-body-bytes", "50000", "--max-append-tokens", "2000")
 
 
