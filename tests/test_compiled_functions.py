@@ -102,7 +102,7 @@ CASES = {
     "nn.frozen_rms_norm._NormFunction": norm,
     "nn.frozen_rms_norm._NormFunction, no weight": norm_without_weight,
     "nn.low_rank_term._LowRankTerm": low_rank_term,
-    "token_loss._LossInBlocks": loss_in_blocks,
+    "nn.token_loss._LossInBlocks": loss_in_blocks,
     "nn.float8_linear._Product": float8,
 }
 
