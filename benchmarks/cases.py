@@ -1,4 +1,4 @@
-"""A case is one thing to measure with one provider; `run_case` checks it, measures it and makes its row.
+"""A case is something to measure with one provider; `run_case` checks it, measures it and creates its row.
 
 Correctness comes first: a case whose output or gradient is further from the float64 oracle than its tolerance is
 reported as wrong and has no time.
@@ -20,16 +20,16 @@ from benchmarks.rows import FAILED, OK, OUT_OF_MEMORY, UNAVAILABLE, WRONG, Envir
 
 # Relative distance ||out - oracle|| / ||oracle|| that a correct implementation stays under: TF32 is near 3e-4.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
-NOTHING_HERE = 4  # exit status of a command that has nothing to measure on this machine
+NOTHING_HERE = 4  # exit status of a command with nothing to measure on this machine
 
 
 class UnavailableError(Exception):
-    """A provider does not exist here; the message says why."""
+    """A provider is not available here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of a case and the fewest bytes that it moves: each input and output once."""
+    """Floating-point operations of a case and the least bytes that it moves: each input and output once."""
 
     flops: float
     bytes: float
@@ -37,15 +37,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Trial:
-    """A case made ready for one provider.
+    """A case prepared for one provider.
 
     Attributes:
-        prepare: the input of repetition i.
-        run: what is timed.
-        error: largest relative distance to the oracle; None where something else is computed.
-        metrics: further numbers from the timing.
-        status: of a row with a time; FLOOR or OTHER where something else is computed.
-        context: is entered around the measurement, but not around the check.
+        prepare: makes the input of repetition i.
+        run: the timed call.
+        error: largest relative distance to the oracle; None if something else is computed.
+        metrics: computes further numbers from the timing.
+        status: of a row with a time; FLOOR or OTHER if something else is computed.
+        context: entered around the measurement, but not around the check.
     """
 
     prepare: Callable[[int], Any]
@@ -58,13 +58,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """What is measured, and who can compute it.
+    """What is measured, and the providers that can compute it.
 
     Attributes:
         kernel, mode, shape, dtype: see `rows.ResultRow`.
         tolerance: of the relative distance to the oracle.
-        work: None where it is not counted.
-        providers: by name, what makes a trial; it raises UnavailableError where the provider does not exist.
+        work: None if it is not counted.
+        providers: by name, functions that make a trial; they raise UnavailableError if the provider is not available.
     """
 
     kernel: str
@@ -77,7 +77,7 @@ class BenchmarkCase:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What the `case` of its rows is."""
+        """The `case` of its rows."""
         return self.kernel, self.mode, self.shape, self.dtype
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class BenchmarkCase:
 
 @dataclass(frozen=True)
 class Session:
-    """What the cases of one run have in common."""
+    """Shared by the cases of one run."""
 
     device: torch.device
     environment: Environment
@@ -103,7 +103,7 @@ class Outcome:
 
 
 def run_case(case: BenchmarkCase, provider: str, session: Session) -> Outcome:
-    """Check and measure a case. Whatever goes wrong becomes the status of its row."""
+    """Check and measure a case. Any error becomes the status of its row."""
 
     def row(status: str, **entries: Any) -> ResultRow:
         names = (case.kernel, provider, case.mode, case.shape, case.dtype)
@@ -126,11 +126,11 @@ def _run(case: BenchmarkCase, trial: Trial, session: Session, row: Callable[...,
         return Outcome(row(WRONG, error=error, detail=f"{error:.2g} from the oracle, {case.tolerance:g} allowed"))
     with trial.context():
         if session.device.type == "cuda":
-            trial.run(trial.prepare(0))  # workspaces that libraries keep are no memory of the call
+            trial.run(trial.prepare(0))  # workspaces that libraries keep don't count as memory of the call
         peak = peak_bytes(functools.partial(trial.run, trial.prepare(0)), session.device)
         timing = time_call(trial.run, trial.prepare, session.device, session.effort)
     work: dict[str, Any] = {}
-    if case.work and trial.status == OK:  # the others do other work
+    if case.work and trial.status == OK:  # the others do different work
         shares = rates(timing, case.work.flops, case.work.bytes, case.dtype, session.ceilings)
         work = {"flops": case.work.flops, "bytes": case.work.bytes, **shares}
     measured = row(trial.status, error=error, peak_bytes=peak, metrics=trial.metrics(timing), **times(timing), **work)
@@ -149,13 +149,13 @@ def first_line(error: BaseException) -> str:
 
 
 def largest_error(values: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
-    """The largest ||value - target|| / ||target||; NaN, which no tolerance allows, if a value is not finite."""
+    """The largest ||value - target|| / ||target||; NaN, which exceeds every tolerance, if a value is not finite."""
     errors = [relative(value, target) for value, target in zip(values, targets, strict=True)]
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)
 
 
 def relative(value: Tensor, target: Tensor) -> float:
-    """||value - target|| / ||target|| in float64; the norm of the value where the target is zero."""
+    """||value - target|| / ||target|| in float64; the norm of the value if the target is zero."""
     wide = target.double()
     size = wide.norm().item()
     distance = (value.double() - wide).norm().item()

@@ -1,6 +1,6 @@
 """The benchmarks as pytest-benchmark suites: `pytest benchmarks/ --benchmark-only`.
 
-Every benchmark is a case and a provider. `cases.run_case` checks and measures it, on a GPU with device events; the
+Every benchmark is a case with a provider. `cases.run_case` checks and measures it, on a GPU with device events; the
 plugin gets the samples for its tables, its JSON and its comparisons.
 """
 
@@ -95,12 +95,12 @@ def _step_providers(config: pytest.Config) -> list[str]:
 
 
 def _by_default(name: str, given: str | None, device: torch.device) -> bool:
-    return given is not None or name != "compiled" or device.type == "cuda"  # compiling takes a minute of a CPU
+    return given is not None or name != "compiled" or device.type == "cuda"  # compiling takes a minute on a CPU
 
 
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Session:
-    """The device, its versions and its ceilings, measured once in front of everything else."""
+    """The device, its versions and its ceilings, measured once before everything else."""
     config = request.config
     device, dtype = _device(config), _dtype(config)
     seconds = config.getoption("--seconds") or (0.5 if device.type == "cuda" else 0.3)
@@ -119,8 +119,8 @@ def writer(request: pytest.FixtureRequest, session: Session) -> RowWriter | None
     return RowWriter(path)
 
 
-# pytest-benchmark reads a clock around a call. This clock stands still but for `advance`, the call that it is given,
-# which sets it forward by the next sample: so the plugin sees the samples that `measure.time_call` took.
+# pytest-benchmark reads a clock around a call. This clock moves only with `advance`, the call that is given to it,
+# which advances it by the next sample: so the plugin sees the samples that `measure.time_call` took.
 _now = 0.0
 _samples: Iterator[float] = iter(())
 
@@ -136,7 +136,7 @@ def advance() -> None:
 
 @pytest.fixture
 def measured(benchmark: Any, session: Session, writer: RowWriter | None) -> Callable[[BenchmarkCase, str], Outcome]:
-    """Run a case and hand its samples to the plugin. A case without a time is skipped or fails, with one clear line."""
+    """Run a case and give its samples to the plugin. A case without a time is skipped or fails, with one clear line."""
 
     def measure(case: BenchmarkCase, provider: str) -> Outcome:
         outcome = run_case(case, provider, session)

@@ -1,16 +1,16 @@
-"""The eager baseline: what the authors' released code computes and how, stated anew in plain PyTorch.
+"""The eager baseline: the computation of the authors' released code, rewritten in plain PyTorch.
 
-It shares the base model, the parameters and the sketch with `gakernels`, and differs in the way:
+It shares the base model, the parameters and the sketch with `gakernels`, but computes differently:
 
-- keys, values and their outer products for all windows, those whose state nobody sees included;
+- keys, values and their outer products for all windows, including those whose state no window sees;
 - prefixes as a masked (windows x windows) expansion of the states that is then summed;
 - the norm as `torch.svd_lowrank` with a fixed sketch: three QR factorisations and an SVD, differentiated by autograd,
   multiplied out to d_r x d_r;
 - the adapter applied with width d_r: input map, norm, output map;
 - the loss of the transformers model on full logits, and activation checkpointing as an option.
 
-Its state matrix is S^T, so its sketch acts on the output side (`AdapterGenerator.sketch_side`). Where a choice was left
-it is the cheaper one: a norm for each distinct prefix only, and no key-value cache.
+Its state matrix is S^T, so its sketch acts on the output side (`AdapterGenerator.sketch_side`). Of several choices
+it makes the cheapest: a norm only for each distinct prefix, and no key-value cache.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,21 +27,21 @@ from benchmarks.measure import part
 from gakernels.model.attachment import decoder_layers, lean_modules
 from gakernels.nn import AdapterGenerator
 
-GUARD = 1e-7  # singular values that come closer, relative or absolute, make the released code drop the matrix
+GUARD = 1e-7  # singular values closer than this, relative or absolute, make the released code drop the matrix
 
 
 class EagerBaseline(nn.Module):
     """The released computation on a base model, with the parameters of our generators.
 
-    The base may carry a `GenerativeAdapter`, which stays idle outside its own passes, except for its lean
-    modules: `plain_modules` puts those of transformers in their place.
+    The base may have a `GenerativeAdapter`, which does nothing outside its own passes, except for its lean
+    modules: `plain_modules` replaces them by those of transformers.
 
     Args:
-        base: a transformers causal language model; nothing of it is changed outside `forward` and `attached`.
-        generators: by the name of the adapted linear layer; their parameters and sketches are used, not their methods.
+        base: a transformers causal language model; it is changed only within `forward` and `attached`.
+        generators: by the name of the adapted linear layer; only parameters and sketches are used, not methods.
         scale: factor of the adapter.
         checkpointing: recompute the decoder layers, generators included, in the backward.
-        guard: replace the norm by zero where singular values come within `GUARD`, as the released code does.
+        guard: replace the norm by zero if singular values come within `GUARD`, as the released code does.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EagerBaseline(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The base model; not a submodule, so that `parameters` are the generators' alone."""
+        """The base model; not a submodule, so that `parameters` has only those of the generators."""
         return self._base[0]
 
     def generator(self, name: str) -> AdapterGenerator:
@@ -84,7 +84,7 @@ class EagerBaseline(nn.Module):
     def attached(self, mask: Tensor, seen: Sequence[int]) -> Iterator[None]:
         """The base model as the released code changes it, for windows with this mask (B, W, M), while the block runs.
 
-        The backward needs nothing of this: a layer's new forward brings its adapters along when it is recomputed.
+        The backward does not need this: a layer's new forward forms its adapters again when it is recomputed.
         """
         prefix, layers = decoder_layers(self.base)
         changed: list[nn.Module] = []
@@ -134,7 +134,7 @@ def next_token_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor, attention
 
 @contextmanager
 def plain_modules(base: PreTrainedModel) -> Iterator[None]:
-    """The base model with the modules of transformers in place of our lean ones, while the block runs."""
+    """The base model with the modules of transformers instead of our lean ones while the block runs."""
     ours = lean_modules(base)
     for parent, name, module in ours:
         setattr(parent, name, module.original)
@@ -146,9 +146,9 @@ def plain_modules(base: PreTrainedModel) -> Iterator[None]:
 
 
 def _adapter_hook(generator: AdapterGenerator, norms: Tensor, scale: float) -> Callable[..., Tensor]:
-    """Adds scale B (N^T (A x)) of width d_r to the output of a linear layer, a matrix N (d_r, d_r) for each window.
+    """Adds scale B (N^T (A x)) of width d_r to the output of a linear layer, with a matrix N (d_r, d_r) per window.
 
-    The static term, which the released code does not know, is a plain LoRA beside it.
+    The static term, which the released code does not have, is a separate plain LoRA.
     """
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def window_norms(generator: AdapterGenerator, hidden: Tensor, mask: Tensor, seen
     """The normalised state (B, W, d_r, d_r) that each window sees, zero for a window that sees none.
 
     Args:
-        generator: whose parameters and sketch are used.
+        generator: its parameters and sketch are used.
         hidden: (B, W, M, d_h), the input of the decoder layer.
         mask: (B, W, M) bool.
         seen: (W,).

@@ -1,9 +1,9 @@
 """One command for a GPU machine: `python -m benchmarks.gpu_suite --plan check --out DIR`.
 
-A plan is a list of stages, the most important first, each with a limit and in a process of its own. Results are written
-as they come, to DIR/rows.jsonl, DIR/log.txt and, for what has no rows, DIR/*.json: a run that is cut off keeps what was
-finished, and the same command goes on behind it. Ends with a short table, and with status 1 unless every stage was done
-or had nothing to do. `--rehearse` runs a plan to its end on a CPU, at tiny sizes.
+A plan is a list of stages, the most important first, each with a time limit and in its own process. Results are
+written as they arrive, to DIR/rows.jsonl, DIR/log.txt and, for what has no rows, DIR/*.json: an interrupted run keeps
+what was finished, and the same command resumes it. It ends with a short table, and with status 1 unless every stage
+was done or had nothing to do. `--rehearse` runs a plan to its end on a CPU, at tiny sizes.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from benchmarks.rows import BAD_STATUSES, ROOT, TIMED, UNAVAILABLE, ResultRow, c
 from gakernels.files import write_text
 
 DONE, SKIPPED, FAILED, NO_TIME = "done", "skipped", "failed", "not run"
-RESTART = 75  # exit status of a worker whose GPU context is broken: another one goes on behind that case
+RESTART = 75  # exit status of a worker whose GPU context is broken: another one continues after that case
 MOST_RESTARTS = 20
 DEMO = ROOT / "gakernels" / "demo" / "assets" / "generator"
 SIZES = ("mistral-7b", "smollm2-135m", "mistral-7b-1-chunk")  # of the operations
-PATIENCE = 10  # times the limits for a rehearsal: a CPU may be slow
+PATIENCE = 10  # factor of the limits in a rehearsal: a CPU may be slow
 RATES = ("segment_tokens_per_s", "tokens_per_s", "users_per_s")
 
 
-# How a stage is run: in a process of its own, for a limited time, its output kept in `log.txt`
+# How a stage is run: in its own process, for a limited time, with its output in `log.txt`
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SuiteRun:
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage ended, and a word about it."""
+    """How a stage ended, with a short remark."""
 
     status: str
     detail: str = ""
@@ -79,8 +79,8 @@ class Stage:
 
     Attributes:
         name, what: for the user.
-        seconds: its limit; what it has written until then is kept.
-        command: from the run and the seconds that are left for it to the command line, or to a StageResult that says at
+        seconds: its time limit; what it has written by then is kept.
+        command: makes, from the run and the seconds left for it, the command line or a StageResult that says at
             once why there is nothing to run.
         needs_gpu: whether a rehearsal leaves it out.
     """
@@ -93,7 +93,7 @@ class Stage:
 
 
 def run_stage(stage: Stage, run: SuiteRun, seconds: float) -> StageResult:
-    """Run a stage for at most so long, and at most for its own limit."""
+    """Run a stage for at most `seconds` and at most its own limit."""
     if stage.needs_gpu and run.rehearsal:
         return StageResult(SKIPPED, "needs a GPU")
     if not run.rehearsal and not torch.cuda.is_available():
@@ -125,9 +125,9 @@ def _result(status: int | None) -> StageResult:
 
 
 def execute(command: Sequence[str], log: Path, seconds: float) -> int | None:
-    """Exit status of a command, or None if it ran out of time and was ended with its children.
+    """Exit status of a command, or None if it ran out of time and was killed with its children.
 
-    Its output goes to the end of the log and, from there, to the terminal.
+    Its output is appended to the log and copied from there to the terminal.
     """
     if seconds <= 0:
         return None
@@ -154,13 +154,13 @@ def _show(text: bytes) -> None:
         sys.stdout.flush()
 
 
-# What was done before
+# What earlier runs have done
 
 
 def run_stages(stages: Sequence[Stage], run: SuiteRun, seconds: float) -> dict[str, StageResult]:
-    """Run the stages one after the other; whatever happens to one, the others go on while there is time.
+    """Run the stages in order; whatever happens to one, the others run while there is time.
 
-    Those that were done in this folder for this commit and device are left out.
+    Stages already done in this folder for this commit and device are left out.
     """
     identity = {"commit": commit(), "device": run.device.type}
     deadline = time.monotonic() + seconds
@@ -183,23 +183,23 @@ def run_stages(stages: Sequence[Stage], run: SuiteRun, seconds: float) -> dict[s
 
 
 def read_results(folder: Path) -> dict[str, dict[str, object]]:
-    """How the stages of earlier runs into the folder ended, with what they were run for."""
+    """How the stages of earlier runs in the folder ended, with the commit and device that they were run for."""
     file = folder / "stages.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _write_result(folder: Path, name: str, result: StageResult, identity: dict[str, str]) -> None:
-    """Note how a stage ended."""
+    """Record how a stage ended."""
     results = read_results(folder) | {name: {**asdict(result), **identity}}
     write_text(folder / "stages.json", json.dumps(results, indent=2) + "\n")
 
 
-# The plans: stages in the order of their importance, each with a limit, and the minutes in all
+# The plans: stages in order of importance, each with a time limit, and the total minutes
 
 
 @dataclass(frozen=True)
 class SuitePlan:
-    """Stages that fit into so many minutes on one H100 or H200; those at the end may be cut off."""
+    """Stages that fit in so many minutes on one H100 or H200; those at the end may be cut off."""
 
     what: str
     minutes: float
@@ -267,14 +267,14 @@ def _step(
     quantization: str | None = None,
     needs_gpu: bool = False,
 ) -> Stage:
-    """Training steps, the providers of a stage in one process, with rows when they are done or the time is over."""
+    """Training steps: the providers of a stage in one process, with rows when they finish or the time is up."""
 
     def command(run: SuiteRun, left: float) -> list[str]:
         words = ["--preset", "tiny" if run.rehearsal else preset, "--providers", providers]
         words += ["--quantization", quantization] if quantization else []
         words += ["--steps", "2"] if run.rehearsal else []
         words += ["--device", run.device.type, "--rows", str(run.rows), "--seconds", f"{max(left - 20, 1):.0f}"]
-        # What fits must not hang on how the allocator's blocks happen to be cut.
+        # Whether a step fits must not depend on how the allocator happens to split its blocks.
         return ["env", "PYTORCH_ALLOC_CONF=expandable_segments:True", *_python("train_step", *words)]
 
     return Stage(name, what, seconds, command, needs_gpu)
@@ -433,9 +433,9 @@ def summary(run: SuiteRun, results: dict[str, StageResult]) -> str:
 
 
 def table(rows: Iterable[ResultRow]) -> list[str]:
-    """One line for each case that has a time or went wrong, with the floors of an H200 and an H100 beside it.
+    """One line for each case that has a time or failed, with the floors of an H200 and an H100 next to it.
 
-    A training step that could not run says why, too.
+    A training step that could not run also says why.
     """
     floors = " ".join(f"{hardware.name:>8}" for hardware in HARDWARE)
     lines = [f"{'case':58} {'provider':12} {'p50 ms':>9} {'gemm':>5} {'copy':>5} {floors} {'a second':>9}"]
@@ -453,7 +453,7 @@ def table(rows: Iterable[ResultRow]) -> list[str]:
 
 
 def floor_ms(row: ResultRow) -> list[float | None]:
-    """The least milliseconds that the counted operations and bytes take on each kind of GPU: bf16 rate, 16-bit only."""
+    """The least milliseconds for the counted operations and bytes on each kind of GPU: bf16 rate, 16-bit only."""
     if row.flops is None or row.bytes is None:
         return [None for _ in HARDWARE]
     flops = row.flops if row.dtype in ("bfloat16", "float16") else 0.0

@@ -19,15 +19,15 @@ from gakernels import Adapter, GenerativeAdapter, GeneratorConfig
 from gakernels.generation.row_adapters import RowAdapters, SharedMaps
 from gakernels.model.attachment import cache_name
 
-# Errors add up over the layers of a model, and the norm answers to the small directions of a state.
+# Errors add up over the layers of a model, and the norm is sensitive to the small directions of a state.
 MODEL_TOLERANCE = 10
-# The plain definitions are measured up to here; beyond, their iterations would take minutes.
+# The plain definitions are measured up to this length; beyond it they would take minutes.
 MOST_REFERENCE_TOKENS, MOST_REFERENCE_USERS = 4096, 8
 
 
 @dataclass(frozen=True)
 class InferenceSizes:
-    """A Llama-like model with random weights, and what is asked of it. `of_layers`: of the model it stands for."""
+    """A Llama-like model with random weights, and the task. `of_layers`: layers of the model that it represents."""
 
     hidden: int
     feed_forward: int
@@ -51,7 +51,7 @@ class InferenceSizes:
 
 
 FAST = ("auto", "base_chunks", "full_prompt", "base", "merged", "unmerged", "compact")  # all but the plain definitions
-MISTRAL_LENGTHS = (2048, 8192, 1024, 32768, 131072, 4096, 16384, 65536)  # the most telling ones first
+MISTRAL_LENGTHS = (2048, 8192, 1024, 32768, 131072, 4096, 16384, 65536)  # the most informative ones first
 PRESETS = {
     "tiny": InferenceSizes(32, 48, 2, 2, 4, 2, 64, 16, 4, 16, (32, 64), (1, 2), 4, 2),
     "cpu": InferenceSizes(256, 704, 4, 4, 8, 4, 1024, 128, 16, 256, (1024, 2048, 4096), (1, 8), 64, 8),
@@ -89,7 +89,7 @@ class Builder:
     sizes: InferenceSizes
     device: torch.device
     dtype: torch.dtype
-    attention: str = "sdpa"  # as transformers calls it; the oracle always has sdpa
+    attention: str = "sdpa"  # transformers' name; the oracle always uses sdpa
 
     def tokens(self, count: int, number: int = 0) -> list[int]:
         generator = torch.Generator().manual_seed(SEED + number)
@@ -103,7 +103,7 @@ class Builder:
 
 @functools.lru_cache(maxsize=1)
 def model(build: Builder) -> GenerativeAdapter:
-    """A random base with generators whose output maps are not zero."""
+    """A random base with generators whose output maps are nonzero."""
     sizes = build.sizes
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,
@@ -126,8 +126,8 @@ def model(build: Builder) -> GenerativeAdapter:
 
 @functools.lru_cache(maxsize=1)
 def _expected(build: Builder) -> tuple[dict[str, Tensor], Tensor]:
-    """By the plain definitions in float64: the adapters (lora_B lora_A) of a short context, by layer, and the logits
-    behind the prompt with that adapter."""
+    """From the plain definitions in float64: the adapters (lora_B lora_A) of a short context, by layer, and the logits
+    after the prompt with that adapter."""
     wide = model.__wrapped__(replace(build, attention="sdpa")).double()
     oracle = with_backend("reference", lambda: _answers(wide, build))
     return oracle()
@@ -148,7 +148,7 @@ def _adapters(made: GenerativeAdapter, build: Builder, users: int = 1) -> list[A
 
 
 def _row_adapters(made: GenerativeAdapter, build: Builder, users: int) -> RowAdapters:
-    """The same in the compact form: U and V for each row, A1 and B2 shared."""
+    """The adapters in compact form: U and V for each row, A1 and B2 shared."""
     contexts = [build.tokens(2 * build.sizes.chunk, 2 + user) for user in range(users)]
     compact = made.compact_adapters(made.states(contexts), [len(tokens) for tokens in contexts], build.dtype)
     return RowAdapters.of(SharedMaps(made), compact)
@@ -172,7 +172,7 @@ def _contextualisation(build: Builder, length: int) -> BenchmarkCase:
         return Trial(lambda i: contexts[i % 2], run, check, _per_second("tokens_per_s", length))
 
     def prompt() -> Trial:
-        """The base model reads the whole context as one prompt: what it takes to have it in the key-value cache."""
+        """The base model reads the whole context as one prompt: the cost of having it in the key-value cache."""
         base = model(build).base
         contexts = [torch.tensor([build.tokens(length, 10 + i)], device=build.device) for i in range(2)]
         run = torch.no_grad()(lambda ids: base.get_decoder()(input_ids=ids, use_cache=True))
@@ -180,7 +180,7 @@ def _contextualisation(build: Builder, length: int) -> BenchmarkCase:
         return Trial(lambda i: contexts[i % 2], run, None, metrics, status=OTHER)
 
     def chunks() -> Trial:
-        """The base model reads the chunks side by side, without generators: what reading a context costs at least."""
+        """The base model reads the chunks side by side, without generators: the least cost of reading a context."""
         base, chunk = model(build).base, build.sizes.chunk
         contexts = [torch.tensor(build.tokens(length, 10 + i), device=build.device).view(-1, chunk) for i in range(2)]
         run = torch.no_grad()(lambda ids: base.get_decoder()(input_ids=ids, use_cache=True))
@@ -196,7 +196,7 @@ def _contextualisation(build: Builder, length: int) -> BenchmarkCase:
 
 
 def _decoding(build: Builder, users: int) -> BenchmarkCase:
-    """Greedy decoding with a key-value cache, the same prompt length for every user, each with an own adapter."""
+    """Greedy decoding with a key-value cache, the same prompt length for every user, each with their own adapter."""
 
     def trial(setting: str) -> Trial:
         made = model(build)
@@ -243,7 +243,7 @@ def _greedy(base: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
 
 
 def _logit_error(build: Builder, setting: str) -> float:
-    """Distance of the logits behind the prompt to the float64 model with the same adapter."""
+    """Distance of the logits after the prompt from the float64 model with the same adapter."""
     made = model(build)
     ids = torch.tensor([build.tokens(build.sizes.prompt, 1)], device=build.device)
     contexts = {
@@ -260,7 +260,7 @@ def _logit_error(build: Builder, setting: str) -> float:
 
 
 def _generation(build: Builder, users: int) -> BenchmarkCase:
-    """Contexts of two chunks of so many users, read as one batch and turned into their factors."""
+    """Contexts of two chunks for so many users, read as one batch and turned into factors."""
 
     def trial(backend: str) -> Trial:
         made = model(build)

@@ -1,12 +1,12 @@
-"""What every Triton kernel needs on a Hopper GPU, found by compiling it with its shipped settings. No GPU is needed.
+"""The resources of every Triton kernel on a Hopper GPU, found by compiling it with its shipped settings, without a GPU.
 
     python -m benchmarks.kernel_resources --store
 
 The operations run forward and backward on tensors without data, at the sizes of CALLS; each kernel that they would
-launch is compiled for sm_90 with the very arguments of the launch. Rows that differ in no setting and no specialisation
-are one. The command fails where a kernel spills registers, uses the stack, or wants more shared memory than there is.
---target takes another architecture, with the launch settings that its GPUs get, to see that all fits there. With
---store the rows go to `benchmarks/results/kernels/`, one table for each version of Triton.
+launch is compiled for sm_90 with the exact arguments of the launch. Rows with equal settings and specialisation
+are merged. The command fails if a kernel spills registers, uses the stack, or wants more shared memory than there is.
+--target takes another architecture, with the launch settings of its GPUs, to check that everything fits there. With
+--store the rows are written to `benchmarks/results/kernels/`, one table per version of Triton.
 """
 
 import argparse
@@ -51,13 +51,13 @@ class Resources:
 
     Attributes:
         settings: its `constexpr` arguments, `num_warps` and `num_stages`.
-        cases: the cases that launch it so.
-        shared: bytes of shared memory a program.
+        cases: the cases that launch it with these settings.
+        shared: bytes of shared memory per program.
         spills: instructions that spill registers or load them back.
-        programs_per_sm: how many fit a multiprocessor at once.
+        programs_per_sm: how many fit on a multiprocessor at once.
         wgmma, mma: matrix instructions of Hopper's and of the older kind.
         async_copies: asynchronous copies from global to shared memory (cp.async and TMA).
-        in_flight: groups of such copies that may be under way while the kernel computes; 0 where it waits for all.
+        in_flight: groups of such copies that may be in flight while the kernel computes; 0 if it waits for all.
     """
 
     operation: str
@@ -77,7 +77,7 @@ class Resources:
 
     @property
     def faults(self) -> list[str]:
-        """What forbids to ship it for a Hopper GPU."""
+        """The reasons not to ship it for a Hopper GPU."""
         found = []
         if self.stack or self.spills:
             found.append(f"{self.stack} bytes of stack and {self.spills} spill instructions")
@@ -114,7 +114,7 @@ def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "", target
     """Compile what the calls of the operations launch, each kernel and specialisation once.
 
     Args:
-        only: a part of the names of the calls that are wanted.
+        only: a part of the names of the calls to compile.
         target: the architecture, one of TARGETS.
     """
     with compiling_for(target), gpus.pretend(gpus.known(TARGETS[target])):
@@ -128,12 +128,12 @@ def compile_all(operations: tuple[str, ...] = OPERATIONS, only: str = "", target
 
 @contextmanager
 def compiling_for(target: int = 90) -> Iterator[None]:
-    """Triton compiles for a GPU of this compute capability while the block runs; none is asked for."""
+    """Make Triton compile for a GPU of this compute capability while the block runs, without asking for a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
     class Compiler:
-        """A driver without a device, as far as `warmup` asks for one."""
+        """A driver without a device, as much of it as `warmup` needs."""
 
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", target, 32)
@@ -151,7 +151,7 @@ def compiling_for(target: int = 90) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to restore
             driver.reset_active()
 
 
@@ -197,7 +197,7 @@ def _resources(call: KernelCall, kernel: str, dtypes: str, settings: dict[str, A
 
 
 def _programs_per_sm(registers: int, shared: int, threads: int) -> int:
-    """Registers are given out by 8 to a thread, shared memory with 1 KiB for the system."""
+    """Registers are allocated in units of 8 per thread, shared memory with 1 KiB for the system."""
     by_registers = REGISTERS_OF_SM // (-(-registers // 8) * 8 * threads)
     return min(by_registers, SHARED_OF_SM // (shared + 1024), WARPS_OF_SM * 32 // threads, BLOCKS_OF_SM)
 
@@ -239,7 +239,7 @@ def _low_rank_polar(state: int, rank: int, batch: int) -> tuple[Any, ...]:
 def _lowrank_linear(
     layer: tuple[int, int], rank: int, dtype: torch.dtype, *, adapters: int | None = None, tokens: int = 1024
 ) -> tuple[Any, ...]:
-    """16 windows; with a bias and an index where the number of adapters is given."""
+    """16 windows; with a bias and an index if the number of adapters is given."""
     inputs, outputs = layer
     x, weight = _empty(16, tokens, inputs, dtype=dtype), _empty(outputs, inputs, dtype=dtype)
     lora_a, lora_b = (_empty(adapters or 16, *sizes, dtype=dtype) for sizes in ((rank, inputs), (outputs, rank)))
@@ -295,7 +295,7 @@ def _call(make: Callable[..., tuple[Any, ...]], *sizes: Any, name: str, tf32: bo
 CALLS = tuple(_calls())
 
 
-# What is launched, and its compilation ahead in several processes
+# Launches, and compiling them in advance in several processes
 
 
 @dataclass(frozen=True)
@@ -312,12 +312,12 @@ class Launch:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells it from launches that run other code."""
+        """What distinguishes it from launches that run other code."""
         return self.kernel.fn.__name__, tuple(map(_kind, self.arguments)), tuple(sorted(self.options.items()))
 
 
 def _kind(argument: Any) -> Any:
-    """What Triton specialises an argument by: the dtype; whether a number is 1, a multiple of 16, of 32 bits."""
+    """What Triton specialises an argument on: the dtype; whether a number is 1, a multiple of 16, of 32 bits."""
     if isinstance(argument, Tensor):
         return argument.dtype
     if isinstance(argument, int) and not isinstance(argument, bool):
@@ -326,7 +326,7 @@ def _kind(argument: Any) -> Any:
 
 
 def launches(runs: Iterable[Callable[[], object]]) -> list[Launch]:
-    """What some calls launch, each kind once; nothing is compiled or run."""
+    """The launches of some calls, each kind once; nothing is compiled or run."""
     found: dict[tuple[Any, ...], Launch] = {}
 
     def record(kernel: Any, _: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -344,7 +344,7 @@ def launches(runs: Iterable[Callable[[], object]]) -> list[Launch]:
 
 @contextmanager
 def settings_of(device: torch.device) -> Iterator[None]:
-    """Tensors without data get the launch settings of a device while the block runs."""
+    """Give tensors without data the launch settings of a device while the block runs."""
     plain = tuned.settings
 
     def of_the_device(kernel: str, _: torch.device, dtype: torch.dtype, **sizes: int) -> dict[str, int]:
@@ -354,13 +354,13 @@ def settings_of(device: torch.device) -> Iterator[None]:
         yield
 
 
-_wanted: list[Launch] = []  # the processes are forks, and find it here
+_wanted: list[Launch] = []  # the processes are forks and read it here
 
 
 def compile_launches(wanted: Sequence[Launch], processes: int, capability: int = 90) -> list[str]:
-    """Compile in so many processes; returns a line for each launch that can't be.
+    """Compile in so many processes; returns a line for each launch that can't be compiled.
 
-    The processes are forks that never ask for the GPU: they compile for the compute capability that they are told.
+    The processes are forks that never use the GPU: they compile for the given compute capability.
     """
     global _wanted
     _wanted = list(wanted)
@@ -373,7 +373,7 @@ def _compile(number: int) -> str:
     launch = _wanted[number]
     try:
         launch.compile()
-    except Exception as error:  # whatever the compiler raises
+    except Exception as error:  # the compiler may raise anything
         return f"{launch.kernel.fn.__name__} {launch.options}: {type(error).__name__}: {first_line(error)}"
     return ""
 
@@ -385,7 +385,7 @@ def preset_runs(presets: Iterable[str], names: Sequence[str], dtype: torch.dtype
 
 
 def passes_of(operation: Operation) -> Callable[[], None]:
-    """Both passes of an operation, with arguments drawn anew."""
+    """Both passes of an operation, with fresh random arguments."""
     return lambda: both_passes(operation.name, operation.draw(torch.Generator()))
 
 
@@ -407,9 +407,9 @@ def both_passes(operation: str, arguments: Sequence[Any]) -> None:
 
 
 def capability() -> int:
-    """90 for compute capability 9.0, which is taken where there is no GPU.
+    """90 for compute capability 9.0, which is also the default without a GPU.
 
-    The driver's tool is asked: processes that are forked later must not find CUDA begun.
+    Asks the driver's tool, because CUDA must not be initialised in processes that fork later.
     """
     answer = command_output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").splitlines()
     return int(answer[0].replace(".", "")) if answer else 90
@@ -434,7 +434,7 @@ def settings_text(settings: dict[str, str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns 1 where a kernel has a fault, 2 where there is no Triton."""
+    """The command. Returns 1 if a kernel has a fault, 2 if there is no Triton."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
     parser.add_argument(
         "--store", nargs="?", const=STORE, type=Path, help="folder for the table (default: the kept ones)"
@@ -471,7 +471,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def excess(row: Resources, target: int) -> list[str]:
-    """What keeps a kernel from running on another architecture at all; spills only make it slow there."""
+    """What keeps a kernel from running on another architecture at all; spills only make it slow."""
     limit = gpus.known(TARGETS[target]).shared_memory
     return [f"{row.shared} bytes of shared memory, but there are {limit}"] if row.shared > limit else []
 

@@ -1,7 +1,7 @@
 """How everything here is measured: device events on a GPU, a wall clock on a CPU, and the ceilings of the machine.
 
 Each repetition gets its own prepared input (rotated among several sets), and on a GPU the L2 cache is overwritten in
-front of it, so a repetition never reads what the one before it left in the cache. The warm-up is not part of the
+before it, so a repetition never reads what the previous one left in the cache. The warm-up is not part of the
 samples.
 """
 
@@ -50,11 +50,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one call.
+    """How long to measure a call.
 
     Attributes:
-        warmup: calls in front of the samples.
-        seconds: stop after about this long, warm-up apart, once there are `least` samples.
+        warmup: calls before the samples.
+        seconds: stop after about this long, without the warm-up, once there are `least` samples.
         least: fewest samples.
         most: most samples.
     """
@@ -145,7 +145,7 @@ def _sample(
     while len(pending) < effort.most:
         pending.append(sample(run, prepare(effort.warmup + len(pending))))
         if len(pending) % effort.least == 0:
-            synchronize(device)  # otherwise the host runs ahead of the device and of the time limit
+            synchronize(device)  # else the host runs ahead of the device and past the time limit
         if len(pending) >= effort.least and time.perf_counter() - started > effort.seconds:
             break
     synchronize(device)
@@ -160,7 +160,7 @@ def _clock_sample(run: Callable[[T], object], argument: T) -> Callable[[], float
 
 
 def _event_sampler(device: torch.device) -> Callable[[Callable[[T], object], T], Callable[[], float]]:
-    """Events around the call. The flush in front keeps the device busy while the host queues the call."""
+    """Events around the call. The cache flush before it keeps the device busy while the host queues the call."""
     size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
     flush = torch.empty(size // 4, dtype=torch.int32, device=device)
 
@@ -182,10 +182,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that a call has at one time beyond those that were there before it.
+    """The peak bytes of tensors during a call, beyond those that existed before it.
 
-    On a GPU from the caching allocator. On a CPU from the profiler's record of every allocation, which makes the call
-    slower: never time it there. What libraries allocate for themselves is not seen.
+    On a GPU from the caching allocator; on a CPU from the profiler's record of every allocation, which makes the call
+    slower, so never time it there. Internal allocations of libraries are not seen.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -214,7 +214,7 @@ def _cpu_peak(call: Callable[[], object]) -> int:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler writes a line to file descriptor 2 at its start and end, which no setting turns off."""
+    """Hide the line that the profiler writes to file descriptor 2 at its start and end; no setting turns it off."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -261,18 +261,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device or the host has no memory left."""
+    """Whether an exception says that the device or the host is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-# Time of the parts of a step: named regions in the code, and a clock that adds up what each took
+# Time of the parts of a step: named regions in the code, and a clock that adds up their times
 
 
 @dataclass
 class PartClock:
-    """Exclusive times of named regions: the time of an inner region does not count for the outer one.
+    """Exclusive times of named regions: the time of an inner region does not count towards the outer one.
 
     On a GPU the boundaries are events in the stream, so that the host does not wait.
     """
@@ -282,17 +282,17 @@ class PartClock:
     _open: list[str] = field(default_factory=list)
 
     def enter(self, name: str) -> None:
-        """A region begins; whatever is open pauses."""
+        """Begin a region; the open one pauses."""
         self._open.append(name)
         self._mark()
 
     def leave(self) -> None:
-        """The innermost region ends; the one around it goes on."""
+        """End the innermost region; the enclosing one resumes."""
         self._open.pop()
         self._mark()
 
     def _mark(self) -> None:
-        """From now on time belongs to the innermost open region."""
+        """From now on, time counts towards the innermost open region."""
         now: float | torch.cuda.Event
         if self.device.type == "cuda":
             now = torch.cuda.Event(enable_timing=True)
@@ -324,7 +324,7 @@ _running: list[PartClock] = []
 
 @contextmanager
 def running(clock: PartClock) -> Iterator[PartClock]:
-    """Regions report to this clock while the block runs."""
+    """Let regions report to this clock while the block runs."""
     _running.append(clock)
     try:
         yield clock
@@ -334,7 +334,7 @@ def running(clock: PartClock) -> Iterator[PartClock]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Regions report to no clock while the block runs: for compiled code, which would be compiled anew for a clock."""
+    """Let regions report to no clock while the block runs: compiled code would be recompiled for a clock."""
     clocks = _running[:]
     _running.clear()
     try:

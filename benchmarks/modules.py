@@ -1,4 +1,4 @@
-"""The cases of the modules, with the backends that their operations can have, and of the other parts of a step."""
+"""The cases of the modules, with the possible backends of their operations, and of the other parts of a step."""
 
 import functools
 import importlib
@@ -32,10 +32,10 @@ BACKENDS = ("reference", "auto")
 
 
 class GeneratorModule(Operation):
-    """Hidden states of T chunks in, T adapters out: RMSNorm, projections, states, norm, and both output maps.
+    """From the hidden states of T chunks to T adapters: RMSNorm, projections, states, norm, and both output maps.
 
     The adapters are compared as products lora_B lora_A; the gradients are those of all parameters and of the input. The
-    hidden states lie near r directions, so that the states have a gap in their spectra, as in `LowRankPolar`.
+    hidden states are close to r directions, so that the states have a gap in their spectra, as in `LowRankPolar`.
     """
 
     name, leaves = "AdapterGenerator", (0, 1, 2, 3, 4, 5)
@@ -134,8 +134,8 @@ def _sum(*parts: Work) -> Work:
     return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts))
 
 
-# The parts of a training step that are no operation of ours, against those of PyTorch, transformers and Liger: the loss
-# behind a frozen head, and what lies between the matrix products of a frozen layer: norm, activation, rotation.
+# The parts of a training step outside our operations, compared with PyTorch, transformers and Liger: the loss
+# after a frozen head, and what is between the matrix products of a frozen layer: norm, activation, rotation.
 
 
 EPS = 1e-5
@@ -163,14 +163,14 @@ LAYER_PRESETS = {
 
 
 class LayerPart(Operation):
-    """A part, and who computes it."""
+    """A part of a layer, and its providers."""
 
     def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self.sizes, self.count = sizes, sizes.windows * sizes.tokens
 
     def moves(self, forward: int, backward: int) -> None:
-        """The numbers that the forward and the backward read and write."""
+        """Set the number of values that the forward and the backward read and write."""
         self.forward_work, self.backward_work = (Work(0.0, n * self.dtype.itemsize) for n in (forward, backward))
 
     def is_floor(self, name: str) -> bool:
@@ -178,7 +178,7 @@ class LayerPart(Operation):
 
 
 class TokenLoss(LayerPart):
-    """The gradient of the mean loss behind a frozen head, and with it the loss: where one ends and the other begins
+    """The gradient of the mean loss after a frozen head, together with the loss: where one ends and the other begins
     differs. Ours takes blocks, PyTorch's chunks, Liger's is fused."""
 
     name, leaves = "token_loss", (0,)
@@ -186,7 +186,7 @@ class TokenLoss(LayerPart):
 
     def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(sizes, device, dtype)
-        self.count = min(self.count, 4096)  # the oracle's float64 logits have to fit as well
+        self.count = min(self.count, 4096)  # the oracle's float64 logits must fit as well
         self.shape = f"N={self.count} d_h={sizes.hidden} V={sizes.vocabulary}"
         numbers = (2 * self.count + sizes.vocabulary) * sizes.hidden
         self.forward_work = Work(4.0 * self.count * sizes.hidden * sizes.vocabulary, numbers * dtype.itemsize)
@@ -259,7 +259,7 @@ class Activation(LayerPart):
 
     def implementation(self, name: str) -> providers.Implementation:
         if name == "liger":
-            # Its backward writes over what it had kept, and one of these is a leaf here.
+            # Its backward overwrites the tensors it saved, and one of them is a leaf here.
             return _liger("LigerSiLUMulFunction", lambda kind: lambda g, u: kind.apply(g.clone(), u.clone()), "ops")
         return gated_product if name == "auto" else _compiled(name, self.oracle)
 
@@ -272,7 +272,7 @@ class Activation(LayerPart):
 
 
 class Rotation(LayerPart):
-    """Rotary embedding of queries and keys; what is compared is both beside each other."""
+    """Rotary embedding of queries and keys; both are compared, concatenated."""
 
     name, leaves = "rotation", (0, 1)
     provider_names = ("transformers", "compiled", "liger")
@@ -347,7 +347,7 @@ def _liger_loss(kind: Any) -> providers.Implementation:
 def _liger(
     name: str, make: Callable[[Any], providers.Implementation], place: str = "transformers"
 ) -> providers.Implementation:
-    """What `make` makes of one of Liger's kernels."""
+    """Apply `make` to one of Liger's kernels."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise UnavailableError("liger-kernel is not installed")
     return make(getattr(importlib.import_module(f"liger_kernel.{place}"), name))

@@ -1,4 +1,4 @@
-"""The cases of the three operations: sizes, random inputs, the float64 oracle, and the work that a case needs."""
+"""The cases of the three operations: sizes, random inputs, the float64 oracle, and the work of a case."""
 
 import functools
 import os
@@ -62,9 +62,9 @@ def sizes_of(presets: Mapping[str, S], name: str) -> S:
 
 
 class Operation:
-    """One operation at one size: draws inputs and says what they must give. `leaves` are the arguments with gradients.
+    """One operation at one size: draws inputs and computes their results. `leaves` are the arguments with gradients.
 
-    The defaults are those of an operation that returns one tensor.
+    The defaults suit an operation that returns one tensor.
     """
 
     name: str
@@ -79,11 +79,11 @@ class Operation:
 
     @property
     def provider_names(self) -> tuple[str, ...]:
-        """Names of those who compute it."""
+        """The names of the providers."""
         return providers.NAMES[self.name]
 
     def implementation(self, name: str) -> providers.Implementation:
-        """A provider. Raises: UnavailableError: it does not exist here."""
+        """A provider. Raises: UnavailableError: it is not available here."""
         return providers.provider(self.name, name, self.device)
 
     def is_floor(self, name: str) -> bool:
@@ -140,12 +140,12 @@ class ContextState(Operation):
 
 
 class LowRankPolar(Operation):
-    """norm(S) of T states whose spectra have a gap after r directions, so that every definition of the norm agrees.
+    """norm(S) of T states whose spectra have a gap after r directions, so that all definitions of the norm agree.
 
-    For that the spectra are nearly flat, where the default damping moves norm and gradient by less than the tolerance
+    For that the spectra are nearly flat, so the default damping changes norm and gradient by less than the tolerance
     (2e-4 at d_r = 1024, r = 128), and the tail is small: the gradient of the sketched norm differs from that of an SVD
-    by its square, more where the sketch meets the range badly. The r x r symmetric functions are not counted as work:
-    the tall products are 2 d_r / r times as large and more.
+    by its square, more if the sketch meets the range badly. The r x r symmetric functions are not counted as work:
+    the tall products are at least 2 d_r / r times as large.
     """
 
     name, leaves = "low_rank_polar", (0,)
@@ -158,7 +158,7 @@ class LowRankPolar(Operation):
         width, steps = dtype.itemsize, 2 + 2 * self.power_iterations
         with_state, gram = 2.0 * n * n * r, 2.0 * n * r * r
         self.forward_work = Work(t * steps * (with_state + 2 * gram), width * (t * n * n + n * r + 2.0 * t * n * r))
-        # A step: X^T G, G M, X G_A and the basis again; the gradient passed on by all but the first; dS in one product.
+        # A step: X^T G, G M, X G_A and the basis again; all but the first pass on a gradient; dS takes one product.
         backward = (steps - 1) * with_state + steps * with_state + (3 * steps + steps - 1) * gram
         moved = 2 * t * n * n + n * r + (2 + steps) * t * n * r
         self.backward_work = Work(t * backward, width * float(moved))
@@ -295,13 +295,13 @@ def _trial(operation: Operation, mode: str, name: str) -> Trial:
 
 
 def backward(prepared: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of the leaves; None where a floor does not use one."""
+    """Gradients of the leaves; None if a floor does not use one."""
     outputs, gradients, leaves = prepared
     return torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
 
 
 def with_leaves(operation: Operation, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The arguments with leaves that need gradients in their places."""
+    """The arguments, with those that need gradients replaced by leaves."""
     leaves = [arguments[position].detach().requires_grad_() for position in operation.leaves]
     changed = list(arguments)
     for position, leaf in zip(operation.leaves, leaves, strict=True):
@@ -311,7 +311,7 @@ def with_leaves(operation: Operation, arguments: tuple[Any, ...]) -> tuple[tuple
 
 @functools.lru_cache(maxsize=1)
 def _expected(operation: Operation) -> tuple[tuple[Any, ...], Tensor, tuple[Tensor, ...], Tensor]:
-    """Arguments, the upstream gradient, the gradients that the oracle gives and its output."""
+    """Arguments, the upstream gradient, the oracle's gradients and its output."""
     generator = seeded(operation.device, 0)
     arguments = operation.draw(generator)
     wide = tuple(
@@ -325,7 +325,7 @@ def _expected(operation: Operation) -> tuple[tuple[Any, ...], Tensor, tuple[Tens
 
 
 def oracle_error(operation: Operation, mode: str, implementation: providers.Implementation) -> float:
-    """The largest distance to the oracle of the output and, for the backward, of each gradient."""
+    """The largest distance from the oracle, of the output and, for the backward, of each gradient."""
     arguments, upstream, gradients, expected = _expected(operation)
     poison(operation.device)
     if mode == "forward":
@@ -340,12 +340,12 @@ def oracle_error(operation: Operation, mode: str, implementation: providers.Impl
 
 
 def seeded(device: torch.device, number: int) -> Generator:
-    """A generator of this run's seed."""
+    """A random generator seeded for this run."""
     return Generator(device).manual_seed(SEED + number)
 
 
 def poison(device: torch.device) -> None:
-    """Leave NaN in the memory that the next tensors get on a GPU, so that what a kernel does not write is seen."""
+    """Leave NaN in the memory that the next tensors get on a GPU, so that elements that a kernel skips are noticed."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         torch.full((min(2**30, free // 8),), torch.nan, device=device)

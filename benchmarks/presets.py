@@ -1,4 +1,4 @@
-"""Sizes of the training-step benchmark, the random models and batches made from them, and what a step needs."""
+"""Sizes of the training-step benchmark, the random models and batches made from them, and the needs of a step."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -33,11 +33,11 @@ class Preset:
         segments: rows of a step.
         chunks: T; a segment becomes 2 T windows.
         window: tokens in a window.
-        dtype: of the base model. The generators are float32 (float64 if the base is); where the two differ the step
+        dtype: of the base model. The generators are float32 (float64 if the base is); if the two differ, the step
             runs under autocast.
         checkpointing: whether the eager baseline recomputes its layers, as the released scripts do.
         quantization: of the linear layers of the base model (`quantize_base`); None leaves them as they are.
-        measured_layers: numbers of layers to run instead of `layers`, from which the step is extrapolated.
+        measured_layers: numbers of layers to run instead of `layers`; the step is extrapolated from them.
     """
 
     family: str
@@ -64,7 +64,7 @@ class Preset:
 
     @property
     def segment_tokens(self) -> int:
-        """Of all segments of a step."""
+        """The tokens of all segments of a step."""
         return self.segments * self.chunks * self.window
 
     def generator_config(self, seed: int = 0) -> GeneratorConfig:
@@ -80,7 +80,7 @@ class Preset:
         )
 
     def config(self) -> PreTrainedConfig:
-        """The configuration of the base model, of `transformers`."""
+        """The `transformers` configuration of the base model."""
         config: PreTrainedConfig = getattr(transformers, FAMILIES[self.family])(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -181,7 +181,7 @@ def make_base(preset: Preset, device: torch.device, seed: int) -> PreTrainedMode
 
 
 def make_model(preset: Preset, device: torch.device, seed: int) -> GenerativeAdapter:
-    """Generators on a random base. What starts at zero is random too, so that no factor or gradient is zero."""
+    """Generators on a random base. Values that start at zero are random too, so that no factor or gradient is zero."""
     wide = torch.promote_types(preset.dtype, torch.float32)
     model = GenerativeAdapter(make_base(preset, device, seed), preset.generator_config(seed), dtype=wide)
     random = torch.Generator(device).manual_seed(seed)
@@ -204,7 +204,7 @@ def make_batch(preset: Preset, seed: int) -> WindowBatch:
     return replace(batch, targets={"next_token": targets})
 
 
-# What a step takes: operations, and memory at its peak; what can't fit is not started
+# The needs of a step: operations and peak memory; a step that can't fit is not started
 
 
 def step_flops(preset: Preset) -> float:
@@ -222,15 +222,15 @@ def step_flops(preset: Preset) -> float:
     return 2 * forward_linear + 3 * forward_attention
 
 
-# Whose memory is that of the library's estimate. The floors do less of the same.
+# The providers whose memory the library's estimate gives. The floors do less of the same.
 ESTIMATED = ("auto", "trainer", "eager", "triton", "cuda", "overlap", "recompute")
 BELOW = ("dense_lora", "frozen_base")
 
 
 def estimated_bytes(name: str, preset: Preset, device: torch.device) -> int | None:
-    """The peak of a provider's step; for the floors a bound; None where it isn't known.
+    """The peak memory of a provider's step; an upper bound for the floors; None if unknown.
 
-    Compiled steps keep something else, and of the eager baseline only the form that recomputes its layers is counted.
+    Compiled steps store other things, and only the form of the eager baseline that recomputes its layers is counted.
     """
     if name in (*ESTIMATED, *BELOW):
         return _library_bytes(preset, device, recompute=name == "recompute")
@@ -240,7 +240,7 @@ def estimated_bytes(name: str, preset: Preset, device: torch.device) -> int | No
 def _library_bytes(preset: Preset, device: torch.device, recompute: bool) -> int:
     """By the estimate of `gakernels.cost.memory`."""
     shape, config = shape_of(preset), preset.generator_config()
-    tokens = preset.segments * preset.chunks * 2 * (preset.window - 1)  # all that can be predicted
+    tokens = preset.segments * preset.chunks * 2 * (preset.window - 1)  # all predicted tokens
     step = replace(StepShape.pretraining(preset.segments, preset.window, preset.chunks), predicted=tokens)
     mixed = preset.dtype in (torch.bfloat16, torch.float16)
     wide = torch.promote_types(preset.dtype, torch.float32)
@@ -251,9 +251,9 @@ def _library_bytes(preset: Preset, device: torch.device, recompute: bool) -> int
 
 
 def _baseline_bytes(preset: Preset) -> int:
-    """In the backward of the loss: the base, the generators and the moments of AdamW, the input of every decoder layer.
+    """In the backward of the loss: the base, the generators, AdamW's moments, and the input of every decoder layer.
 
-    And the logits in float32, their log-probabilities and the gradient; where the base is narrower, the logits and the
+    Also the logits in float32, their log-probabilities and the gradient; if the base is narrower, the logits and the
     gradient in its dtype too.
     """
     tokens, width = 2 * preset.segment_tokens, preset.dtype.itemsize
@@ -263,7 +263,7 @@ def _baseline_bytes(preset: Preset) -> int:
 
 
 def generator_numbers(preset: Preset) -> int:
-    """The parameters of all generators of a preset."""
+    """The number of parameters of all generators of a preset."""
     shape, config = shape_of(preset), preset.generator_config()
     each = sum(generator_parameters(config, shape.hidden, linear) for linear in adapted_linears(shape, config))
     return each * len(adapted_layers(shape, config))
@@ -271,5 +271,5 @@ def generator_numbers(preset: Preset) -> int:
 
 @functools.cache
 def shape_of(preset: Preset) -> ModelShape:
-    """The shape of the base model; transformers takes a second or more to say."""
+    """The shape of the base model; asking transformers takes a second or more."""
     return ModelShape.from_config(preset.config())

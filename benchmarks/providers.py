@@ -1,4 +1,4 @@
-"""Who computes an operation: the library's implementations, their compiled form, and what people use instead.
+"""Providers of an operation: the library's implementations, their compiled form, and what people use instead.
 
 A provider is made by `provider(operation, name, device)` and called with the operation's arguments; it returns what the
 operation returns, differentiable. Those in FLOORS compute less than the operation.
@@ -37,7 +37,7 @@ FLOORS = {("lowrank_linear", "base_gemm")}
 
 
 def provider(operation: str, name: str, device: torch.device) -> Implementation:
-    """The implementation of an operation by that name.
+    """The named implementation of an operation.
 
     Raises:
         UnavailableError: it does not exist in this installation, or can't run here.
@@ -50,7 +50,7 @@ def provider(operation: str, name: str, device: torch.device) -> Implementation:
 
 
 def with_backend(name: str, function: Callable[P, R]) -> Callable[P, R]:
-    """The function with all operations forced to a backend while it runs."""
+    """A function that runs with all operations forced to a backend."""
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with backend(name):
@@ -61,7 +61,7 @@ def with_backend(name: str, function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """All operations are forced to a backend while the block runs; `auto` forces nothing."""
+    """Force all operations to a backend while the block runs; `auto` forces nothing."""
     before = os.environ.pop(dispatch.ENVIRONMENT_VARIABLE, None)
     if name != "auto":
         os.environ[dispatch.ENVIRONMENT_VARIABLE] = name
@@ -83,14 +83,14 @@ def _library(operation: str, name: str, device: torch.device) -> Implementation:
     return with_backend(name, getattr(ops, operation))
 
 
-# Our algorithm, compiled: the forward and backward of `eager.py` without the custom operator around them, in which
+# Our algorithm, compiled: the forward and backward of `eager.py` without the custom operator around them, inside which
 # torch.compile would see nothing to fuse.
 
 
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Unwrapped: the wrapper that turns autocast off is one function for all, whose recompilations would be counted
-    # together until torch.compile gave up. With fullgraph it fails where it would fall back to eager in silence.
+    # Unwrapped: the wrapper that turns autocast off is a single function, whose recompilations would be counted
+    # together until torch.compile gave up. With fullgraph it fails instead of silently falling back to eager.
     return torch.compile(inspect.unwrap(function), dynamic=False, fullgraph=True)
 
 
@@ -164,13 +164,13 @@ def _compiled(operation: str, device: torch.device) -> Implementation:
 
 
 def _svd_lowrank(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor]:
-    """As the released code does: `torch.svd_lowrank` with a random sketch of its own, undamped."""
+    """As the released code does: `torch.svd_lowrank` with its own random sketch, undamped."""
     u, _, v = torch.svd_lowrank(states, q=sketch.shape[1], niter=power_iterations)
     return u, v
 
 
 def _linalg_svd(states: Tensor, sketch: Tensor, power_iterations: int, damping: float) -> tuple[Tensor, Tensor]:
-    """The whole decomposition, cut to r directions; neither sketched nor damped."""
+    """The full decomposition, truncated to r directions; neither sketched nor damped."""
     rank = sketch.shape[1]
     u, _, vh = torch.linalg.svd(states, full_matrices=False)
     return u[..., :rank], vh[..., :rank, :].mT
@@ -179,7 +179,7 @@ def _linalg_svd(states: Tensor, sketch: Tensor, power_iterations: int, damping: 
 def _baddbmm(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, index: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """The base GEMM and one fused add of the low-rank term, differentiated by autograd: the strong simple baseline."""
+    """The base GEMM and a fused add of the low-rank term, differentiated by autograd: a strong simple baseline."""
     if index is not None:
         lora_a, lora_b = linear_eager.select(lora_a, index), linear_eager.select(lora_b, index)
     return torch.baddbmm(F.linear(x, weight, bias), x @ lora_a.mT, lora_b.mT, alpha=scale)

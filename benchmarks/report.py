@@ -1,7 +1,7 @@
 """Turn the rows of results into docs/results.md: `python -m benchmarks.report`.
 
-Takes the newest row of each case, provider and device. The page has the medians side by side; everything else that a
-row has goes to `benchmarks/results/<device>/rows.csv`. The plots need matplotlib (`pip install gakernels[plots]`).
+Takes the newest row of each case, provider and device. The page has the medians side by side; everything else in a
+row goes to `benchmarks/results/<device>/rows.csv`. The plots need matplotlib (`pip install gakernels[plots]`).
 """
 
 import argparse
@@ -87,7 +87,7 @@ def document(rows: Sequence[ResultRow], plots: Sequence[Path] = ()) -> str:
 
 
 def environments(rows: Sequence[ResultRow]) -> list[str]:
-    """A line for each device, versions and commit, with what was measured there and the device's measured rates."""
+    """A line for each device, versions and commit, with the measured kernels and the device's measured rates."""
     groups: dict[str, list[ResultRow]] = {}
     for row in rows:
         groups.setdefault(heading(row.environment), []).append(row)
@@ -140,14 +140,14 @@ def _numbers(shape: str) -> list[int]:
 
 
 def _passes(provider: str, rows: Sequence[ResultRow]) -> str:
-    """The medians of a provider in a case, forward before backward; `-` for a pass that others have alone."""
+    """The medians of a provider in a case, forward before backward; `-` for a pass that only other providers have."""
     found = {row.mode: time_text(row) for row in rows if row.provider == provider}
     there = {row.mode for row in rows}
     return " / ".join(found.get(mode, "-") for mode in MODES if mode in there) if found else ""
 
 
 def _least(rows: Sequence[ResultRow]) -> str:
-    """The floor of the device in each pass, where a row counts its work and the device's rates are known."""
+    """The floor of the device in each pass, if a row counts its work and the device's rates are known."""
     found: dict[str, float] = {}
     for row in rows:
         for hardware, floor in zip(HARDWARE, floor_ms(row), strict=True):
@@ -172,7 +172,7 @@ def steps(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def _over(row: ResultRow, provider: str, rows: Sequence[ResultRow]) -> float | None:
-    """The ratio of the medians, for providers that did not take turns in one run but ran one after the other."""
+    """The ratio of the medians, for providers that ran one after the other rather than taking turns in one run."""
     same = [
         r for r in rows if (r.case, r.environment.commit, r.provider) == (row.case, row.environment.commit, provider)
     ]
@@ -198,7 +198,7 @@ def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]
 
 
 def to_csv(rows: Sequence[ResultRow]) -> str:
-    """All that rows have but for the parts of a step, with four digits."""
+    """Everything in the rows except the parts of a step, with four digits."""
     file = io.StringIO()
     flat = [{**row.to_dict(), "metrics": _metrics_text(row)} for row in rows]
     writer = csv.DictWriter(file, list(flat[0]), lineterminator="\n")
@@ -283,7 +283,7 @@ def _rate(row: ResultRow) -> float:
 
 
 def by_provider(rows: Sequence[ResultRow]) -> Any:
-    """Throughput (calls a second) of each provider, over that of `eager` or `reference` in the same case."""
+    """Throughput (calls per second) of each provider, over that of `eager` or `reference` in the same case."""
     points = [row for row in rows if row.kernel in OPERATIONS and row.p50_ms]
     if not points:
         return None
@@ -309,7 +309,7 @@ def _base(points: Sequence[ResultRow], case: tuple[str, str, str, str]) -> float
 
 
 def by_length(rows: Sequence[ResultRow]) -> Any:
-    """Seconds to read a context, over its tokens."""
+    """Seconds to read a context, against its tokens."""
     points = [row for row in rows if row.kernel == "contextualisation" and row.p50_ms]
     if not points:
         return None
@@ -323,7 +323,7 @@ def by_length(rows: Sequence[ResultRow]) -> Any:
 
 
 def tokens(row: ResultRow) -> int:
-    """The context length that stands in the shape."""
+    """The context length from the shape."""
     return int(row.shape.split()[0].removeprefix("tokens="))
 
 

@@ -1,11 +1,11 @@
-"""Rows of results: one JSON object a line, appended and flushed one by one, each with device, versions and commit.
+"""Rows of results: one JSON object per line, appended and flushed one by one, each with device, versions and commit.
 
     python -m benchmarks.rows collect DIR
     python -m benchmarks.rows compare A B
     python -m benchmarks.rows defaults benchmarks/results/nvidia-h200/rows.jsonl
 
 `collect` adds the rows of a run to `benchmarks/results/<device>/rows.jsonl`. `compare` prints the ratios B / A with
-their spread. `defaults` writes what decides between the backends on a GPU, `gakernels/ops/measured/<gpu>.json`.
+their spread. `defaults` writes the choice between the backends on a GPU, `gakernels/ops/measured/<gpu>.json`.
 """
 
 import argparse
@@ -38,8 +38,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 COMMIT_VARIABLE = "GAKERNELS_COMMIT"
 
 OK = "ok"
-FLOOR = "floor"  # timed, but it computes less: a lower limit, never a rival
-OTHER = "other"  # timed, but it computes something else with the same purpose
+FLOOR = "floor"  # timed, but computes less: a lower limit, never a rival
+OTHER = "other"  # timed, but computes something else with the same purpose
 TIMED = (OK, FLOOR, OTHER)
 WRONG = "wrong"  # disagrees with the oracle: no time
 UNAVAILABLE = "not available"
@@ -76,21 +76,21 @@ class ResultRow:
 
     Attributes:
         kernel: the operation, module or task (`low_rank_polar`, `train_step`, ...).
-        provider: who computes it.
+        provider: name of the provider.
         mode: `forward`, `backward`, `step`, ...
         shape: the sizes, as text.
         dtype: of the inputs.
-        status: one of STATUSES; times are there only for those in TIMED.
-        detail: why, where the status needs a word.
+        status: one of STATUSES; only those in TIMED have times.
+        detail: the reason, if the status needs one.
         p20_ms, p50_ms, p80_ms: percentiles of the samples.
         samples: number of repetitions.
         cache: how the cache was treated.
         peak_bytes: memory of the call, see `measure.peak_bytes`.
-        flops, bytes: operations that the case needs, and the fewest bytes (each input read once, each output written
+        flops, bytes: operations that the case needs, and the least bytes (each input read once, each output written
             once).
         gemm_share, copy_share: achieved rates over the measured ceilings.
         error: largest relative distance to the oracle, over output and gradients.
-        metrics: further numbers by name, as `tokens_per_s`.
+        metrics: further numbers by name, such as `tokens_per_s`.
         environment: where it was measured.
     """
 
@@ -127,14 +127,14 @@ class ResultRow:
         return self.kernel, self.mode, self.shape, self.dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat: the environment's entries beside the row's own."""
+        """A flat dictionary: the entries of the row and of its environment."""
         values = asdict(self)
         environment = values.pop("environment")
         return {**values, **environment}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ResultRow":
-        """The opposite of `to_dict`. Raises: TypeError, ValueError: an entry is missing, unknown or wrong."""
+        """The inverse of `to_dict`. Raises: TypeError, ValueError: an entry is missing, unknown or wrong."""
         of_environment = {entry.name for entry in fields(Environment)}
         environment = Environment(**{name: value for name, value in values.items() if name in of_environment})
         own = {name: value for name, value in values.items() if name not in of_environment}
@@ -180,7 +180,7 @@ class RowWriter:
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """The rows of a JSON-lines file, or of all such files in a folder and below it.
+    """The rows of a JSON-lines file, or of all such files in a folder and its subfolders.
 
     A last line that was cut off is left out.
 
@@ -195,7 +195,7 @@ def read_rows(path: Path) -> list[ResultRow]:
 
 
 def parse_rows(text: str, source: str) -> Iterator[ResultRow]:
-    """The rows of JSON lines. Raises: ValueError: a line that is not the last is damaged."""
+    """The rows of JSON lines. Raises: ValueError: a line other than the last is damaged."""
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -209,7 +209,7 @@ def parse_rows(text: str, source: str) -> Iterator[ResultRow]:
 
 
 def _end_last_line(path: Path) -> None:
-    """Drop a line that an interrupted run cut off, so that the next row does not continue it."""
+    """Drop a last line that an interrupted run cut off, so that the next row does not continue it."""
     if not path.is_file():
         return
     text = path.read_bytes()
@@ -236,9 +236,9 @@ def environment(device: torch.device) -> Environment:
 
 
 def commit() -> str:
-    """The commit, with `+` behind it if the library or the benchmarks differ from it; `unknown` without git.
+    """The commit, followed by `+` if the library or the benchmarks differ from it; `unknown` without git.
 
-    Where the sources were copied without their history, the variable GAKERNELS_COMMIT says what they are.
+    If the sources were copied without their history, the variable GAKERNELS_COMMIT names their commit.
     """
     given = os.environ.get(COMMIT_VARIABLE)
     if given:
@@ -252,7 +252,7 @@ def commit() -> str:
 
 
 def _clocks() -> str:
-    """What the driver reports, e.g. `1980 MHz SM, 3201 MHz memory`."""
+    """The clocks that the driver reports, e.g. `1980 MHz SM, 3201 MHz memory`."""
     query = "clocks.current.sm,clocks.current.memory"
     answer = command_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits").splitlines()
     parts = [part.strip() for part in answer[0].split(",")] if answer else []
@@ -274,7 +274,7 @@ def _version(package: str) -> str:
 
 
 def command_output(*command: str) -> str:
-    """Standard output of a command, or nothing if it can't run or fails."""
+    """The standard output of a command; empty if it can't run or fails."""
     if shutil.which(command[0]) is None:
         return ""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -282,7 +282,7 @@ def command_output(*command: str) -> str:
 
 
 def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Of the rows of the same case, provider and device, the one that came last."""
+    """Of the rows with the same case, provider and device, the last one."""
     return list({key(row): row for row in rows}.values())
 
 
@@ -295,7 +295,7 @@ def key(row: ResultRow) -> Key:
 
 
 def collect(source: Path, results: Path) -> int:
-    """Add the rows of a run that are not there already; nothing is ever changed or removed.
+    """Add the rows of a run that are not there yet; nothing is ever changed or removed.
 
     Returns:
         The number of new rows.
@@ -322,7 +322,7 @@ class Ratio:
     high: float  # p80 of B over p20 of A
 
     def verdict(self, limit: float) -> str:
-        """`slower` or `faster` where the medians differ by more than the limit and the spreads do not overlap."""
+        """`slower` or `faster` if the medians differ by more than the limit and the spreads do not overlap."""
         if self.median > limit and self.low > 1:
             return "slower"
         if self.median < 1 / limit and self.high < 1:
@@ -340,10 +340,10 @@ def ratio(a: ResultRow, b: ResultRow) -> Ratio:
 
 
 def load(name: str, results: Path) -> list[ResultRow]:
-    """The newest row of each case: of a file or folder, or of a commit in the folder of results.
+    """The newest row of each case, from a file or folder, or from a commit in the folder of results.
 
     Raises:
-        ValueError: there is no such file and no row of such a commit, or a file is damaged.
+        ValueError: there is neither such a file nor a row of such a commit, or a file is damaged.
     """
     if Path(name).exists():
         rows = read_rows(Path(name))
@@ -355,7 +355,7 @@ def load(name: str, results: Path) -> list[ResultRow]:
 
 
 def _same_commit(commit: str, name: str) -> bool:
-    """Both may be short. A commit with changes on top, `abc+`, is another one than `abc`."""
+    """Both may be abbreviated. A commit with changes on top, `abc+`, is not the same as `abc`."""
     if len(name) < 4 or commit.endswith("+") != name.endswith("+"):
         return False
     commit, name = commit.rstrip("+"), name.rstrip("+")
@@ -363,14 +363,14 @@ def _same_commit(commit: str, name: str) -> bool:
 
 
 def compare(a: Iterable[ResultRow], b: Iterable[ResultRow], limit: float) -> tuple[list[str], int]:
-    """The lines of the table, and how many cases became worse."""
+    """The lines of the table, and the number of cases that got slower or broke."""
     before, after = ({key(row): row for row in rows} for rows in (a, b))
     lines = [f"{'case':64} {'provider':12} {'A ms':>9} {'B ms':>9} {'B/A':>6}  spread"]
     worse = 0
     for name in (name for name in before if name in after):
         old, new = before[name], after[name]
         case = f"{old.kernel} {old.mode} {old.shape} {old.dtype}"
-        if old.p50_ms is None:  # it was wrong, or is a measured ceiling
+        if old.p50_ms is None:  # it was wrong, or it is a measured ceiling
             continue
         if new.status not in TIMED:
             worse += 1
@@ -388,7 +388,7 @@ def compare(a: Iterable[ResultRow], b: Iterable[ResultRow], limit: float) -> tup
 
 
 def compare_sets(a: str, b: str, results: Path, limit: float) -> tuple[list[str], int]:
-    """`compare` for two names. Raises: ValueError: one is unknown, or they have nothing in common."""
+    """`compare` for two names. Raises: ValueError: one is unknown, or they have no case in common."""
     if not limit >= 1:
         raise ValueError(f"--limit must be at least 1, but it is {limit:g}")
     before, after = load(a, results), load(b, results)
@@ -397,17 +397,17 @@ def compare_sets(a: str, b: str, results: Path, limit: float) -> tuple[list[str]
     return compare(before, after, limit)
 
 
-# What decides between the backends on a GPU: from committed rows, never by hand
+# The choice between the backends on a GPU: from committed rows, never edited by hand
 
 MEASURED = ("context_state", "low_rank_polar", "lowrank_linear")
 BACKENDS = ("eager", "triton", "cuda")
 PASSES = ("forward", "backward")
 SIZE_NAMES = {"T": "batch", "windows": "batch", "M": "tokens", "d_h": "hidden", "d_r": "state", "r": "rank"}
-SIZE_NAMES |= {"d_in": "in", "d_out": "out"}  # the names in a row's shape, and those of the operations
+SIZE_NAMES |= {"d_in": "in", "d_out": "out"}  # the names in a row's shape, and the operations' names
 
 
 def documents(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:
-    """The file of each GPU. Later rows of the same case and provider stand for earlier ones.
+    """The file of each GPU. Later rows of the same case and provider replace earlier ones.
 
     Raises:
         InputError: the compute capability of a GPU is not known (`gpus.known`).
@@ -438,7 +438,7 @@ def documents(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:
 
 
 def _median_times(passes: dict[tuple[str, str], ResultRow]) -> dict[str, list[float]]:
-    """Median times of forward and backward by provider, of those that were right in both."""
+    """Median times of forward and backward by provider, of those that were correct in both."""
     found = {}
     for provider in BACKENDS:
         rows = [row for mode in PASSES if (row := passes.get((provider, mode))) is not None and row.status == OK]
@@ -450,7 +450,7 @@ def _median_times(passes: dict[tuple[str, str], ResultRow]) -> dict[str, list[fl
 def _entry(operation: str, shape: str, dtype: str, commit: str, times: dict[str, list[float]]) -> dict[str, Any]:
     sizes = {SIZE_NAMES[name]: int(value) for name, value in (part.split("=") for part in shape.split())}
     if operation == "low_rank_polar":
-        sizes["power_iterations"] = 1  # the suites measure no other
+        sizes["power_iterations"] = 1  # the suites measure no other value
     return {"operation": operation, "dtype": dtype, "sizes": sizes, "milliseconds": times, "commit": commit}
 
 
@@ -489,7 +489,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Status 2 where an argument or a file is bad."""
+    """Run the command. Status 2 if an argument or a file is bad."""
     options = _parser().parse_args(words)
     lines, worse = [], 0
     try:

@@ -1,9 +1,9 @@
-"""Serving on this machine: many users in one batch against one by one, and a server under load on loopback.
+"""Serving on this machine: many users in one batch compared with one by one, and a server under load on loopback.
 
     python -m benchmarks.serving --users 64 --contexts 50 --requests 200 --at-once 32
 
-The two ways of decoding are measured in turns within one process, each by the same engine, so that what else the
-machine does falls on both; the ratio is that of the medians.
+The two ways of decoding are measured in turns within one process, each by the same engine, so that other work of the
+machine affects both; the ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Question:
 
 @dataclass
 class Load:
-    """What came back.
+    """The answers of a load test.
 
     Attributes:
-        answers: number of the context and the text.
-        milliseconds: of each request.
-        errors: answers that are no success.
+        answers: pairs of the number of a context and the text.
+        milliseconds: latency of each request.
+        errors: answers that are not a success.
         seconds: from the first request to the last answer.
     """
 
@@ -56,7 +56,7 @@ class Load:
 
 
 def answers(model: GenerativeAdapter, adapters: Sequence[CompactAdapter], questions: Sequence[Question]) -> list[str]:
-    """What each context answers to its question, one by one."""
+    """The answer of each context to its question, one by one."""
     return [
         generate(model, [question.prompt], [adapter], Sampling(NEW_TOKENS))[0].text
         for adapter, question in zip(adapters, questions, strict=True)
@@ -64,7 +64,7 @@ def answers(model: GenerativeAdapter, adapters: Sequence[CompactAdapter], questi
 
 
 async def run_load(url: str, questions: Sequence[Question], requests: int, at_once: int) -> Load:
-    """Make a context of each text, then ask so many questions in all, so many at a time, the contexts in turn."""
+    """Create a context from each text, then send `requests` questions, `at_once` at a time, to the contexts in turn."""
     load, gate = Load(), asyncio.Semaphore(at_once)
     async with httpx2.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
 
@@ -106,7 +106,7 @@ def drawn(model: GenerativeAdapter, count: int, seed: int) -> tuple[list[Questio
 def batch_against_one_by_one(
     model: GenerativeAdapter, users: int, new_tokens: int, repetitions: int, seed: int
 ) -> tuple[float, float]:
-    """Median seconds in which so many users get so many tokens each: in one batch, and one by one."""
+    """Median seconds to generate so many tokens for so many users: in one batch, and one by one."""
     questions, adapters = drawn(model, users, seed)
     prompts, how = [question.prompt for question in questions], Sampling(new_tokens, stop_at_end_token=False)
     together, alone = [], []

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_profile --preset smollm2-135m --provider trainer --json FILE
 
-On a CPU there are no launches and no waits; the operators of PyTorch stand for the kernels.
+On a CPU there are no launches and no waits; PyTorch's operators are listed as kernels.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from benchmarks.train_step import StepRunner, StepSettings, device_batch
 from gakernels.files import write_text
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-SHOWN = 40  # lines of the table; the file has all
-OURS = ("gakernels", "transformers", "benchmarks")  # packages that a place is named by
+SHOWN = 40  # lines of the table; the file has all of them
+OURS = ("gakernels", "transformers", "benchmarks")  # packages by which a place is named
 
 
 def profile_step(preset: Preset, provider: str, device: torch.device) -> dict[str, Any]:
     """The report on one step, after two to warm up.
 
     Returns:
-        `wall_s` (mean of two unprofiled steps), `segment_tokens_per_s`, `busy_ms` (kernels together), `launches`,
+        `wall_s` (mean of two unprofiled steps), `segment_tokens_per_s`, `busy_ms` (all kernels together), `launches`,
         `kernels` ([ms, calls, name] by time) and `waits` (times by place, innermost first).
     """
     model = make_model(preset, device, 0)

@@ -1,7 +1,7 @@
-"""Who computes a training step, and whether its loss and gradients are right.
+"""Providers of a training step, and the check of their losses and gradients.
 
-All providers share one base model. Those of the library share the generators too; the eager baseline gets a copy, and
-the floors have parameters of their own.
+All providers share one base model. Those of the library share the generators too; the eager baseline has a copy, and
+the floors have their own parameters.
 """
 
 import copy
@@ -33,7 +33,7 @@ from gakernels.ops import low_rank_polar
 from gakernels.training.objective import WindowObjective
 from gakernels.training.trainer import Trainer, TrainerConfig
 
-LEARNING_RATE = 1e-6  # the parameters hardly move: every step is like the first
+LEARNING_RATE = 1e-6  # the parameters hardly move, so every step is like the first
 CLIP = 1.0
 OVERLAP = ("overlap", "overlap_compiled")
 COMPILED_LAYERS = ("compiled_layers", "overlap_compiled")
@@ -49,13 +49,13 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Trainee:
-    """One provider on one model: its parameters, its loss, and what must be in force while it runs, backward included.
+    """One provider on one model: its parameters, its loss, and the context that it runs in, backward included.
 
     Attributes:
         parameters: what it trains, by name.
         loss: mean cross-entropy over the next tokens of the windows of a batch.
-        context: made anew for each step.
-        trainer: takes the whole step, where the library's own trainer is what is measured.
+        context: made afresh for each step.
+        trainer: takes the whole step, if the library's own trainer is measured.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -69,7 +69,7 @@ def make_trainee(name: str, model: GenerativeAdapter, preset: Preset, guard: boo
 
     Args:
         name: one of PROVIDERS.
-        model: which carries the base of all providers.
+        model: has the base of all providers.
         preset: what the model was made from.
         guard: see `EagerBaseline`.
     """
@@ -116,9 +116,9 @@ def _library_trainee(name: str, model: GenerativeAdapter) -> Trainee:
 
 @contextmanager
 def parts_marked(model: GenerativeAdapter) -> Iterator[None]:
-    """The library's parts of a step are named regions for a `PartClock` while the block runs.
+    """Make the library's parts of a step named regions for a `PartClock` while the block runs.
 
-    `adapted_linear` has the base product of the adapted layer in it, for all providers; `loss` has the output head.
+    `adapted_linear` includes the base product of the adapted layer, for all providers; `loss` includes the output head.
     """
     with ExitStack() as stack:
         for name in model.adapted_names:
@@ -147,7 +147,7 @@ def _marked(region: str, function: Callable[..., object]) -> Callable[..., objec
 
 
 def provider_error(name: str, preset: Preset, device: torch.device, seed: int) -> float:
-    """Largest relative distance of a provider's loss and gradients to its oracle, on a tiny float64 model.
+    """Largest relative distance of a provider's loss and gradients from its oracle, on a tiny float64 model.
 
     The oracle is the plain definition of the operations (`reference.py`); for the eager baseline with the sketch on its
     side, without damping and guard; for the floors the same weights merged into the base.
@@ -190,7 +190,7 @@ def loss_and_gradients(trainee: Trainee, batch: WindowBatch) -> dict[str, Tensor
 
 
 def _merged_oracle(trainee: Trainee, model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Tensor]:
-    """The loss and gradients of a floor by another way: W + scale A1 B2 as the weights of the base."""
+    """The loss and gradients of a floor, computed another way: W + scale A1 B2 as the weights of the base."""
     weights = {}
     for number, name in enumerate(model.adapted_names if trainee.parameters else ()):
         delta = trainee.parameters[f"output_maps.{number}"] @ trainee.parameters[f"input_maps.{number}"]
@@ -204,7 +204,7 @@ def _merged_oracle(trainee: Trainee, model: GenerativeAdapter, batch: WindowBatc
 
 @contextmanager
 def exact_norms(base: PreTrainedModel) -> Iterator[None]:
-    """RMSNorms in the dtype of their input while the block runs: those of transformers round float64 to float32."""
+    """Run RMSNorms in the dtype of their input while the block runs: transformers rounds float64 to float32 in them."""
     with ExitStack() as stack:
         for module in base.modules():
             if type(module).__name__.endswith("RMSNorm"):
@@ -222,7 +222,7 @@ def _within(context: AbstractContextManager[None]) -> ExitStack:
     return stack
 
 
-# Floors: the same model with less work, which no way of generating adapters can beat
+# Floors: the same model with less work; no way of generating adapters can be faster
 
 
 class DenseLora(nn.Module):
@@ -281,8 +281,8 @@ class DenseLora(nn.Module):
 class FrozenBase(nn.Module):
     """The floor `frozen_base`: no adapter at all.
 
-    So that it has a backward, the output of the first layer that the others adapt requires a gradient: the backward
-    goes through everything behind it, as it must with any adapter there.
+    To have a backward, the output of the first layer that the others adapt requires a gradient: the backward
+    goes through everything after it, as it must with any adapter there.
     """
 
     def __init__(self, base: PreTrainedModel, first: str) -> None:
@@ -312,11 +312,11 @@ def frozen_loss(base: PreTrainedModel, ids: Tensor, valid: Tensor) -> Tensor:
 
 
 class TrainerStep:
-    """Takes steps on the batches that it is handed.
+    """Takes steps on the batches that it is given.
 
     Args:
         parameters: what is trained, by name.
-        take: the losses of a batch; there is one.
+        take: computes the losses of a batch; there is one.
         dtype: of the base model; bfloat16 runs under autocast.
     """
 
@@ -334,18 +334,18 @@ class TrainerStep:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Of the trainer."""
+        """The trainer's optimizer."""
         return self._trainer.optimizer
 
     def __call__(self, batch: WindowBatch) -> Tensor:
-        """One step; gives the loss."""
+        """Take one step; returns the loss."""
         self._batches = [batch]
         result = self._trainer.step(self._taken)
         self._taken += 1
         return (result.totals / result.tokens)[0]
 
     def gradients(self, batch: WindowBatch) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and the gradients that a step forms, as they are before clipping; the parameters stay."""
+        """The loss and the gradients of a step, before clipping; the parameters do not change."""
         parameters = list(self._trainer.parameters.values())
         before = [parameter.detach().clone() for parameter in parameters]
         self._batches = [batch]
@@ -359,10 +359,10 @@ class TrainerStep:
 
 
 def variant(name: str, model: GenerativeAdapter) -> Callable[[], ExitStack]:
-    """What is in force while a provider's step runs, made anew for each step.
+    """The context in which a provider's step runs, made afresh for each step.
 
-    `compiled` compiles the whole decoder, `compiled_layers` one layer after the other; `overlap` forms the adapters on
-    a second stream; `recompute` computes gate and up of all layers again in the backward. Other names change nothing.
+    `compiled` compiles the whole decoder, `compiled_layers` each layer separately; `overlap` forms the adapters on
+    a second stream; `recompute` recomputes gate and up of all layers in the backward. Other names change nothing.
     """
     decoder: Any = model.base.get_decoder()
     replaced: list[tuple[Any, Any]] = []
@@ -372,13 +372,13 @@ def variant(name: str, model: GenerativeAdapter) -> Callable[[], ExitStack]:
         layers = decoder_layers(model.base)[1]
         compile_layers(model.base)
         replaced += [(layer, vars(layer).pop("forward")) for layer in layers]
-    if replaced or name in OVERLAP:  # a clock would be compiled in, and knows one stream
+    if replaced or name in OVERLAP:  # a clock would be compiled in, and follows a single stream
         inner = replaced.pop()[1] if name == "compiled" else decoder.forward
         replaced.append((decoder, _without_clock(inner)))
 
     def context() -> ExitStack:
         stack = ExitStack()
-        # One process compiles the layers of several models: those that are checked and those that are timed.
+        # One process compiles the layers of several models: the checked ones and the timed ones.
         stack.enter_context(dynamo.patch(recompile_limit=64))
         for module, forward in replaced:
             stack.enter_context(patch.object(module, "forward", forward))

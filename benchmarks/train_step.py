@@ -3,12 +3,12 @@
     python -m benchmarks.train_step --preset cpu-mid --providers reference,auto,dense_lora,frozen_base \
         --threads 1 --json FILE
 
-All providers compute the same loss on the same random base model. Correctness first: a provider that disagrees with its
-oracle on a tiny float64 model has no time. The timed steps of the providers take turns, so that a drift of the machine
-hits all alike; ratios are taken within a turn. The warm-up and the step under the memory profiler are not timed.
+All providers compute the same loss on the same random base model. Correctness comes first: a provider that disagrees
+with its oracle on a tiny float64 model has no time. The timed steps of the providers take turns, so that drift
+of the machine affects all of them; ratios are taken within a turn. The warm-up and the profiled step are not timed.
 
-`peak_bytes` is what the provider needs to have at once: the base model, its own parameters and optimizer state, and the
-most bytes of tensors that one step allocates on top, gradients included (on a CPU counted from every allocation of
+`peak_bytes` is what the provider needs at once: the base model, its own parameters and optimizer state, and the
+peak bytes of tensors that a step allocates on top, including gradients (on a CPU counted from every allocation of
 PyTorch, on a GPU by its allocator).
 """
 
@@ -74,13 +74,13 @@ from gakernels.files import write_text
 from gakernels.model.quantized_base import QUANTIZATIONS
 from gakernels.model.window_losses import WindowBatch, to_device
 
-STARTED = time.monotonic()  # of the process, nearly
+STARTED = time.monotonic()  # start of the process, nearly
 Ratios = dict[str, dict[str, float]]
 
 
 @dataclass
 class StepRunner:
-    """A provider that trains on one model: the timed steps and what they cost."""
+    """A provider that trains one model: the timed steps and their cost."""
 
     trainee: Trainee
     model: GenerativeAdapter
@@ -99,7 +99,7 @@ class StepRunner:
             self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
     def step(self, batch: WindowBatch) -> None:
-        """Forward, backward, clipping and optimizer."""
+        """Run forward, backward, clipping and optimizer."""
         loss = self._trainer_step(batch) if self.trainee.trainer else self._bare_step(batch)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()}")
@@ -118,13 +118,13 @@ class StepRunner:
         return loss
 
     def _trainer_step(self, batch: WindowBatch) -> Tensor:
-        """In the trainer's own parts there are no marks: what is not the operations' is in `trainer`."""
+        """The trainer's own parts are not marked: everything outside the operations counts as `trainer`."""
         assert self.trainee.trainer
         with self.trainee.context(), part("trainer"):
             return self.trainee.trainer(batch)
 
     def timed_step(self, batch: WindowBatch) -> None:
-        """One more sample."""
+        """Take one more sample."""
         clock = PartClock(self.device)
         synchronize(self.device)
         started = time.perf_counter()
@@ -135,7 +135,7 @@ class StepRunner:
         self.parts.append(clock.seconds())
 
     def measure_peak(self, batch: WindowBatch) -> None:
-        """The memory of a step; the state of the optimizer is there from an earlier one."""
+        """Measure the memory of a step; the optimizer state exists from an earlier one."""
         transient = peak_bytes(lambda: self.step(batch), self.device)
         own: list[Tensor] = [*self.model.base.parameters(), *self.trainee.parameters.values()]
         if self.optimizer:
@@ -150,7 +150,7 @@ class StepRunner:
 
 @dataclass
 class Contender:
-    """A provider in the run: one runner for each measured number of layers, or the reason why it has no time."""
+    """A provider in the run: one runner per measured number of layers, or the reason why it has no time."""
 
     name: str
     status: str = OK
@@ -159,7 +159,7 @@ class Contender:
     runners: list[StepRunner] = field(default_factory=list)
 
     def fail(self, error: Exception) -> None:
-        """It drops out, and its memory goes."""
+        """Drop the provider and free its memory."""
         if isinstance(error, BackendError | UnavailableError):
             self.status, self.detail = UNAVAILABLE, str(error)
         else:
@@ -174,7 +174,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the command line asks for."""
+    """The settings from the command line."""
 
     preset: Preset
     providers: tuple[str, ...]
@@ -182,14 +182,14 @@ class StepSettings:
     steps: int = 5
     warmup: int = 1
     seed: int = 0
-    deadline: float = math.inf  # on the clock of `time.monotonic`: then no further turn begins, once there was one
+    deadline: float = math.inf  # on the clock of `time.monotonic`: after it no further turn begins, except the first
 
 
-AfterTurn = Callable[[Sequence[Contender], int], None]  # with the number of turns that are done
+AfterTurn = Callable[[Sequence[Contender], int], None]  # also given the number of finished turns
 
 
 def measure(settings: StepSettings, after_turn: AfterTurn = lambda contenders, turns: None) -> list[Contender]:
-    """Check all providers, then let them take turns. What goes wrong with one of them does not stop the others."""
+    """Check all providers, then let them take turns. An error in one of them does not stop the others."""
     contenders = [Contender(name) for name in settings.providers]
     for contender in contenders:
         with _guarded(contender):
@@ -217,7 +217,7 @@ def _check(contender: Contender, settings: StepSettings) -> None:
 
 
 def _refuse_what_can_not_fit(name: str, settings: StepSettings) -> None:
-    """Before anything of it is there. Raises: UnavailableError: the GPU has less memory left than a step takes."""
+    """Checked before any of it exists. Raises: UnavailableError: the GPU has less free memory than a step takes."""
     if settings.device.type != "cuda" or settings.preset.measured_layers:
         return
     needed, free = estimated_bytes(name, settings.preset, settings.device), torch.cuda.mem_get_info(settings.device)[0]
@@ -226,7 +226,7 @@ def _refuse_what_can_not_fit(name: str, settings: StepSettings) -> None:
 
 
 def _take_turns(contenders: Sequence[Contender], settings: StepSettings, after_turn: AfterTurn) -> None:
-    """Warm-up and memory first; then in each turn one step of every provider, beginning with another one each time."""
+    """Warm-up and memory first; then in each turn one step of every provider, starting with another one each time."""
     for contender in contenders:
         with _guarded(contender):
             for runner in contender.runners:
@@ -257,7 +257,7 @@ def _guarded(contender: Contender) -> Iterator[None]:
 
 
 def device_batch(settings: StepSettings, number: int) -> WindowBatch:
-    """On the device, but for the targets: what the library's trainer reads on the host spares it a wait."""
+    """A batch on the device, except the targets: the library's trainer reads them on the host without waiting."""
     batch = make_batch(settings.preset, settings.seed + number)
     return replace(to_device(batch, settings.device), targets=batch.targets)
 
@@ -272,7 +272,7 @@ def _release(device: torch.device) -> None:
 
 
 def extrapolate(values: Sequence[float], preset: Preset) -> float:
-    """The value at all layers from those at `measured_layers`, on a straight line; a single value is meant for all."""
+    """The value at all layers, linear in those at `measured_layers`; a single value applies to all."""
     if len(values) == 1:
         return values[0]
     first, second = preset.measured_layers
@@ -288,7 +288,7 @@ def step_seconds(contender: Contender, preset: Preset) -> list[float]:
 def result_rows(
     name: str, settings: StepSettings, contenders: Sequence[Contender], gemm_flops: float
 ) -> list[ResultRow]:
-    """A row for each contender; times only where the provider is right and ran to the end."""
+    """A row for each contender; times only if the provider is correct and finished."""
     preset, where = settings.preset, environment(settings.device)
     shape = f"preset={name}" + (f" {preset.quantization}" if preset.quantization else "")
     paired = ratios(contenders, preset)
@@ -354,7 +354,7 @@ def ratios(contenders: Sequence[Contender], preset: Preset) -> Ratios:
 
 
 def report(name: str, settings: StepSettings, contenders: Sequence[Contender], gemm_flops: float) -> dict[str, Any]:
-    """What goes to the JSON file: the rows, and what belongs to all of them."""
+    """What goes to the JSON file: the rows, and what they share."""
     preset = settings.preset
     return {
         "preset": name,
@@ -375,7 +375,7 @@ def report(name: str, settings: StepSettings, contenders: Sequence[Contender], g
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
+        """Print one line, without the usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -396,7 +396,7 @@ def _parser() -> _Parser:
 
 
 def _settings(parser: _Parser, arguments: argparse.Namespace) -> StepSettings:
-    """Exits with status 2 and one line where an argument is bad."""
+    """The settings; exits with status 2 and one line if an argument is bad."""
     if arguments.preset not in PRESETS:
         parser.error(f"--preset must be one of {', '.join(PRESETS)}, but it is {arguments.preset!r}")
     providers = tuple(dict.fromkeys(arguments.providers.split(",")))
@@ -435,7 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gemm_flops = measure_ceilings(settings.device, [dtype]).gemm_flops[dtype_name(dtype)]
 
     def save(contenders: Sequence[Contender], turns: int) -> None:
-        """After every turn, so that a run that is cut off leaves what it measured."""
+        """Save after every turn, so that an interrupted run keeps what it measured."""
         if parsed.json:
             results = report(parsed.preset, settings, contenders, gemm_flops) | {"turns": turns}
             write_text(parsed.json, json.dumps(results, indent=2) + "\n")
@@ -462,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _bounded_memory(device: torch.device) -> Iterator[None]:
-    """On a CPU an allocation beyond the free memory fails, instead of Linux ending the process."""
+    """On a CPU, make an allocation beyond the free memory fail, instead of Linux killing the process."""
     available = _available_bytes() if device.type == "cpu" else None
     if available is None:
         yield
@@ -477,7 +477,7 @@ def _bounded_memory(device: torch.device) -> Iterator[None]:
 
 
 def _available_bytes() -> int | None:
-    """Memory that this process can have in all: what it has and what is free. None where Linux does not say."""
+    """All memory that this process can have: what it uses and what is free. None if Linux does not tell."""
     try:
         free = Path("/proc/meminfo").read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]
         own = Path("/proc/self/status").read_text(encoding="utf-8").split("VmData:")[1].split()[0]
@@ -487,7 +487,7 @@ def _available_bytes() -> int | None:
 
 
 def table(rows: Sequence[ResultRow], paired: Ratios) -> str:
-    """The rows as text, with the ratios to the first floor there is."""
+    """The rows as text, with the ratios to the first floor."""
     names, where = [row.provider for row in rows], rows[0].environment
     against = next((name for name in ("dense_lora", "reference", *names) if name in names), "")
     heads = f"{'step s':>8} {'p20':>8} {'p80':>8} {'tokens/s':>10} {'peak GB':>8} {'MFU':>6}"

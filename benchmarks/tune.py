@@ -2,12 +2,12 @@
 
     python -m benchmarks.tune --preset mistral-7b --dtype bfloat16 --operations lowrank_linear --store FILE
 
-Starting from the settings in force, each number of each kernel is halved and doubled (warps and pipeline stages too) as
-long as that makes the operation, forward and backward together, faster by more than a measurement scatters. A candidate
-that does not compile, does not fit the GPU or is wrong is passed over. The candidates of a round are compiled in all
-processes at once, then timed one by one. What is better is stored as soon as it is found. Without --store the table of
-this GPU in `gakernels/ops/tuned/` is written; GAKERNELS_TUNED=FILE puts another one in force. On a CPU candidates are
-compiled and none is timed.
+Starting from the current settings, each number of each kernel is halved and doubled (warps and pipeline stages too),
+as long as that makes the operation, forward plus backward, faster by more than the noise. A candidate that does not
+compile, does not fit on the GPU or is wrong is skipped. The candidates of a round are compiled by all processes at
+once, then timed one by one. An improvement is stored as soon as it is found. Without --store the table of this GPU in
+`gakernels/ops/tuned/` is written; GAKERNELS_TUNED=FILE uses another one. On a CPU candidates are
+compiled but not timed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from gakernels.ops import tuned
 from gakernels.ops.gpus import slug
 
 Settings = dict[str, int]
-GAIN = 0.98  # of the time before: less is scatter
+GAIN = 0.98  # of the previous time: a smaller gain is noise
 EFFORT = Effort(warmup=1, seconds=0.1, least=5, most=20)
 
 
@@ -54,14 +54,14 @@ def tune(
 
     Args:
         kernel: its name, for the progress that is printed.
-        start: the settings to begin with.
-        seconds: the time of the operation with some settings, None where they can't be used.
-        prepare: is told the candidates of a round before they are timed.
-        better: is told each settings that are the best so far.
-        deadline: on the clock of `time.monotonic`; nothing more is tried then.
+        start: the settings to start from.
+        seconds: the time of the operation with given settings; None if they can't be used.
+        prepare: called with the candidates of a round before they are timed.
+        better: called with the settings whenever they are the best so far.
+        deadline: on the clock of `time.monotonic`; nothing is tried after it.
 
     Returns:
-        The best settings found; `start` where nothing else is clearly faster.
+        The best settings found; `start` if nothing else is clearly faster.
     """
     prepare([start])
     best, best_time = start, seconds(start)
@@ -100,7 +100,7 @@ def neighbours(settings: Settings) -> Iterator[Settings]:
 
 @dataclass(frozen=True)
 class SettingsRequest:
-    """What a kernel asks the tables for, and what it is given."""
+    """A kernel's request to the tables, and the answer."""
 
     kernel: str
     dtype: str
@@ -108,12 +108,12 @@ class SettingsRequest:
     settings: tuple[tuple[str, int], ...]
 
     def entry(self, settings: Settings) -> dict[str, Any]:
-        """An entry of a table for just this."""
+        """A table entry for exactly this request."""
         return {"dtypes": [self.dtype], "sizes": dict(self.sizes), "settings": settings}
 
 
 def asked(run: Callable[[], object]) -> list[SettingsRequest]:
-    """What the kernels that a call launches ask for, each once."""
+    """The requests of the kernels that a call launches, each once."""
     found: dict[SettingsRequest, None] = {}
     plain = tuned.settings
 
@@ -129,7 +129,7 @@ def asked(run: Callable[[], object]) -> list[SettingsRequest]:
 
 @contextmanager
 def in_force(launch: SettingsRequest, settings: Settings, path: Path) -> Iterator[None]:
-    """Other settings of one kernel while the block runs, in front of what the table at `path` holds."""
+    """Use other settings for a kernel while the block runs, ahead of the entries in the table at `path`."""
     kernels = json.loads(path.read_text())["kernels"] if path.exists() else {}
     entries = [launch.entry(settings), *kernels.get(launch.kernel, [])]
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ def in_force(launch: SettingsRequest, settings: Settings, path: Path) -> Iterato
 
 @dataclass(frozen=True)
 class Sized:
-    """An operation at a size, as the processes that compile are told it."""
+    """An operation at a size, in the form given to the compiling processes."""
 
     preset: str
     dtype: torch.dtype
@@ -152,7 +152,7 @@ class Sized:
 
 
 def compile_candidate(sized: Sized, launch: SettingsRequest, settings: Settings, capability: int) -> None:
-    """Compile one kernel with other settings, into Triton's cache. What can't be compiled shows when it is timed."""
+    """Compile one kernel with other settings, into Triton's cache. A failure shows when it is timed."""
     name = launch.kernel.split(".")[-1]
     with tempfile.TemporaryDirectory() as folder, in_force(launch, settings, Path(folder) / "none.json"):
         found = launches([passes_of(sized.on(torch.device("meta")))])
@@ -164,7 +164,7 @@ def compile_candidate(sized: Sized, launch: SettingsRequest, settings: Settings,
 
 
 def measure(operation: Operation) -> float | None:
-    """Seconds of forward and backward with the Triton kernels, or None where they fail or are wrong, or on a CPU."""
+    """Seconds of forward and backward with the Triton kernels, or None if they fail or are wrong, or on a CPU."""
     if operation.device.type != "cuda":
         return None
     try:
@@ -179,13 +179,13 @@ def measure(operation: Operation) -> float | None:
             torch.autograd.grad(outputs, leaves, gradients)
 
         return time_call(run, lambda _: None, operation.device, EFFORT).p50_ms / 1e3
-    except Exception as error:  # settings that do not fit raise whatever the compiler or the driver raises
+    except Exception as error:  # unsuitable settings may raise anything from the compiler or the driver
         print(f"  {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
         return None
 
 
 def store(path: Path, gpu: str, launch: SettingsRequest, settings: Settings) -> None:
-    """Put settings in front of what a table holds for a kernel; the rest of it stays."""
+    """Put settings ahead of a kernel's entries in a table; the rest of the table stays."""
     document: dict[str, Any] = {"gpu": gpu, "kernels": {}}
     if path.exists():
         document = json.loads(path.read_text())
@@ -200,7 +200,7 @@ def store(path: Path, gpu: str, launch: SettingsRequest, settings: Settings) -> 
 
 
 def tune_operation(sized: Sized, device: torch.device, pool: Executor, path: Path, gpu: str, deadline: float) -> None:
-    """One kernel after the other, each stored as soon as something better is found, and in force for those after it."""
+    """Tune one kernel after the other; improvements are stored at once, and used for the kernels after it."""
     operation, compute = sized.on(device), capability()
     print(f"{operation.name} {operation.shape}", flush=True)
     with settings_of(device):
@@ -222,7 +222,7 @@ def tune_operation(sized: Sized, device: torch.device, pool: Executor, path: Pat
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--preset", default="mistral-7b", choices=PRESETS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("tuning needs a GPU, and there is none that this torch can use", file=sys.stderr)
         return 2
     deadline = time.monotonic() + options.seconds
-    processes = multiprocessing.get_context("fork")  # before anything is on the GPU, which they never ask for
+    processes = multiprocessing.get_context("fork")  # before anything is on the GPU, which they never use
     with ProcessPoolExecutor(os.cpu_count(), processes) as pool:
         pool.submit(os.getpid).result()
         device = torch.device(options.device)

@@ -1,8 +1,8 @@
 """The process of a stage of the GPU suite: `python -m benchmarks.worker STAGE --out DIR`.
 
-Most stages measure cases and write a row for each. A broken GPU context takes the process down with it; it ends then
-with status RESTART, and the suite starts another, which leaves out what was tried already. `compile` compiles the
-Triton kernels in all processes at once, `kernels_once` runs every kernel once, for compute-sanitizer.
+Most stages measure cases and write a row for each. A broken GPU context ends the process
+with status RESTART, and the suite starts another, which skips what was already tried. `compile` compiles the
+Triton kernels in all processes at once; `kernels_once` runs every kernel once, for compute-sanitizer.
 """
 
 import argparse
@@ -31,14 +31,14 @@ SECONDS = 0.4  # of samples per case
 KERNELS = ("triton", "cuda", "eager", "base_gemm")
 OTHERS = ("svd_lowrank", "baddbmm")
 
-Make = Callable[..., Sequence[BenchmarkCase]]  # from a preset, a device, a dtype and names of providers
+Make = Callable[..., Sequence[BenchmarkCase]]  # takes a preset, a device, a dtype and names of providers
 
 
 def measure(stage: str, run: SuiteRun, since: int = 0) -> int:
     """Measure the cases of a stage.
 
     Args:
-        since: number of rows in the file when the stage began; what stands behind them was tried in this stage.
+        since: number of rows in the file when the stage began; later rows were tried in this stage.
 
     Returns:
         The exit status: 0, 1 if a case is wrong or failed, RESTART, or NOTHING_HERE.
@@ -71,7 +71,7 @@ def dtype_of(run: SuiteRun) -> torch.dtype:
 def _made(
     make: Make, *presets: str, names: Sequence[str] | None = None, **options: str
 ) -> Callable[[SuiteRun], list[BenchmarkCase]]:
-    """The cases at the sizes of some presets; in a rehearsal at tiny ones."""
+    """The cases at the sizes of some presets; in a rehearsal, at tiny sizes."""
 
     def cases(run: SuiteRun) -> list[BenchmarkCase]:
         chosen = ("tiny",) if run.rehearsal else presets
@@ -94,7 +94,7 @@ STAGES: dict[str, Callable[[SuiteRun], list[BenchmarkCase]]] = {
 
 
 def _ceilings(run: SuiteRun, writer: RowWriter, where: Environment) -> Ceilings:
-    """Those that the rows have for this device and commit; else they are measured, and become rows."""
+    """The ceilings from the rows of this device and commit; if missing, they are measured and become rows."""
     same = [row for row in _rows(run) if row.kernel == "ceiling" and _is_here(row, where)]
     if not same:
         dtypes = sorted({dtype_of(run), torch.float32}, key=str)
@@ -121,14 +121,14 @@ def _is_here(row: ResultRow, where: Environment) -> bool:
 
 
 def _tried(run: SuiteRun, where: Environment, since: int) -> set[tuple[str, ...]]:
-    """What has a time from this commit and device, and whatever this stage has tried before it was started again."""
+    """The cases with a time from this commit and device, and those that this stage tried before it was restarted."""
     numbered = enumerate(_rows(run))
     same = [row for number, row in numbered if number >= since or (row.status in TIMED and _is_here(row, where))]
     return {(*row.case, row.provider) for row in same}
 
 
 def _write(writer: RowWriter, row: ResultRow) -> None:
-    """To the files, and one line to the terminal."""
+    """Write a row to the files and one line to the terminal."""
     writer.write(row)
     time = "" if row.p50_ms is None else f"{row.p50_ms:.4g} ms"
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
@@ -143,7 +143,7 @@ def compile_kernels(run: SuiteRun) -> int:
     """Compile what the operations launch, into Triton's cache, where later processes find it.
 
     Returns:
-        The exit status: 1 where a kernel can't be compiled, 2 where none can.
+        The exit status: 1 if a kernel can't be compiled, 2 if none can.
     """
     names = ["context_state"] if run.rehearsal else OPERATIONS
     obstacles = [reason for name in names if (reason := dispatch.missing(name, "triton"))]
@@ -162,7 +162,7 @@ def compile_kernels(run: SuiteRun) -> int:
 
 
 def run_kernels_once(run: SuiteRun) -> int:
-    """Every kernel forward and backward, at sizes with tails; 1 where no kernel at all could run."""
+    """Run every kernel forward and backward, at sizes with tails; returns 1 if no kernel could run."""
     sizes = OperationSizes(chunks=2, tokens=70, hidden=136, state=256, rank=32, layers=((136, 200),))
     done = 0
     for dtype in (torch.bfloat16, torch.float32):
@@ -175,7 +175,7 @@ def run_kernels_once(run: SuiteRun) -> int:
 
 
 def run_once(operation: Operation, backend: str) -> str | None:
-    """One forward and backward; returns why the backend can't, or None when it is done."""
+    """Run one forward and backward; returns why the backend can't, or None if it did."""
     arguments, leaves = with_leaves(operation, operation.draw(seeded(operation.device, 0)))
     obstacle = dispatch.why_not(operation.name, backend, *arguments)
     if obstacle is not None:
@@ -191,7 +191,7 @@ KERNEL_STAGES = {"compile": compile_kernels, "kernels_once": run_kernels_once}
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Entry of the process."""
+    """Entry point of the process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("stage", choices=(*STAGES, *KERNEL_STAGES))
     parser.add_argument("--out", type=Path, required=True)

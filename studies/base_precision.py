@@ -1,15 +1,15 @@
-"""What a quantised base model changes: losses, gradients, and the demo's answers; prints markdown tables.
+"""The effect of a quantised base model on losses, gradients and the demo's answers; prints markdown tables.
 
     python studies/base_precision.py --demo
     python studies/base_precision.py --model MODEL_FOLDER --text TEXT_FILE [--train STEPS]
 
-Losses      nats a token of the text in windows of --tokens tokens, by the base model alone.
+Losses      nats per token of the text in windows of --tokens tokens, by the base model alone.
 Logits      ||logits - logits in float32|| / ||logits in float32||, over all of them.
-Gradients   of one linear layer: dx = dy W with the dy of the text's loss, dy rounded to 8 bits in either type and W in
-            full, against the exact one; the median over all linear layers of the decoder layers.
+Gradients   of one linear layer: dx = dy W with dy from the text's loss, dy rounded to 8 bits in either type and W in
+            full, compared with the exact dx; the median over all linear layers of the decoder layers.
 Training    --train steps of pretraining a generator (4 segments of 4 chunks of 64 tokens a step), the same windows for
-            every base; then the losses of held-out windows, with the base of the training and with that in float32.
-Demo        questions about invented people, as `gakernels demo` asks them (one person a document).
+            every base; then the losses of held-out windows, with the base used in training and with a float32 base.
+Demo        questions about invented people, as `gakernels demo` asks them (one person per document).
 """
 
 import argparse
@@ -72,7 +72,7 @@ def read(model: Path, text: Path, tokens: int, windows: int) -> Tensor:
 
 
 def in_precision(base: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """A copy of a model; quantised ones compute in bfloat16 apart from their linear layers."""
+    """A copy of a model; quantised copies compute in bfloat16 except in their linear layers."""
     base = copy.deepcopy(base)
     if precision == "float32":
         return base
@@ -111,7 +111,7 @@ def print_gradients(base: PreTrainedModel, windows: Tensor) -> None:
 
 
 def output_gradients(base: PreTrainedModel, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weight of each linear layer, and the gradient (tokens, d_out) of what it gives."""
+    """The weight of each linear layer, and the gradient (tokens, d_out) of its output."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: Any, _: Any, grads: Any) -> None:
@@ -159,7 +159,7 @@ def train(model: GenerativeAdapter, segments: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def held_out_losses(model: GenerativeAdapter, segments: Tensor) -> list[float]:
-    """Reconstruction and completion, nats a token."""
+    """Reconstruction and completion, nats per token."""
     random = torch.Generator().manual_seed(0)
     losses = window_losses(model, pretraining_windows(segments, CHUNKS, random, "copy"))
     return [losses[name].mean.item() for name in ("reconstruction", "completion")]

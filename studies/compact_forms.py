@@ -1,4 +1,4 @@
-"""What the compact forms of an adapter lose, on the demo's model: size, norm(S), logits and answers; a markdown table.
+"""What the compact forms of an adapter lose on the demo's model: size, norm(S), logits, answers; a markdown table.
 
     python studies/compact_forms.py
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def convert(compact: CompactAdapter, form: str) -> CompactAdapter:
-    """The compact adapter as a form gives it back."""
+    """The compact adapter after a round trip through a form."""
     if form.endswith("bits"):
         return quantize(compact, form).dequantize()
     return compact.to(dtype=torch.bfloat16) if form.endswith("bfloat16") else compact
@@ -81,7 +81,7 @@ def quantize(compact: CompactAdapter, form: str) -> QuantizedCompactAdapter:
 
 
 def nbytes(compact: CompactAdapter, form: str) -> int:
-    """Bytes that a compact form takes."""
+    """The size of a compact form in bytes."""
     return quantize(compact, form).nbytes if form.endswith("bits") else convert(compact, form).nbytes
 
 
@@ -110,7 +110,7 @@ def question_logits(model: GenerativeAdapter, document: Document, adapter: Adapt
 
 
 def ask(model: GenerativeAdapter, documents: Sequence[Document], adapters: Sequence[Adapter]) -> float:
-    """Share of the questions that are answered right with the adapter of their document."""
+    """The share of questions that are answered correctly with the adapter of their document."""
     pairs = [
         (pair, adapter) for document, adapter in zip(documents, adapters, strict=True) for pair in document.questions()
     ]

@@ -13,7 +13,7 @@ from gakernels.ops.low_rank_polar import eager
 
 SIZES = [(1, 32, 8), (64, 32, 8), (1, 128, 32), (16, 128, 32), (1, 256, 64), (16, 256, 64), (64, 256, 64)]
 SIZES += [(1, 1024, 128), (8, 1024, 128), (1, 1024, 256)]
-SECONDS = 2.0  # of repetitions for a row and form, of which the fastest counts
+SECONDS = 2.0  # of repetitions per row and form; the fastest counts
 
 
 def main() -> None:

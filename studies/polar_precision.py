@@ -4,8 +4,8 @@
     python studies/polar_precision.py --state-size 1024 --rank 128
     python studies/polar_precision.py --host build/host/HASH/_host.so
 
-The error of norm(S) = u v^T is that against float64 arithmetic on the same float32 state. The products with S and the
-r x r work are done in one of these ways, all formed in PyTorch:
+The error of norm(S) = u v^T is the distance from float64 arithmetic on the same float32 state. The products with S and
+the r x r work are done in one of these ways, all formed in PyTorch:
 
     fp32      everything in float32
     fp64 sym  products rounded to float32, sums in chunks of 32; r x r work in float64, symmetric root in every step
@@ -56,7 +56,7 @@ def main() -> None:
         spread = f"{values[0] / values[options.rank - 1]:.0e}" if values[options.rank - 1] > 0 else "inf"
         for tau in TAUS:
             if tau == 0 and not 0 < values[0] / values[options.rank - 1] < 1e5:
-                continue  # below the rounding of the state
+                continue  # below the rounding error of the state
             draws = []
             for _ in range(options.draws):
                 state = _orthogonal(len(values), generator) * values @ _orthogonal(len(values), generator).mT
@@ -115,7 +115,7 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """Rounded to 11 significant bits, ties away from zero."""
+    """A tensor rounded to 11 significant bits, ties away from zero."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -169,7 +169,7 @@ def relative(value: Tensor, target: Tensor) -> float:
 
 
 def kernel_errors(kernels: Any, state: Tensor, sketch: Tensor, tau: float, generator: torch.Generator) -> list[float]:
-    """Of norm(S), and of the gradient of <G, norm(S)> for a random G."""
+    """Errors of norm(S), and of the gradient of <G, norm(S)> for a random G."""
     upstream = torch.randn(state.shape, generator=generator)
     target = extension.Target(kernels, 0, 132)
     u, v, steps = extension.forward(target, state, sketch, 1, tau)

@@ -6,7 +6,7 @@
 Columns per damping tau, everything in float64:
 
     distance  ||N_tau(S) - N_0(S)|| / ||N_0(S)||, with N_0 from QR and SVD. For a state of rank below r, where N_0 is
-              not defined, the polar factor of the state at its own rank stands in its place.
+              not defined, the polar factor of the state at its own rank takes its place.
     gain      ||dS|| ||S|| / ||G|| for a random upstream gradient G of N, the largest of a few draws
     bf16      relative change of N_tau when the state is formed from operands rounded to bfloat16 (real states), or when
               noise of 1e-4 s_1 is added to it (synthetic states)
@@ -30,7 +30,7 @@ NOISE = 1e-4
 
 @dataclass(frozen=True)
 class State:
-    """A state (d_r, d_r), the same state with the rounding noise of practice, and the rank of its polar factor."""
+    """A state (d_r, d_r), the same state with realistic rounding noise, and the rank of its polar factor."""
 
     name: str
     exact: Tensor

@@ -3,12 +3,12 @@
     python -m studies.small_scale_training --output GENERATORS
     python -m studies.small_scale --generators GENERATORS --json RESULTS.json --plots FOLDER
 
-Ablation    reconstruction and completion perplexity of texts about new people, and recall of what they tell, for every
+Ablation    reconstruction and completion perplexity of texts about new people, and recall of their facts, for every
             trained variant; each compared with `default`, paired, on the same texts.
-Recall      against context length for `default`, with all methods, and for the generator of the package; the other
+Recall      against context length for `default`, with all methods, and for the package's generator; the other
             tests of `gakernels eval recall` for the latter.
 
-Every part is kept as soon as it is there; the same command goes on with what is missing.
+Every part is stored as soon as it is finished; the same command continues with what is missing.
 """
 
 import argparse
@@ -42,14 +42,14 @@ TEXTS, FACTS, SEED = 48, 12, 1_000_000
 CONTEXTS = 20
 LENGTHS = (128, 256, 512, 1024)
 OTHER_TESTS = ("facts", "position", "distractors", "overwritten", "needle")
-# A LoRA for each context takes long, so there are fewer.
+# A LoRA for each context takes long, so it gets fewer contexts.
 TUNED_CONTEXTS, TUNED_LENGTHS, TUNING_RATE, TUNING_STEPS = 6, (128, 256, 512), 3e-3, 40
 
 StudyRow = dict[str, Any]
 
 
 def main() -> None:
-    """Evaluate what is missing, write it, draw it."""
+    """Evaluate what is missing, write it and draw it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--generators", type=Path, required=True, help="folder of small_scale_training.py")
     parser.add_argument("--json", type=Path, required=True, help="results")
@@ -78,7 +78,7 @@ class Results:
         self.parts: dict[str, Any] = json.loads(path.read_text())["parts"] if path.exists() else {}
 
     def add(self, name: str, make: Any) -> None:
-        """Make a part, if it is not there, and write it."""
+        """Make a part, if it is missing, and write it."""
         if name in self.parts:
             return
         self.parts[name] = make()
@@ -94,7 +94,7 @@ class Results:
 
 
 def ablation(generators: Path, seed: int) -> dict[str, Any]:
-    """The variants of a seed that were trained: their scores; `default` against all else, the others against it."""
+    """The scores of the trained variants of a seed; `default` compared with all others, and the others with it."""
     rows, comparisons = [], []
     reference: Mapping[str, Mapping[str, Measurements]] = {}
     control = generators / f"{STATIC}-{seed}" / STATIC_LORA_FILE
@@ -130,7 +130,7 @@ def ablation(generators: Path, seed: int) -> dict[str, Any]:
 def measured(
     model: GenerativeAdapter, names: Sequence[str], settings: MethodSettings
 ) -> dict[str, dict[str, Measurements]]:
-    """By scenario and method."""
+    """The measurements by scenario and method."""
     found = {}
     for name, scenario in (
         ("perplexity", text_perplexity(model)),
@@ -144,7 +144,7 @@ FORMS = ("question", "statement")
 
 
 def text_perplexity(model: GenerativeAdapter) -> Scenario:
-    """Of what new texts tell, and of what follows them."""
+    """The perplexity of new texts and of their continuations."""
     rng = Random(SEED)
     texts = [[part.text() for part in draw_texts(rng, FACTS, "test")] for _ in range(TEXTS)]
 

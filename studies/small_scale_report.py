@@ -27,7 +27,7 @@ MARKERS = "osD^v<>"
 
 
 def draw(parts: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The plots of what is there, as SVG."""
+    """The plots of the finished parts, as SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     ablations = [part for name, part in parts.items() if name.startswith("ablation")]
@@ -40,7 +40,7 @@ def draw(parts: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_ablation(ablations: list[Mapping[str, Any]]) -> Any:
-    """A panel for each metric, a row for each variant, a mark for each seed."""
+    """A panel per metric, a row per variant, a mark per seed."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 3), sharey=True, layout="constrained")
     rows = ablations[0]["rows"]
     labels = list(dict.fromkeys(_label(row) for row in rows if row["method"] != "other_adapter"))
@@ -68,7 +68,7 @@ def _mark(axes: Axes, row: Mapping[str, Any], place: float, seed: int) -> None:
 
 
 def draw_recall(by_length: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Recall against the length of the context, and against the operations of reading it and asking one question."""
+    """Recall against the length of the context, and against the operations for reading it and asking one question."""
     figure, grid = plt.subplots(
         len(by_length), 2, figsize=(10, 3 * len(by_length)), squeeze=False, layout="constrained"
     )
@@ -101,7 +101,7 @@ def _operations(row: Mapping[str, Any]) -> float:
 
 
 def tables(parts: Mapping[str, Any]) -> list[ReportTable]:
-    """All tables of what is there."""
+    """All tables of the finished parts."""
     found = []
     for name, part in parts.items():
         if name.startswith("ablation"):
@@ -139,7 +139,7 @@ def _compared(name: str, rows: Sequence[StudyRow]) -> ReportTable:
 
 
 def _panel(rows: Sequence[StudyRow], panel: tuple[str, str, str], **keys: str) -> str:
-    """The value of a panel of the plot, for a row of the table."""
+    """The value of a plot panel for a row of the table."""
     scenario, metric, _ = panel
     wanted = {"scenario": scenario, "metric": metric, **keys}
     found = next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
@@ -165,7 +165,7 @@ def _recall(name: str, metric: str, results: Sequence[StudyRow]) -> ReportTable:
 
 
 def _costs(name: str, part: Mapping[str, Any]) -> ReportTable:
-    """The cost of the longest context of each method, by shapes, and the time that was measured."""
+    """The cost of the longest context with each method, by shapes, and the measured time."""
     runs = {run["method"]: run for run in part["methods"]}
     costs = {row["method"]: row for row in sorted(part["costs"], key=lambda row: row["context_tokens"])}
     lines = [

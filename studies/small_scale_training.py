@@ -1,7 +1,7 @@
-"""Training of the small-scale study: generators on the demo's base, by the paper's two objectives alone.
+"""Training of the small-scale study: generators on the demo's base, on the paper's two objectives alone.
 
-A text tells facts about one invented person, then some of them again among new ones; so a part of what follows can be
-known from what stands before, as in any text. No question is trained on.
+A text tells facts about one invented person, then repeats some of them among new ones; so a part of what follows can be
+predicted from what precedes it, as in any text. No questions are trained on.
 """
 
 import argparse
@@ -58,10 +58,10 @@ VARIANTS = {
 
 
 def draw_texts(rng: Random, facts: int, split: Split) -> tuple[Document, Document]:
-    """Facts about a person; and what follows: a third of them again, among as many new ones."""
+    """Facts about a person, and the continuation: a third of them again, among as many new ones."""
     (person,) = draw_people(rng, 1, split)
     repeated = max(1, facts // 3)
-    drawn = [  # an attribute each
+    drawn = [  # one attribute each
         Fact(person, attribute, rng.choice(attribute.values)) for attribute in rng.sample(ATTRIBUTES, facts + repeated)
     ]
     told, new = drawn[:facts], drawn[facts:]
@@ -78,9 +78,9 @@ def step_windows(model: GenerativeAdapter, steps: int, seed: int, documents: int
 
 
 def text_windows(model: GenerativeAdapter, texts: Sequence[tuple[Document, Document]]) -> WindowBatch:
-    """For each text T chunks of context, the same again to reconstruct, and what follows to complete.
+    """For each text: T chunks of context, the same again to reconstruct, and the continuation to complete.
 
-    The copies and what follows are seen with the adapter of the whole context.
+    The copies and the continuation are read with the adapter of the whole context.
     """
     told = [split_evenly(_tokens(model, text), model.config.chunk_size) for text, _ in texts]
     chunks = max(len(context) for context in told)
@@ -101,7 +101,7 @@ def _tokens(model: GenerativeAdapter, document: Document) -> list[int]:
 
 
 def trainer_config(variant: Variant, steps: int, label: str) -> TrainerConfig:
-    """As the demo's generator is trained."""
+    """The trainer settings of the demo's generator."""
     return TrainerConfig(
         steps=steps,
         learning_rate=3e-3,
@@ -133,7 +133,7 @@ def build(base: Path, variant: Variant, seed: int) -> GenerativeAdapter:
 def train(folder: Path, base: Path, name: str, seed: int, steps: int, documents: int = 4) -> None:
     """Train a variant, or `static_lora` in place of the default's generators, and write it to `folder/NAME-SEED`.
 
-    A run that was interrupted goes on; one that is finished is left as it is.
+    An interrupted run resumes; a finished one is left as it is.
     """
     target = folder / f"{name}-{seed}"
     static = name == STATIC

@@ -1,4 +1,4 @@
-"""The command line: one command a module, see `gakernels --help`."""
+"""The command line: one command per module, see `gakernels --help`."""
 
 import argparse
 import os
@@ -15,11 +15,11 @@ STANDARD_OUTPUT = {Path(name) for name in ("/dev/stdout", "/dev/fd/1", "/proc/se
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 for success, 2 for a user's mistake, 130 when interrupted, and 141 where
-    nobody reads the output any more (`gakernels ... | head`).
+    """Run a command; returns the exit code: 0 for success, 2 for a user's mistake, 130 when interrupted, and 141 if
+    the reader of the output has gone (`gakernels ... | head`).
 
-    Mistakes are told in one line; anything else is a defect and shows its traceback. Where the file to write is the
-    standard output, what a command says besides goes to the standard error.
+    Mistakes are reported in one line; anything else is a defect and shows its traceback. If the output file is the
+    standard output, a command's other messages go to standard error.
     """
     parser = _parser()
     try:
@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options)
     except BrokenPipeError:
         return BROKEN_PIPE
-    except OSError as error:  # also help needs a place to go to
+    except OSError as error:  # help needs an output too
         return _mistake(parser.prog, error)
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # rich's way
+        if isinstance(end.__context__, BrokenPipeError):  # as rich reports it
             return BROKEN_PIPE
         raise
     finally:
@@ -69,17 +69,17 @@ def _mistake(command: str, error: Exception) -> int:
 
 
 def _flush() -> None:
-    """Write what is still to be written: Python does it at its end, and has no good way then to say what goes wrong."""
+    """Flush the output: Python does it only at exit, when it has no good way to report an error."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python would try again
             raise
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a wrong option in one line, as all other mistakes are told."""
+    """Reports a wrong option in one line, like all other mistakes."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet_libraries() -> None:
-    """Leave the terminal to this program's own progress and results."""
+    """Keep libraries from writing to the terminal next to this program's progress and results."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""`gakernels adapt`: documents in, an adapter out."""
+"""`gakernels adapt`: from documents to an adapter."""
 
 import argparse
 import time

@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one continuation a line."""
+    """Print one continuation per line."""
     chosen = [options.adapter is not None, options.document is not None, options.no_adapter]
     if sum(chosen) != 1:
         raise InputError("give exactly one of --adapter, --document and --no-adapter")

@@ -1,4 +1,4 @@
-"""`gakernels calibrate`: check and time the kernels on this machine's GPU, and keep what was found."""
+"""`gakernels calibrate`: check and time the kernels on this machine's GPU, and store the findings."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Calibrate and say what came out. Returns 0; a kernel that is wrong is turned off, which is no error."""
+    """Calibrate and print the findings. Returns 0; a wrong kernel is turned off, which is not an error."""
     if not options.seconds > 0:
         raise InputError(f"--seconds must be above 0, but it is {options.seconds:g}")
     rehearsal = options.device == "cpu"
@@ -64,10 +64,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _place(gpu: gpus.Gpu) -> Path:
-    """Where the record will be; whether it can be written is better known before the minute than after it.
+    """The path of the record; checks that it can be written before the calibration rather than after it.
 
     Raises:
-        InputError: it can't.
+        InputError: it can't be written.
     """
     path = calibration.path_of(gpu)
     try:
@@ -83,7 +83,7 @@ def _place(gpu: gpus.Gpu) -> Path:
 
 
 def _tiny(calls: list[Call]) -> list[Call]:
-    """The same calls at sizes that an interpreter can do, in float32: it has no bfloat16 of its own."""
+    """The same calls at sizes that the interpreter can handle, in float32: it has no bfloat16."""
     return [
         Call(
             call.operation,

@@ -1,4 +1,4 @@
-"""Options that say which model and generators a command is about, and the calls of the operations that these make."""
+"""Options that select the model and generators of a command, and the calls of the operations that these make."""
 
 import argparse
 from dataclasses import replace
@@ -19,7 +19,7 @@ CHUNKS, USERS = (1, 8, 64), (1, 8, 64)
 
 
 def add_call_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --config and --set."""
+    """Add --model, --config and --set."""
     names = ", ".join(SHAPES)
     parser.add_argument("--model", help=f"base model: a folder, a hub name, or one of {names}")
     parser.add_argument(
@@ -35,7 +35,7 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of_calls(options: argparse.Namespace, default: str = "mistral-7b") -> PretrainingRecipe:
-    """The recipe that --config, --model and --set give, in bfloat16 where nothing says otherwise.
+    """The recipe from --config, --model and --set, in bfloat16 unless they say otherwise.
 
     Raises:
         InputError: see `load_recipe`.

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
-    """A sub-command whose help ends with an example."""
+    """Add a subcommand whose help ends with an example."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -39,7 +39,7 @@ def output_file(name: str) -> Path:
 
 
 def add_model_options(parser: argparse.ArgumentParser, generator_required: bool = True) -> None:
-    """--generator, --model, --allow-other-base, --device and --dtype."""
+    """Add --generator, --model, --allow-other-base, --device and --dtype."""
     parser.add_argument(
         "--generator", type=user_path, required=generator_required, help="folder or hub name of a generator"
     )
@@ -53,7 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser, generator_required: bool 
 
 
 def add_other_base_option(parser: argparse.ArgumentParser) -> None:
-    """--allow-other-base."""
+    """Add --allow-other-base."""
     parser.add_argument(
         "--allow-other-base",
         action="store_true",
@@ -62,13 +62,13 @@ def add_other_base_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """--device and --dtype."""
+    """Add --device and --dtype."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base model (default: %(default)s)")
 
 
 def check_device(device: str) -> None:
-    """Raises: InputError: the device that --device names is not there."""
+    """Raises: InputError: the device of --device does not exist."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
@@ -77,10 +77,10 @@ def check_device(device: str) -> None:
 
 
 def process_device(device: str) -> str:
-    """The device of this process: with `cuda` the GPU of its number, so that no other one is touched.
+    """The device of this process: with `cuda`, the GPU of its number, so that it touches no other.
 
     Raises:
-        InputError: it is not there, or torchrun's environment is not whole.
+        InputError: it does not exist, or torchrun's environment is incomplete.
     """
     own = f"cuda:{Ranks.from_environment().local_rank}" if device == "cuda" else device
     check_device(own)
@@ -91,7 +91,7 @@ def load_generator(options: argparse.Namespace) -> GenerativeAdapter:
     """The generator and base model that the options name.
 
     Raises:
-        InputError: there is none, or they don't belong together.
+        InputError: one does not exist, or they don't belong together.
     """
     folder = options.generator
     if not ((folder / GENERATOR_FILE).is_file() or is_released(folder) or is_repository_name(folder)):
@@ -109,7 +109,7 @@ def read_text(path: Path, option: str = "--document") -> str:
     """The text of a file.
 
     Raises:
-        InputError: it is missing, empty or no text.
+        InputError: it is missing, empty or not text.
     """
     try:
         text = read_user_text(path)

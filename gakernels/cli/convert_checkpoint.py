@@ -1,4 +1,4 @@
-"""`gakernels convert-checkpoint`: checkpoints of earlier versions, which hold a pickle, as ones of this version."""
+"""`gakernels convert-checkpoint`: convert checkpoints of earlier versions, which contain a pickle."""
 
 import argparse
 from typing import Any
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert."""
+    """Convert the checkpoints."""
     if not options.trust:
         raise InputError(
             f"--trust is needed to read {options.folder}: its pickle can run any code with your rights, and nothing "

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The embedded models are too small for several threads: they would only wait for each other, and for long where
+    """The embedded models are too small for several threads: they would only wait for each other, and long if
     other programs use the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

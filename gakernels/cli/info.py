@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print everything a bug report needs; or, for a model or recipe, what each of its calls would run on."""
+    """Print everything that a bug report needs or, for a model or recipe, the backend of each of its calls."""
     gpu = gpus.known(options.gpu) if options.gpu else gpus.gpu_of("cuda", None) if torch.cuda.is_available() else None
     with gpus.pretend(gpu) if gpu is not None else nullcontext():
         if options.model or options.config or options.set:
@@ -75,12 +75,12 @@ def _print_installation(gpu: gpus.Gpu | None) -> None:
 
 
 def _print_wrapped(head: str, text: str) -> None:
-    """A line and what does not fit it, below the text."""
+    """Print a line; what does not fit continues below the text."""
     print(textwrap.fill(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False))
 
 
 def _calibration(gpu: gpus.Gpu) -> str:
-    """What `gakernels calibrate` left for a GPU."""
+    """What `gakernels calibrate` found for a GPU."""
     record = calibration.stored(gpu)
     if record is None:
         return f"calibration   none for {gpu.name} (`{calibration.COMMAND}` makes one)"
@@ -111,7 +111,7 @@ def _print_calls(recipe: PretrainingRecipe, gpu: gpus.Gpu | None) -> None:
 
 
 def _share(choice: Choice) -> str:
-    """The rate that is expected of the forward."""
+    """The expected rate of the forward."""
     if choice.gemm_share is None:
         return "; share of the GEMM rate: not measured"
     return f"; about {choice.gemm_share:.0%} of the GEMM rate forward"

@@ -12,12 +12,12 @@ USUAL_TFLOPS = (100.0, 300.0, 600.0)
 
 
 def print_pretraining_plan(plan: PretrainingPlan, tflops: float | None, segments: int | None) -> None:
-    """Print it.
+    """Print the plan of a pretraining run.
 
     Args:
-        plan: what to print.
-        tflops: 10^12 operations a second of one process; None for a few usual rates.
-        segments: of the data, if that is known.
+        plan: the plan.
+        tflops: 10^12 operations per second of one process; None for a few usual rates.
+        segments: number of segments of the data, if known.
     """
     _print_table(f"Plan for {plan.name}", _size_rows(plan, segments))
     _print_table("Operations of a step", _flops_rows(plan))
@@ -26,7 +26,7 @@ def print_pretraining_plan(plan: PretrainingPlan, tflops: float | None, segments
 
 
 def print_finetuning_plan(plan: FinetuningPlan, tflops: float | None) -> None:
-    """Print it, and why the run would stop, if it would; `tflops` as above."""
+    """Print the plan of a tuning run, and why the run would stop, if it would; `tflops` as above."""
     data, load = plan.data, plan.load
     rows = [
         *_parameter_rows(plan),
@@ -118,7 +118,7 @@ def _time_rows(plan: PretrainingPlan, rates: Sequence[float]) -> list[tuple[str,
 
 
 def _operations(count: float) -> str:
-    """A number of floating-point operations in words."""
+    """A number of floating-point operations, for reading."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G")):
         if count >= 10**power:
             return f"{count / 10**power:,.2f} {prefix}FLOP"
@@ -126,7 +126,7 @@ def _operations(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """A time in words."""
+    """A duration, for reading."""
     if seconds >= 2 * 86400:
         return f"{seconds / 86400:,.1f} days"
     if seconds >= 2 * 3600:

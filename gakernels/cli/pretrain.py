@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _segments(recipe: PretrainingRecipe) -> int | None:
-    """Segments of the data, where its tokens are cached already."""
+    """The number of segments of the data, if its tokens are already cached."""
     with contextlib.suppress(OSError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.name, local_files_only=True)
         return cached_segments(recipe.data, tokenizer, recipe.segment_tokens)

@@ -1,4 +1,4 @@
-"""Options of the commands that run a recipe: --config, --set, --dry-run, and flags that stand for single settings."""
+"""Options of the commands that run a recipe: --config, --set, --dry-run, and flags for single settings."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ _SETTING = "recipe: "
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """--config, --set, --dry-run, --processes and --tflops."""
+    """Add --config, --set, --dry-run, --processes and --tflops."""
     recipe = parser.add_argument_group("recipe (docs/training.md)")
     recipe.add_argument(
         "--config", type=user_path, help="YAML file, or the name of a recipe that comes with the package"
@@ -37,12 +37,12 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_setting(group: argparse._ActionsContainer, option: str, settings: str, text: str, **details: Any) -> None:
-    """An option that stands for settings of the recipe.
+    """Add an option that sets settings of the recipe.
 
     Args:
-        group: gets it.
+        group: receives the option.
         option: its name.
-        settings: their dotted names, with spaces.
+        settings: dotted names of the settings, separated by spaces.
         text: its help.
         details: see `ArgumentParser.add_argument`.
     """
@@ -52,7 +52,7 @@ def add_setting(group: argparse._ActionsContainer, option: str, settings: str, t
 
 
 def add_optimisation_options(group: argparse._ArgumentGroup, seeds: str) -> None:
-    """--learning-rate, --warmup-steps, --weight-decay, and --seed for the given settings."""
+    """Add --learning-rate, --warmup-steps, --weight-decay, and --seed for the given settings."""
     add_setting(group, "--learning-rate", "trainer.learning_rate", "default: 5e-5", type=float)
     add_setting(group, "--warmup-steps", "trainer.warmup_steps", "default: 100", type=int)
     add_setting(group, "--weight-decay", "trainer.weight_decay", "default: 0.01", type=float)
@@ -60,7 +60,7 @@ def add_optimisation_options(group: argparse._ArgumentGroup, seeds: str) -> None
 
 
 def add_log_options(group: argparse._ArgumentGroup) -> None:
-    """--log-every, --evaluate-every and --checkpoint-every."""
+    """Add --log-every, --evaluate-every and --checkpoint-every."""
     add_setting(group, "--log-every", "trainer.log_every", "steps (default: 10)", type=int)
     add_setting(
         group,
@@ -73,7 +73,7 @@ def add_log_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """--device and --dtype."""
+    """Add --device and --dtype."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add_setting(
         parser, "--dtype", "model.dtype", "of the base model that --model names (default: float32)", choices=DTYPES
@@ -95,7 +95,7 @@ def output_of(options: argparse.Namespace) -> Path:
 
 
 def recipe_of(kind: type[Recipe], options: argparse.Namespace) -> Recipe:
-    """The recipe that the options give: the file, then those of `add_setting`, then --set.
+    """The recipe from the options: the file, then those of `add_setting`, then --set.
 
     Raises:
         InputError: see `load_recipe`.
@@ -106,7 +106,7 @@ def recipe_of(kind: type[Recipe], options: argparse.Namespace) -> Recipe:
 
 
 def planned_processes(options: argparse.Namespace) -> int:
-    """How many processes a plan is for.
+    """The number of processes of a plan.
 
     Raises:
         InputError: --processes or --tflops is not above 0.

@@ -15,7 +15,7 @@ from gakernels.paths import user_path
 from gakernels.server.settings import ApiKeys, Limits, Settings
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
-# A conversation with the models of the package, which know questions and answers only.
+# A chat template for the models of the package, which know only questions and answers.
 DEMO_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'user' %} Question: {{ message.content }} Answer:"
@@ -89,7 +89,7 @@ def _add_vllm(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until told to end."""
+    """Serve until told to stop."""
     try:
         from gakernels.server.server import serve
     except ModuleNotFoundError as error:
@@ -140,7 +140,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    """Each limit has an option of its name, with `max` in front."""
+    """Each limit has an option of its name, prefixed with `max`."""
     return Limits(**{field.name: getattr(options, f"max_{field.name}") for field in fields(Limits)})
 
 

@@ -1,4 +1,4 @@
-"""Data for pretraining: documents to a token cache, to segments, to the segments of a step (docs/pretraining.md)."""
+"""Data for pretraining: from documents to a token cache, segments and the segments of a step (docs/pretraining.md)."""
 
 from gakernels.data.bad_records import BadRecords
 from gakernels.data.cache import TokenCache

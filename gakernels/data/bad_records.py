@@ -1,11 +1,11 @@
-"""What could not be used of a data set: counted by kind, with the places of the first few."""
+"""The records of a data set that could not be used: counted by kind, with the places of the first few."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from gakernels.errors import InputError
 
-HIDDEN = "file under a hidden name"  # left out on purpose, so no fault
+HIDDEN = "file under a hidden name"  # left out on purpose, so not a fault
 _PLACES = 3
 
 
@@ -13,13 +13,13 @@ class BadRecords:
     """Counts records that were left out.
 
     Args:
-        strict: raise at the first one instead.
+        strict: raise an error at the first one instead.
 
     Attributes:
-        counts: how many, by kind.
-        places: where the first three of each kind stand.
-        records: how many were looked at, as far as a reader says so.
-        lost: how many of them are gone; of a record that lost a part of what it held, that share.
+        counts: the number of each kind.
+        places: where the first three of each kind are.
+        records: the number of records read, if the reader reports it.
+        lost: how many of them were lost; a record that lost a part counts as that share.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -29,10 +29,10 @@ class BadRecords:
         self._strict = strict
 
     def add(self, kind: str, place: str) -> None:
-        """Count one.
+        """Count a bad record.
 
         Raises:
-            InputError: it is not to be tolerated.
+            InputError: it is not tolerated (`strict`).
         """
         if self._strict and kind != HIDDEN:
             raise InputError(f"data: {place}: {kind}")
@@ -42,33 +42,33 @@ class BadRecords:
             places.append(place)
 
     def merge(self, other: "BadRecords") -> None:
-        """Count what another one has."""
+        """Add the counts of another instance."""
         for kind, count in other.counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
             self.places[kind] = [*self.places.get(kind, []), *other.places[kind]][:_PLACES]
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The number of all of them."""
         return sum(self.counts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The counts as JSON types."""
         return {kind: {"count": count, "first": self.places[kind]} for kind, count in self.counts.items()}
 
     @property
     def faults(self) -> int:
-        """All but what was left out on purpose."""
+        """The number of all but those left out on purpose."""
         return self.total - self.counts.get(HIDDEN, 0)
 
     @property
     def share(self) -> float:
-        """What is lost of the records."""
+        """The share of the records that was lost."""
         return self.lost / self.records if self.records else 0.0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BadRecords":
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         bad = cls()
         bad.counts = {kind: int(value["count"]) for kind, value in values.items()}
         bad.places = {kind: [str(place) for place in value["first"]] for kind, value in values.items()}

@@ -20,7 +20,7 @@ from gakernels.errors import FormatError, InputError
 from gakernels.files import count_entry, entry
 
 FORMAT_VERSION = 1
-DESCRIPTION = "cache.json"  # names the other files, so a cache is whole as soon as this one has been put in place
+DESCRIPTION = "cache.json"  # names the other files, so a cache is complete once this one is in place
 TOKENS, DOCUMENTS = ".tokens", ".documents"
 OFFSET = np.dtype("<i8")
 _BLOCK = 1 << 22  # numbers
@@ -32,8 +32,8 @@ class TokenCache:
     """A cache on disk.
 
     Attributes:
-        folder: where it is.
-        description: what `cache.json` says.
+        folder: its folder.
+        description: the contents of `cache.json`.
         corpus: its tokens, mapped into memory.
     """
 
@@ -43,25 +43,25 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenCache":
-        """The cache of a folder.
+        """The cache in a folder.
 
         Raises:
             InputError: there is none.
-            FormatError: it is damaged, or of a newer format.
+            FormatError: it is damaged, or its format is newer.
         """
         description = read_description(folder)
         return cls(folder, description, _corpus(folder, description))
 
     @contextmanager
     def _described(self, name: str) -> Iterator[Any]:
-        """An entry of the description, of which a block may expect what was written there."""
+        """An entry of the description; a block that uses it may assume that it is as written."""
         try:
             yield self.description[name]
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{self.folder / DESCRIPTION} is damaged: its entry {name!r} can't be read") from error
 
     def check_numbers(self) -> None:
-        """Read all of it, one to two seconds a gigabyte. Raises: FormatError: it is not as it was written."""
+        """Read everything, one to two seconds per gigabyte. Raises: FormatError: it is not as it was written."""
         digests = [_sha256(numbers) for numbers in (self.corpus.ids, self.corpus.offsets)]
         if fingerprint_of(digests) != self.corpus.fingerprint:
             raise FormatError(
@@ -71,7 +71,7 @@ class TokenCache:
 
     @property
     def bad_records(self) -> BadRecords:
-        """What of the source could not be used."""
+        """The records of the source that could not be used."""
         with self._described("bad_records") as counts:
             return BadRecords.from_dict(counts)
 
@@ -81,7 +81,7 @@ class TokenCache:
         return count_entry(self.folder / DESCRIPTION, self.description, "largest_token")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises: InputError: the tokens are those of another tokenizer."""
+        """Raises: InputError: the tokens come from another tokenizer."""
         given = tokenizer_description(tokenizer)
         with self._described("tokenizer") as ours:
             if ours["fingerprint"] != given["fingerprint"]:
@@ -91,7 +91,7 @@ class TokenCache:
                 )
 
     def check_source(self, source: Source) -> None:
-        """Raises: InputError: the tokens are those of another source, or it has changed."""
+        """Raises: InputError: the tokens come from another source, or the source has changed."""
         with self._described("source") as described:
             change = source.change(described)
         if change is not None:
@@ -102,7 +102,7 @@ class TokenCache:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `cache.json` says. Raises as `TokenCache.open`."""
+    """The contents of `cache.json`. Raises: as `TokenCache.open`."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise InputError(f"there is no token cache in {folder}")
@@ -136,7 +136,7 @@ def _corpus(folder: Path, description: Mapping[str, Any]) -> Corpus:
 
 
 def fingerprint_of(digests: Sequence[str]) -> str:
-    """Of a cache, from the SHA-256 of its two files."""
+    """The fingerprint of a cache, from the SHA-256 of its two files."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Writing a token cache: streamed, so that neither texts nor tokens have to fit into memory, and all or nothing."""
+"""Writing a token cache: streamed, so that neither texts nor tokens need to fit in memory; all or nothing."""
 
 import hashlib
 import json
@@ -33,13 +33,13 @@ from gakernels.version import __version__
 def write_cache(
     folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, bad: BadRecords, progress: bool
 ) -> None:
-    """Tokenise a source into a folder, in place of a cache that may be there.
+    """Tokenise a source into a folder, replacing a cache that may be there.
 
-    Tokens go to files of a new name; the last step puts a new `cache.json` in place, which names them. Whatever happens
-    before, an older cache stays whole; what was left by an interrupted call is removed by the next one.
+    Tokens go to files with new names; the last step puts a new `cache.json`, which names them, in place. Until then an
+    older cache stays intact; the next call removes what an interrupted one left behind.
 
     Args:
-        folder: must exist; no other process may write there at the same time.
+        folder: it must exist, and no other process may write there at the same time.
         source: the documents.
         tokenizer: of the base model.
         bad: counts what can't be used.
@@ -66,7 +66,7 @@ def write_cache(
         }
         write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
     except OSError as error:
-        # What a full disk raises names no file; what goes wrong with a source names it, or has no number.
+        # The error of a full disk names no file; an error of the source names one, or has no number.
         is_ours = error.errno is not None if error.filename is None else folder in Path(error.filename).parents
         if is_ours:
             raise unwritable(folder, error) from error
@@ -76,7 +76,7 @@ def write_cache(
 
 
 def unwritable(folder: Path, error: OSError) -> OSError:
-    """The error of a token cache that can't be kept there, with the way out."""
+    """The error for a folder that can't hold the token cache; it suggests a way out."""
     return OSError(
         f"the token cache can't be written to {folder}: {error.strerror or error}; data.cache names another folder for "
         f"it, and {CACHE_VARIABLE} another one for all caches"
@@ -86,7 +86,7 @@ def unwritable(folder: Path, error: OSError) -> OSError:
 def _write_tokens(
     path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, bad: BadRecords, progress: bool
 ) -> dict[str, Any]:
-    """Write the two data files, and say what they hold."""
+    """Write the two data files and return what describes them."""
     dtype = np.dtype("<u2" if max(tokenizer.get_vocab().values()) < 1 << 16 else "<u4")
     with path.with_suffix(TOKENS).open("xb") as token_file, path.with_suffix(DOCUMENTS).open("xb") as document_file:
         writer = _Writer(token_file, document_file, dtype)
@@ -101,7 +101,7 @@ def _write_tokens(
 
 
 class _Writer:
-    """Appends blocks of tokens, and where documents begin in them, to two files."""
+    """Appends blocks of tokens, and the places where documents begin in them, to two files."""
 
     def __init__(self, token_file: IO[bytes], document_file: IO[bytes], dtype: np.dtype[Any]) -> None:
         self._files = (token_file, document_file)
@@ -118,7 +118,7 @@ class _Writer:
         self._largest = max(self._largest, int(block.ids.max(initial=0)))
 
     def finish(self) -> dict[str, Any]:
-        """Bring everything to the disk and say what it is."""
+        """Flush everything to disk and describe it."""
         self._append(1, np.array([self.tokens], OFFSET))
         for file in self._files:
             file.flush()
@@ -138,10 +138,10 @@ class _Writer:
 
 
 def _remove_others(folder: Path) -> None:
-    """Remove what is not of the cache that is there: parts of one that was not done, files of an earlier one."""
+    """Remove what does not belong to the present cache: parts of an unfinished one, files of an earlier one."""
     try:
         name = read_description(folder).get("files")
-    except InputError:  # there is none, or it is damaged
+    except InputError:  # no cache, or a damaged one
         name = None
     for pattern in (f"*{TOKENS}", f"*{DOCUMENTS}", f".{DESCRIPTION}.*.tmp"):
         for path in folder.glob(pattern):

@@ -28,21 +28,21 @@ def token_cache(
     strict: bool = False,
     progress: bool = True,
 ) -> TokenCache:
-    """The tokens of a source: those of an earlier call if source and tokenizer are the same, else made now.
+    """The tokens of a source: from an earlier call if source and tokenizer are the same, else made now.
 
-    Several processes may call it at once: one writes, the others wait for it and use what it wrote. An interruption
-    leaves no broken cache, and an older one as it was.
+    Several processes may call it at once: one writes; the others wait and use the result. An interruption
+    leaves no broken cache and does not touch an older one.
 
     Args:
         source: the documents.
         tokenizer: of the base model.
-        folder: where the cache is or comes to be. None stands for the `automatic_folder`; there a cache is written
-            anew where the source has changed or the cache is damaged.
-        strict: a record that can't be used is an error; else they are counted and a warning says which there were.
+        folder: the folder of the cache. None means the `automatic_folder`, where a cache is written
+            again if the source has changed or the cache is damaged.
+        strict: a record that can't be used is an error; else such records are counted and reported in a warning.
         progress: show a bar.
 
     Raises:
-        InputError: the source can't be read or holds no text; the cache in `folder` is of another source or tokenizer;
+        InputError: the source can't be read or holds no text; the cache in `folder` has another source or tokenizer;
             with `strict`, a bad record.
         FormatError: the cache in `folder` is damaged.
         OSError: it can't be written.
@@ -70,7 +70,7 @@ def automatic_folder(source: Source, tokenizer: PreTrainedTokenizerBase) -> Path
 
 
 def _usable(folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, named: bool) -> TokenCache | None:
-    """The cache that is there. None if there is none, or, unless the user named the folder, if it can't be used."""
+    """The existing cache. None if there is none or, unless the user named the folder, if it can't be used."""
     try:
         if not (folder / DESCRIPTION).is_file():
             return None
@@ -82,14 +82,14 @@ def _usable(folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, na
         if named:
             raise
         return None
-    except PermissionError as error:  # not even looked into
+    except PermissionError as error:  # can't even be listed
         raise unwritable(folder, error) from error
     return cache
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time. The lock of a process that is killed is gone with it."""
+    """One process at a time. The lock of a killed process goes with it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("w")

@@ -25,14 +25,14 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-_DEFAULT = "default"  # of several chat templates
+_DEFAULT = "default"  # the one to use if there are several chat templates
 _FUNCTION = "strftime_now"
 _DIRECTIVE = re.compile(r"%[-_0^#]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids (n,) int32, and which of them are answers (n,) bool: those that the loss counts."""
+    """Token ids (n,) int32, and which of them belong to answers, (n,) bool: those that the loss counts."""
 
     tokens: npt.NDArray[np.int32]
     answers: npt.NDArray[np.bool_]
@@ -47,12 +47,12 @@ class ChatEncoder:
     """Writes conversations as the tokenizer's chat template does, or as `PLAIN_TEMPLATE` if it has none.
 
     An answer is what the model has to write itself: everything from the end of the prompt that asks for it
-    (`add_generation_prompt`) to the token that ends the turn, this one included. White space that the template puts
-    behind that token is not part of it.
+    (`add_generation_prompt`) to the token that ends the turn, inclusive. White space that the template puts
+    after that token is not part of it.
 
     Args:
         tokenizer: a fast one.
-        clock: the time that the template shows (`strftime_now`); None for the present.
+        clock: the time that the template shows (`strftime_now`); None for the present time.
 
     Raises:
         InputError: the tokenizer can't tell which characters a token covers (a slow one), or has several chat templates
@@ -73,7 +73,7 @@ class ChatEncoder:
         self._end_of_turn = re.compile(rf"\s*(?:{names})") if names else None
 
     def encode(self, messages: Sequence[Message]) -> EncodedConversation | str:
-        """The tokens of a conversation, or why it can't be used.
+        """The tokens of a conversation, or the reason why it can't be used.
 
         A token counts as an answer if it covers a character of one. The first token never does: nothing predicts it.
         """
@@ -98,9 +98,9 @@ class ChatEncoder:
         return encode_text(self._tokenizer, text, begins=False)
 
     def _answer_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and where in it each answer begins and ends.
+        """The text of a conversation, and where each answer begins and ends in it.
 
-        The template is asked a second time with a mark in place of each answer: what stands between the marks is the
+        The template is applied a second time with a mark in place of each answer: what is between the marks is the
         template's, wherever it puts it.
         """
         text = self._render(messages, False)
@@ -136,10 +136,10 @@ class ChatEncoder:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's Jinja template of a conversation, of several the one named `default`; None: it has none.
+    """The tokenizer's Jinja chat template (if it has several, the one named `default`), or None.
 
     Raises:
-        InputError: it has several, and none of that name.
+        InputError: it has several, none of which has that name.
     """
     given = tokenizer.chat_template
     if isinstance(given, (list, tuple)):
@@ -154,12 +154,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def shows_time(template: str) -> bool:
-    """Whether a chat template asks what time it is."""
+    """Whether a chat template shows the time."""
     return _FUNCTION in template
 
 
 def parse_clock(text: str) -> datetime:
-    """The moment that a recipe names. Raises: InputError: it is none."""
+    """The moment that a recipe names. Raises: InputError: it does not name one."""
     try:
         return datetime.fromisoformat(text)
     except ValueError as error:
@@ -167,16 +167,16 @@ def parse_clock(text: str) -> datetime:
 
 
 def at_time(template: str, clock: datetime) -> str:
-    """A chat template in which `strftime_now` tells a given moment.
+    """A chat template in which `strftime_now` gives a fixed moment.
 
-    The renderer takes no functions from outside, so the template gets a macro of that name in front. It writes every
-    directive that stands in the template.
+    The renderer takes no functions from outside, so a macro of that name is put in front of the template. It writes
+    every directive that occurs in the template.
     """
     if not shows_time(template):
         return template
     directives = sorted(set(_DIRECTIVE.findall(template)), key=len, reverse=True)
     written = "".join(f" | replace({json.dumps(d)}, {json.dumps(clock.strftime(d))})" for d in directives)
-    # The line end behind a block is dropped, so the template begins as it would without the macro.
+    # The line end after a block is dropped, so the template begins as it would without the macro.
     return f"{{% macro {_FUNCTION}(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
 
 
@@ -217,22 +217,22 @@ def encode_records(
 ) -> list[EncodedRecord]:
     """The token ids of all records that fit.
 
-    The context is written as `GenerativeAdapter.adapt` writes a text, with the tokenizer's opening tokens and without
-    the chat template, as it will be at inference. A conversation over its limit loses its oldest exchanges (a message
-    of the system at its beginning stays); one whose last exchange alone is too long is left out.
+    The context is tokenised as `GenerativeAdapter.adapt` writes a text, with the tokenizer's opening tokens and without
+    the chat template, as at inference. A conversation over its limit loses its oldest exchanges (a message
+    from the system at its beginning stays); one whose last exchange alone is too long is left out.
 
     Args:
         records: what `read_source` gives.
         tokenizer: a fast one.
-        limits: contexts over theirs are left out, never cut: their questions may be about what would be lost.
+        limits: contexts over their limit are left out, never cut: their questions may be about what would be lost.
         bad: counts what is left out.
         shortened: counts conversations that lost exchanges.
-        name: of the source, for places and the progress bar.
+        name: name of the source, for places and the progress bar.
         progress: show a bar.
         clock: see `ChatEncoder`.
 
     Raises:
-        InputError: the tokenizer is a slow one.
+        InputError: the tokenizer is slow.
     """
     encoder = ChatEncoder(tokenizer, clock)
     examples = []
@@ -257,7 +257,7 @@ def encode_records(
 def _within(
     encoder: ChatEncoder, messages: Conversation, limit: int, shortened: BadRecords, place: str
 ) -> EncodedConversation | str:
-    """The longest end of a conversation that fits, in whole exchanges, or why it can't be used."""
+    """The longest end of a conversation that fits, in whole exchanges, or the reason why it can't be used."""
     for number, shorter in enumerate(_ends(messages)):
         encoded = encoder.encode(shorter)
         if isinstance(encoded, str):
@@ -270,7 +270,7 @@ def _within(
 
 
 def _ends(messages: Conversation) -> Iterator[Conversation]:
-    """The whole conversation, then without its first exchange, and so on to the last one."""
+    """The whole conversation, then without its first exchange, and so on down to the last one."""
     system = messages[:1] if messages[0].role == "system" else ()
     spoken = messages[len(system) :]
     for number, message in enumerate(spoken):

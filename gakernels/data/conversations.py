@@ -7,7 +7,7 @@ from typing import Any
 
 from gakernels.data.bad_records import BadRecords
 
-# The names that data sets have for who speaks.
+# The names that data sets use for the speakers.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -22,7 +22,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Message:
-    """What someone says: the `system`, the `user` or the `assistant`; no space around it."""
+    """What someone says: the `system`, the `user` or the `assistant`; stripped of surrounding space."""
 
     role: str
     content: str
@@ -33,7 +33,7 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class ContextRecord:
-    """A text to take in, and at least one conversation, each of which ends with a message of the assistant."""
+    """A text to read, and at least one conversation, each of which ends with a message of the assistant."""
 
     context: str
     conversations: tuple[Conversation, ...]
@@ -49,16 +49,16 @@ def record_of(row: Mapping[str, Any], place: str, bad: BadRecords) -> ContextRec
     | context, question, answers (or answer, response) | a question; the first answer is learned |
     | context, qas | several: [{"question", "answers"}, ...] |
     | context, prompt, completion | each a text or a list of messages |
-    | examples, queries | demonstrations [{"input", "output"}, ...]; without queries the last example is asked for |
-    | instruction, input, output (or response) | the input is the context; beside a context it is part of the question |
+    | examples, queries | demonstrations [{"input", "output"}, ...]; without queries, the last example is the question |
+    | instruction, input, output (or response) | the input is the context, or with a context part of the question |
 
-    A context is a text, or a list of texts or messages (these, or {"speaker", "text"}), one a line. A row of messages,
-    of prompt and completion or of an instruction may have a `system` message, and an instruction a `history` of
-    [question, answer] pairs. Other texts may also be numbers, or lists of parts ({"type": "text", "text"}), one a line.
+    A context is a text, or a list of texts or messages (these, or {"speaker", "text"}), one per line. A row that has
+    messages, prompt and completion or an instruction may have a `system` message, and an instruction a `history` of
+    [question, answer] pairs. Other texts may also be numbers, or lists of parts ({"type": "text", "text"}) as lines.
 
     Args:
-        row: the entries; others than those named are ignored.
-        place: where it stands, for the count.
+        row: the entries; any others are ignored.
+        place: where the row is, for the count.
         bad: counts what is left out: a row, or one of its conversations.
     """
     conversations: list[Conversation] = []
@@ -76,7 +76,7 @@ def record_of(row: Mapping[str, Any], place: str, bad: BadRecords) -> ContextRec
 
 
 def _conversations(row: Mapping[str, Any]) -> list[Conversation | str]:
-    """Each conversation of a row, or why it can't be used; never empty."""
+    """Each conversation of a row, or the reason why it can't be used; never empty."""
     if "messages" in row:
         return [_with_system(row, _dialogue(row["messages"]))]
     if "conversations" in row:
@@ -101,7 +101,7 @@ def _conversations(row: Mapping[str, Any]) -> list[Conversation | str]:
 
 
 def _with_system(row: Mapping[str, Any], said: Conversation | str) -> Conversation | str:
-    """A conversation with the system's message of its row in front, unless it begins with one of its own."""
+    """A conversation preceded by the system message of its row, unless it begins with one of its own."""
     system = row.get("system")
     if isinstance(said, str) or _is_blank(system) or said[0].role == "system":
         return said
@@ -130,7 +130,7 @@ def _line(value: object) -> str:
 
 
 def _messages(value: object, role: str) -> list[Any]:
-    """A text as the message of a role; a list of messages as it is."""
+    """A text becomes one message of the role; a list of messages is returned as it is."""
     is_dialogue = any(isinstance(entry, Mapping) and {"role", "from"} & entry.keys() for entry in _list(value))
     return _list(value) if is_dialogue else [{"role": role, "content": value}]
 
@@ -156,7 +156,7 @@ def _dialogue(messages: object) -> Conversation | str:
 
 
 def _question(entry: object) -> Conversation | str:
-    """A question with its first answer; answers are a text, a list of texts or {"text": ...}, or {"text": [...]}."""
+    """A question with its first answer; answers are a text, a list of texts or of {"text": ...}, or {"text": [...]}."""
     if not isinstance(entry, Mapping):
         return "question without text"
     answers = _entry(entry, "answers", "answer", "response")
@@ -167,7 +167,7 @@ def _question(entry: object) -> Conversation | str:
 
 
 def _instruction(row: Mapping[str, Any]) -> Conversation | str:
-    """An instruction with what was said before; beside a context, its input is part of what is asked."""
+    """An instruction with its history; if there is a context, the input is part of the question."""
     asked = row["instruction"]
     if "context" in row and _text(row.get("input")):
         asked = f"{_text(asked)}\n{_text(row['input'])}"
@@ -194,7 +194,7 @@ Pairs = list[tuple[str, str]]
 
 
 def _demonstrations(row: Mapping[str, Any]) -> tuple[Pairs, Pairs, list[str]]:
-    """The pairs of input and output that are shown, those that are asked for, and what is wrong with others."""
+    """The (input, output) pairs that are shown, those that are asked for, and what is wrong with the rest."""
     shown, asked = (
         [
             (_text(pair.get("input")), _text(pair.get("output"))) if isinstance(pair, Mapping) else ("", "")
@@ -208,12 +208,12 @@ def _demonstrations(row: Mapping[str, Any]) -> tuple[Pairs, Pairs, list[str]]:
 
 
 def _entry(entries: Mapping[str, Any], *names: str) -> Any:
-    """The first entry that is there, of several names for the same thing."""
+    """The first entry that exists under several names for the same thing."""
     return next((entries[name] for name in names if entries.get(name) is not None), None)
 
 
 def _text(value: object) -> str:
-    """A text without space around it, of a text, a number or parts with texts; empty for everything else."""
+    """A text, a number or the texts of parts, as stripped text; empty for everything else."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, (list, tuple)):
@@ -223,7 +223,7 @@ def _text(value: object) -> str:
 
 
 def _is_blank(value: object) -> bool:
-    """Whether there is nothing: no value, blank text, no parts, or the NaN of a table's gap."""
+    """Whether a value is missing: None, blank text, no parts, or the NaN of an empty table cell."""
     if isinstance(value, (list, tuple)):
         return all(_is_blank(part.get("text") if isinstance(part, Mapping) else part) for part in value)
     return value is None or value != value or (isinstance(value, str) and not value.strip())

@@ -1,4 +1,4 @@
-"""Tokens of documents one after the other, in memory or in a file, and parts of them."""
+"""Tokens of documents one after the other, in memory or in a file, and selections of them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 
-_BLOCK = 1 << 22  # tokens that are read at once
+_BLOCK = 1 << 22  # tokens read at once
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A sequence of tokens that knows its documents.
+    """A sequence of tokens that knows where its documents begin.
 
     Attributes:
         ids: integers, in memory or mapped from a file; each document is a range of it.
         places: (documents,) where in `ids` each document begins.
-        offsets: (documents + 1,) where in this corpus each document begins, and the number of all tokens.
-        document_ids: (documents,) their numbers; in a part of a corpus they are the numbers in the whole.
-        fingerprint: of the tokens and the borders of the documents.
+        offsets: (documents + 1,) where each document begins in this corpus, then the number of all tokens.
+        document_ids: (documents,) their numbers; in a selection they are the numbers in the whole corpus.
+        fingerprint: hash of the tokens and the document boundaries.
     """
 
     ids: NDArray[Any]
@@ -35,7 +35,7 @@ class Corpus:
 
     @classmethod
     def of(cls, documents: Sequence[Tensor]) -> "Corpus":
-        """A corpus in memory, of the token ids (n,) of each document."""
+        """A corpus in memory, from the token ids (n,) of each document."""
         offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
         ids = torch.cat(list(documents)).long().cpu().numpy()
         fingerprint = hashlib.sha256(ids.tobytes() + offsets.tobytes()).hexdigest()[:32]
@@ -43,12 +43,12 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """How many."""
+        """The number of tokens."""
         return int(self.offsets[-1])
 
     @property
     def documents(self) -> int:
-        """How many."""
+        """The number of documents."""
         return len(self.document_ids)
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
@@ -56,14 +56,14 @@ class Corpus:
         end = start + count
         first = int(np.searchsorted(self.offsets, start, side="right")) - 1
         last = int(np.searchsorted(self.offsets, end, side="left")) - 1
-        if self.places[last] - self.places[first] == self.offsets[last] - self.offsets[first]:  # all in one range
+        if self.places[last] - self.places[first] == self.offsets[last] - self.offsets[first]:  # one contiguous range
             place = int(self.places[first] + start - self.offsets[first])
             return self.ids[place : place + count].astype(np.int64)
         half = int(self.offsets[(first + last + 1) // 2])
         return np.concatenate([self.read(start, half - start), self.read(half, end - half)])
 
     def document_of(self, token: int) -> int:
-        """The number of the first document that has a token id, which must occur."""
+        """The number of the first document that contains a token id; the id must occur."""
         for start in range(0, self.tokens, _BLOCK):
             found = np.flatnonzero(self.read(start, min(_BLOCK, self.tokens - start)) == token)
             if len(found):
@@ -71,10 +71,10 @@ class Corpus:
         raise ValueError(f"no document has the token {token}")
 
     def select(self, kept: NDArray[np.bool_]) -> "Corpus":
-        """The part made of some documents, without a copy of the tokens.
+        """A selection of the documents, without copying the tokens.
 
         Args:
-            kept: (documents,) which.
+            kept: (documents,) which documents to keep.
         """
         lengths = np.diff(self.offsets)[kept]
         fingerprint = hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest()[:32]
@@ -88,10 +88,10 @@ class Corpus:
 
 
 def hold_out_documents(corpus: Corpus, every: int) -> tuple[Corpus, Corpus]:
-    """All documents but every k-th, and these.
+    """All documents but every k-th, and every k-th document.
 
     Raises:
-        InputError: `every` is below 2, or there are fewer documents than that.
+        InputError: `every` is below 2, or there are fewer documents than `every`.
     """
     if every < 2:
         raise InputError(f"held-out documents must be every 2nd or fewer, but every is {every}")

@@ -10,16 +10,16 @@ from gakernels.data.files import JSON_LINES, PARQUET
 from gakernels.data.records import UNREADABLE, Record, read_records
 from gakernels.user_text import as_text
 
-PIECE = 1 << 16  # characters; a tokenizer works on many pieces at once, and a text of gigabytes is never in memory
+PIECE = 1 << 16  # characters; a tokenizer works on many pieces at once, and a text of gigabytes never fills the memory
 
 Document: TypeAlias = Iterator[str]
-"""The pieces of one text, cut at line ends. To be used up before the next document is asked for."""
+"""The pieces of one text, cut at line ends. Use them up before you ask for the next document."""
 
 
 def file_documents(path: Path, text_key: str, bad: BadRecords) -> Iterator[Document]:
     """The documents of a file: the text of each record of JSON lines or Parquet; the whole of any other file.
 
-    Texts of nothing but white space are left out.
+    Blank texts are left out.
 
     Args:
         path: the file.
@@ -56,7 +56,7 @@ def record_documents(records: Iterable[Record], text_key: str, bad: BadRecords) 
 
 
 def pieces_of(text: str, size: int = PIECE) -> Document:
-    """The text in pieces that end at the first line end after `size` characters; without line ends it is one piece."""
+    """The text in pieces, each up to the first line end after `size` characters; without line ends it is one piece."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + size)
@@ -74,7 +74,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _fault_of_text(path: Path) -> str | None:
-    """Why a file is no text; None where it is one, and empty where it is blank."""
+    """Why a file is not text; None if it is text, and empty if it is blank."""
     blank = True
     try:
         with opened(path) as file:

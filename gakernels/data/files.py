@@ -12,14 +12,14 @@ KINDS = frozenset(TEXT | JSON_LINES | PARQUET)
 
 
 def find_files(path: Path, kinds: Set[str] = KINDS, bad: BadRecords | None = None) -> list[Path]:
-    """The files of some kinds in a folder and its subfolders, in the order of their names; or the one file, as it is.
+    """The files of given kinds in a folder and its subfolders, sorted by name; or the file itself, if it is a file.
 
-    A file is left out if its name, or that of a folder on the way to it from `path`, begins with a dot: tools keep old
+    A file is left out if its name, or that of a folder between `path` and it, begins with a dot: tools keep old
     states there (`.ipynb_checkpoints`, `.git`).
 
     Args:
         path: the folder or file.
-        kinds: suffixes of the names, without that of a compression.
+        kinds: suffixes of the names, without a compression suffix.
         bad: counts the hidden files.
 
     Raises:

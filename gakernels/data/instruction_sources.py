@@ -1,4 +1,4 @@
-"""Where instruction data comes from: files and data sets of the hub, as records with one context each."""
+"""Where instruction data comes from: files and data sets of the hub, read as records with one context each."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from gakernels.settings import Count, PathText, Positive, settings
 from gakernels.user_text import decode_user_text
 
 NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
-# Faults of whole files: nobody knows how many rows they cost.
+# Faults of whole files: it is unknown how many rows they cost.
 FILE_FAULTS = (UNREADABLE, NO_JSON, NO_ROWS)
 _JSON = {".json"}
 KINDS = JSON_LINES | PARQUET | _JSON
@@ -31,10 +31,10 @@ class InstructionSource:
 
     Attributes:
         path: a file or folder of JSON lines, JSON or Parquet, or `hub:dataset[:subset]:split`.
-        weight: share of the contexts of a step, relative to the other sources; None for as many as it has, so that all
-            sources go round equally often.
-        shots: of the items of a task ({"task", "input", "output"}), how many are shown in one context.
-        queries: how many further ones are asked for.
+        weight: share of the contexts of a step, relative to the other sources; None to use its size, so that all
+            sources are repeated equally often.
+        shots: how many items of a task ({"task", "input", "output"}) one context shows.
+        queries: how many further items are asked for.
     """
 
     path: PathText
@@ -49,10 +49,10 @@ def read_source(source: InstructionSource, bad: BadRecords, seed: int = 0) -> li
     Args:
         source: what to read.
         bad: counts what is left out, and the rows of the source.
-        seed: of the order in which the items of a task are put together.
+        seed: of the order in which the items of a task are combined.
 
     Raises:
-        InputError: there is no such file or data set, or no usable record in it.
+        InputError: there is no such file or data set, or it has no usable record.
     """
     by_context: dict[str, list[Any]] = {}
     for record in _records(source, bad, seed):
@@ -66,7 +66,7 @@ def read_source(source: InstructionSource, bad: BadRecords, seed: int = 0) -> li
 def _records(source: InstructionSource, bad: BadRecords, seed: int) -> Iterator[ContextRecord]:
     tasks: dict[str, list[dict[str, Any]]] = {}
     for row in _counted(_rows(source.path, bad), bad):
-        entries = {name: value for name, value in row.entries.items() if value is not None}  # columns have gaps
+        entries = {name: value for name, value in row.entries.items() if value is not None}  # columns may have gaps
         if {"task", "input", "output"} <= entries.keys() and "instruction" not in entries:
             tasks.setdefault(str(entries["task"]), []).append(entries)
             continue
@@ -86,7 +86,7 @@ def _records(source: InstructionSource, bad: BadRecords, seed: int) -> Iterator[
 
 
 def _counted(rows: Iterator[Record], bad: BadRecords) -> Iterator[Record]:
-    """The rows; they and what could not be read as one are counted."""
+    """The rows, counted, as is everything that could not be read as a row."""
     while True:
         before = bad.faults
         row = next(rows, None)
@@ -98,7 +98,7 @@ def _counted(rows: Iterator[Record], bad: BadRecords) -> Iterator[Record]:
 
 
 def _demonstrations(source: InstructionSource, tasks: dict[str, list[dict[str, Any]]], seed: int) -> Iterator[Record]:
-    """The items of each task in a drawn order, cut into examples and queries; a short rest asks for its last item."""
+    """The items of each task in random order, cut into examples and queries; a short rest queries its last item."""
     for task, items in tasks.items():
         Random(f"{seed} {task}").shuffle(items)
         size = source.shots + source.queries
@@ -120,7 +120,7 @@ def _rows(path: str, bad: BadRecords) -> Iterator[Record]:
 
 
 def _json_rows(path: Path, bad: BadRecords) -> Iterator[Record]:
-    """The rows of a JSON file: a list of them (also as its `data`), the paragraphs of SQuAD's form, or one a line."""
+    """The rows of a JSON file: a list (also under `data`), paragraphs in SQuAD's form, or one per line."""
     try:
         with opened(path) as file:
             content = json.loads(decode_user_text(file.read(), path))
@@ -128,7 +128,7 @@ def _json_rows(path: Path, bad: BadRecords) -> Iterator[Record]:
         bad.add(UNREADABLE, f"{path} ({error})")
         return
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # one value is whole, more follow
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # one complete value, then more
             yield from read_records(path, bad)
         else:
             bad.add(NO_JSON, f"{path} ({error})")
@@ -142,7 +142,7 @@ def _json_rows(path: Path, bad: BadRecords) -> Iterator[Record]:
 
 
 def _objects(row: object, place: str, bad: BadRecords) -> Iterator[Record]:
-    """A row, or the paragraphs of one that is an article of SQuAD."""
+    """A row; or, if it is an article of SQuAD, its paragraphs."""
     if not isinstance(row, dict):
         bad.add("row that is no JSON object", place)
     elif isinstance(row.get("paragraphs"), list):
@@ -153,7 +153,7 @@ def _objects(row: object, place: str, bad: BadRecords) -> Iterator[Record]:
 
 
 def source_given(source: InstructionSource, records: Sequence[ContextRecord]) -> dict[str, Any]:
-    """A source as it was read: how, from which files, and what came of it, in JSON types."""
+    """How a source was read, from which files, and with what result, in JSON types."""
     rows = hashlib.sha256()
     for record in records:
         rows.update(json.dumps(asdict(record)).encode() + b"\n")
@@ -168,7 +168,7 @@ def source_given(source: InstructionSource, records: Sequence[ContextRecord]) ->
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, what is different between what two runs were given; their sources stand under `sources`."""
+    """Sentences that say what changed between the data of two runs; their sources are under `sources`."""
     found = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - {"sources"})

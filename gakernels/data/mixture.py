@@ -1,4 +1,4 @@
-"""Several sources as one: segments with their share of every batch, contexts in pools of every source."""
+"""Several sources as one: segments with a fixed share of every batch, contexts in pools drawn from every source."""
 
 import bisect
 import hashlib
@@ -18,17 +18,17 @@ from gakernels.data.order import ShuffledOrder, batch_positions, permuted
 from gakernels.data.segments import SegmentSet
 from gakernels.errors import InputError
 
-BLOCK = 1000  # in as many consecutive positions the shares are exact
+BLOCK = 1000  # the shares are exact in every block of so many positions
 
 
 class JoinedSegments:
-    """Sets of segments one after the other, with documents of their own.
+    """Sets of segments, concatenated; no document belongs to two of them.
 
     Args:
         parts: at least one.
 
     Raises:
-        InputError: their segments differ in length.
+        InputError: the lengths of their segments differ.
     """
 
     def __init__(self, parts: Sequence[SegmentSet]) -> None:
@@ -57,11 +57,11 @@ class JoinedSegments:
 
     @property
     def fingerprint(self) -> str:
-        """Of the parts and their order."""
+        """Fingerprint of the parts and their order."""
         return hashlib.sha256(" ".join(part.fingerprint for part in self.parts).encode()).hexdigest()[:32]
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        """Some of them, (indices, length) int64, on the CPU."""
+        """The segments of these numbers, (indices, length) int64, on the CPU."""
         rows = [torch.empty(0, self.length, dtype=torch.int64)]
         for index in indices:
             part = bisect.bisect_right(self._offsets, index) - 1
@@ -70,17 +70,17 @@ class JoinedSegments:
 
 
 class MixedOrder:
-    """Each part has its share of the steps, whatever its size: a small one is simply seen more often.
+    """Each part gets its share of the steps, whatever its size: a small one is seen more often.
 
-    Of every 1,000 consecutive positions each part takes its weight's share, at places drawn by the seed. Within a part
-    the order is that of `ShuffledOrder`: every segment once before one comes again.
+    Of every 1,000 consecutive positions each part gets its weight's share, at places drawn from the seed. Within a part
+    the order is that of `ShuffledOrder`: every segment once before any is repeated.
 
     Args:
-        counts: segments of each part, as they stand in `JoinedSegments`.
-        weights: positive; they need not sum to one and count to 1/1000 of their sum.
+        counts: segments of each part, in the order of `JoinedSegments`.
+        weights: positive; they need not sum to one, and are rounded to 1/1000 of their sum.
 
     Raises:
-        InputError: a part is empty, or its weight is no positive number of at least 1/2000 of the sum.
+        InputError: a part is empty, or its weight is not positive or below 1/2000 of the sum.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float]) -> None:
@@ -92,7 +92,7 @@ class MixedOrder:
         self._pattern = lru_cache(maxsize=2)(self._block_pattern)
 
     def indices(self, step: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
-        """See `Order`; numbers of `JoinedSegments`."""
+        """See `Order`; the numbers are those of `JoinedSegments`."""
         return [self._index(position, seed) for position in batch_positions(step, batch_size, rank, world)]
 
     def _index(self, position: int, seed: int) -> int:
@@ -101,7 +101,7 @@ class MixedOrder:
         return self._offsets[part] + self._orders[part].index(block * self._shares[part] + earlier, seed)
 
     def _block_pattern(self, block: int, seed: int) -> list[tuple[int, int]]:
-        """For each place of a block: whose turn it is, and how many turns that part had in the block before."""
+        """For each place of a block: its part, and how many earlier places of the block belong to that part."""
         parts = [part for part, share in enumerate(self._shares) for _ in range(share)]
         turns = [0] * len(self._shares)
         pattern = []
@@ -124,7 +124,7 @@ def _block_shares(weights: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Draw:
-    """One context: number of its source, its place there, and how often the source had been gone through before."""
+    """One context: the number of its source, its place there, and how many rounds of the source came before."""
 
     source: int
     index: int
@@ -132,14 +132,14 @@ class Draw:
 
 
 class MixedContexts:
-    """An endless sequence of contexts of several sources, in pools of equal size.
+    """An endless sequence of contexts from several sources, in pools of equal size.
 
-    A pool holds every source by its weight, to the nearest whole number and at least one context; the sources go round
-    on their own, each round in a fresh order.
+    A pool holds contexts of every source by weight, rounded to whole numbers, at least one each; each source repeats on
+    its own, every round in a fresh order.
 
     Args:
         sizes: number of contexts of each source.
-        weights: share of each source, None for its size.
+        weights: share of each source; None to use its size.
         pool: contexts in a pool.
         seed: of the orders.
 
@@ -175,7 +175,7 @@ class MixedContexts:
 
 
 def chosen(count: int, wanted: int, draw: Draw, seed: int) -> list[int]:
-    """Which of the `count` conversations of a context are had this time: later rounds go on where this one ends."""
+    """Which of the `count` conversations of a context are used this time: later rounds continue where this one ends."""
     order = list(range(count))
     Random(f"{seed} conversations {draw.source} {draw.index}").shuffle(order)
     if wanted >= count:
@@ -191,7 +191,7 @@ def _pool_shares(weights: Sequence[float], pool: int) -> tuple[int, ...]:
 
 
 def _rounded(exact: Sequence[float], total: int) -> list[int]:
-    """Numbers with the sum `total` as whole ones with that sum: the largest remainders go up."""
+    """Round numbers with the sum `total` to whole numbers with that sum: the largest remainders go up."""
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda place: shares[place] - exact[place])
     for place in by_remainder[: total - sum(shares)]:

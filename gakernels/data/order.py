@@ -1,6 +1,6 @@
 """Which segments a step takes: a pure function of step, batch size, seed, rank and world size.
 
-So a run that is resumed sees what it would have seen, also with another number of processes.
+So a resumed run sees what it would have seen, even with another number of processes.
 """
 
 import hashlib
@@ -9,14 +9,14 @@ from typing import Protocol
 
 from gakernels.errors import InputError
 
-_ROUNDS = 16  # fewer do not mix five segments well
+_ROUNDS = 16  # fewer do not shuffle five segments well
 
 
 class Order(Protocol):
     """Which segments a step takes."""
 
     def indices(self, step: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
-        """The part of process `rank` of `world` in the batch of a step: consecutive segments of the global batch.
+        """The share of process `rank` of `world` in the batch of a step: consecutive segments of the global batch.
 
         Args:
             step: counted from 0.
@@ -31,7 +31,7 @@ class Order(Protocol):
 
 
 class ShuffledOrder:
-    """All segments once in an epoch, every epoch in a fresh order; a batch may cross the border of two epochs.
+    """All segments once in an epoch, every epoch in a fresh order; a batch may span two epochs.
 
     Args:
         count: how many segments there are.
@@ -56,7 +56,7 @@ class ShuffledOrder:
 
 
 def batch_positions(step: int, batch_size: int, rank: int, world: int) -> range:
-    """Positions, in the sequence of all segments of a run, of the part of a step's batch that a process takes.
+    """The positions, in the sequence of all segments of a run, of a process's share of a step's batch.
 
     Raises:
         InputError: the world size does not divide the batch size.
@@ -69,13 +69,13 @@ def batch_positions(step: int, batch_size: int, rank: int, world: int) -> range:
 
 
 def permuted(place: int, count: int, key: str) -> int:
-    """Where a keyed pseudo-random permutation of 0..count-1 takes a number; needs no table.
+    """The image of a number under a keyed pseudo-random permutation of 0..count-1; needs no table.
 
     A Feistel network over a rectangle of at least `count` cells (Black and Rogaway, Ciphers with arbitrary finite
     domains, 2002): each round moves one coordinate by a keyed hash of the other. A number that leaves the range goes
-    through it again until it is back; as the rectangle is hardly larger than the range, that is rare.
+    through it again until it is back; the rectangle is hardly larger than the range, so this is rare.
     """
-    rows = (math.isqrt(count - 1) + 2) // 2 * 2  # were rows and columns odd, all permutations of the cells were even
+    rows = (math.isqrt(count - 1) + 2) // 2 * 2  # were rows and columns odd, all permutations of cells would be even
     columns = -(-count // rows)
     while True:
         place = _round_trip(place, rows, columns, key)

@@ -238,7 +238,7 @@ class Document:
     facts: tuple[Fact, ...]
 
     def text(self) -> str:
-        """The statements, one after the other."""
+        """The statements in order."""
         return " ".join(fact.statement() for fact in self.facts)
 
     def questions(self) -> list[tuple[str, str]]:

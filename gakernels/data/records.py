@@ -1,4 +1,4 @@
-"""Records of JSON-lines and Parquet files: what each line or row holds, by name."""
+"""Records of JSON-lines and Parquet files: the values of each line or row, by name."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ class Record:
 
     Attributes:
         entries: its values by name.
-        place: where it stands, for messages: file and line or row.
+        place: file and line or row, for messages.
     """
 
     entries: dict[str, Any]
@@ -29,13 +29,13 @@ class Record:
 
 
 def read_records(path: Path, bad: BadRecords, columns: Sequence[str] | None = None) -> Iterator[Record]:
-    """The records of a Parquet file, or of a file of JSON lines, one object a line.
+    """The records of a Parquet file, or of a file of JSON lines, one object per line.
 
     JSON lines are UTF-8, or UTF-16 with a byte order mark; empty lines are allowed.
 
     Args:
-        path: what ends in `.parquet` is read as Parquet, everything else as JSON lines, decompressed by its suffix.
-        bad: counts what is no record, and a file that breaks off.
+        path: `.parquet` is read as Parquet, anything else as JSON lines, decompressed according to its suffix.
+        bad: counts what is not a record, and files that are cut off.
         columns: of a Parquet file, the columns to read; None for all.
 
     Raises:

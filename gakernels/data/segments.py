@@ -27,22 +27,22 @@ class SegmentSet(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens of all segments and of their order."""
+        """Fingerprint of the tokens of all segments and of their order."""
 
     def __len__(self) -> int: ...
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        """Some of them, (indices, length) int64, on the CPU."""
+        """The segments of these numbers, (indices, length) int64, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Segments of a corpus; nothing is read before it is taken.
+    """Segments of a corpus; tokens are read only when they are taken.
 
     Attributes:
         corpus: its tokens.
         length: tokens in a segment.
-        starts: (n,) where in the corpus each begins.
+        starts: (n,) where each begins in the corpus.
         document_ids: (n,) the document of each segment's first token.
     """
 
@@ -55,31 +55,31 @@ class Segments:
         return len(self.starts)
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        """Some of them, (indices, length) int64, on the CPU."""
+        """The segments of these numbers, (indices, length) int64, on the CPU."""
         rows = [self.corpus.read(int(self.starts[index]), self.length) for index in indices]
         return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, self.length, dtype=torch.int64)
 
     def select(self, kept: NDArray[np.bool_]) -> "Segments":
-        """Those for which `kept` (n,) is true."""
+        """The segments for which `kept` (n,) is true."""
         return replace(self, starts=self.starts[kept], document_ids=self.document_ids[kept])
 
     @property
     def dropped(self) -> int:
-        """Tokens of the corpus that are in none of these segments."""
+        """The number of tokens of the corpus that are in none of these segments."""
         return self.corpus.tokens - len(self) * self.length
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens of all segments and of their order."""
+        """Fingerprint of the tokens of all segments and of their order."""
         settings = f"{self.corpus.fingerprint} {self.length}".encode()
         return hashlib.sha256(settings + self.starts.tobytes()).hexdigest()[:32]
 
 
 def packed_segments(corpus: Corpus, length: int) -> Segments:
-    """Segments cut from all documents one after the other, as in the paper; only the rest at the end is left out.
+    """Segments cut from the concatenated documents, as in the paper; only the remainder at the end is left out.
 
     Raises:
-        InputError: there are fewer tokens than one segment, or it has none.
+        InputError: there are fewer tokens than one segment needs, or the length is 0.
     """
     _check_length(length)
     count = corpus.tokens // length
@@ -90,10 +90,10 @@ def packed_segments(corpus: Corpus, length: int) -> Segments:
 
 
 def document_segments(corpus: Corpus, length: int) -> Segments:
-    """Segments that lie within one document; the rest of each document is left out.
+    """Segments that lie within one document; the remainder of each document is left out.
 
     Raises:
-        InputError: no document has as many tokens as one segment, or it has none.
+        InputError: no document has enough tokens for a segment, or the length is 0.
     """
     _check_length(length)
     lengths = np.diff(corpus.offsets)

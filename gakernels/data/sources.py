@@ -1,4 +1,4 @@
-"""Where documents come from, and by what a source is known again."""
+"""Where documents come from, and how a source is recognised."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,20 +21,20 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
 
     @property
     def identity(self) -> str:
-        """What tells this source from others on this machine, whatever it holds at the moment."""
+        """What distinguishes this source from others on this machine, whatever it holds at the moment."""
 
     def documents(self, bad: BadRecords) -> Iterator[Document]:
-        """All documents; what can't be used is counted in `bad`."""
+        """All documents; records that can't be used are counted in `bad`."""
 
     def description(self) -> dict[str, Any]:
-        """What it holds, in JSON types."""
+        """What the source holds, in JSON types."""
 
     def change(self, description: Mapping[str, Any]) -> str | None:
-        """In words, what is different from an earlier `description`; None if nothing is."""
+        """A sentence that says what changed since an earlier `description`; None if nothing did."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FileSource:
 
     @property
     def name(self) -> str:
-        """The path as it was given."""
+        """The path as given."""
         return str(self.path)
 
     @property
@@ -60,17 +60,17 @@ class FileSource:
         return f"{self.path.resolve()} {self.text_key}"
 
     def documents(self, bad: BadRecords) -> Iterator[Document]:
-        """The documents of all files, in the order of the files' names."""
+        """The documents of all files, sorted by file name."""
         for file in find_files(self.path, bad=bad):
             yield from file_documents(file, self.text_key, bad)
 
     def description(self) -> dict[str, Any]:
-        """Names, sizes, times of change and SHA-256 of the files; reads all of them."""
+        """Names, sizes, modification times and SHA-256 of the files; reads all of them."""
         files = [{**described, "sha256": file_sha256(file)} for file, described in self._files()]
         return {"kind": "files", "path": str(self.path), "text_key": self.text_key, "files": files}
 
     def change(self, description: Mapping[str, Any]) -> str | None:
-        """See `Source`. Only files whose time of change is another are read."""
+        """See `Source`. Reads only files whose modification time is different."""
         if (description.get("kind"), description.get("text_key")) != ("files", self.text_key):
             return f"its texts are not the entries {self.text_key!r} of files"
         before = {file["name"]: file for file in description["files"]}
@@ -98,10 +98,10 @@ class HubSource:
     Attributes:
         dataset: its name.
         subset: its configuration, if it has several.
-        split: the part.
+        split: the split.
         text_key: the column that holds the text.
-        revision: commit or tag; without it, a cache keeps what was there when it was written.
-        limit: read that many rows at most.
+        revision: commit or tag; without it, a cache keeps the state of the hub at the time it was written.
+        limit: read at most so many rows.
     """
 
     dataset: str
@@ -126,12 +126,12 @@ class HubSource:
         """The text of each row.
 
         Raises:
-            InputError: the package datasets is not installed, or it can't give the data set.
+            InputError: the package datasets is not installed, or can't load the data set.
         """
         return record_documents(self.rows(), self.text_key, bad)
 
     def description(self) -> dict[str, Any]:
-        """All settings; what the hub holds is known by `revision` alone."""
+        """All settings; only `revision` tells what the hub holds."""
         return {"kind": "hub", **asdict(self)}
 
     def change(self, description: Mapping[str, Any]) -> str | None:
@@ -142,7 +142,7 @@ class HubSource:
         return None
 
     def rows(self) -> Iterator[Record]:
-        """All rows, with all columns. Raises as `documents`."""
+        """All rows, with all columns. Raises: as `documents`."""
         load, errors = _hub_loader()
         try:
             rows = load(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
@@ -154,10 +154,10 @@ class HubSource:
 
 def source_of(text: str, text_key: str = "text") -> Source:
     """The source that a user names: a path, `hub:dataset` (its split `train`), `hub:dataset:split` or
-    `hub:dataset:subset:split`; the data set may have `@` and a revision behind it.
+    `hub:dataset:subset:split`; the data set may be followed by `@` and a revision.
 
     Raises:
-        InputError: a name of the hub is of another form.
+        InputError: a hub name has another form.
     """
     if not text.startswith(HUB):
         return FileSource(Path(text), text_key)
@@ -180,7 +180,7 @@ def _hub_loader() -> tuple[Callable[..., Any], tuple[type[Exception], ...]]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as it lies on the disk."""
+    """SHA-256 of a file as it is on disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""Documents to blocks of token ids, and by what a tokenizer is known again."""
+"""From documents to blocks of token ids, and how a tokenizer is recognised."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.data.documents import Document
 
-_BATCH = 1 << 20  # characters that are handed to the tokenizer at once: its threads share them
+_BATCH = 1 << 20  # characters given to the tokenizer at once, for its threads to share
 _PIECES = 1024
 
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Some tokens of a sequence of documents.
+    """Consecutive tokens of a sequence of documents.
 
     Attributes:
         ids: (n,) int64.
-        starts: where in the block documents begin, at their BOS.
+        starts: where documents begin in the block, at their BOS.
     """
 
     ids: NDArray[np.int64]
@@ -30,9 +30,9 @@ class TokenBlock:
 
 
 def token_blocks(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenBlock]:
-    """All documents as one sequence, each between the tokenizer's BOS and EOS where it has them.
+    """All documents as one sequence, each between the tokenizer's BOS and EOS, if it has them.
 
-    Pieces of a document are tokenised by themselves, about 64K characters each.
+    Pieces of a document, about 64K characters each, are tokenised separately.
     """
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -52,13 +52,13 @@ def token_blocks(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBa
 
 
 def tokenizer_description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Name, vocabulary size and a fingerprint of everything that decides about the tokens of a text; JSON types."""
+    """Name, vocabulary size and a fingerprint of everything that determines the tokens of a text; JSON types."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     else:
         rules = json.loads(backend.to_str())
-        for transient in ("truncation", "padding"):  # left there by the last call
+        for transient in ("truncation", "padding"):  # set by the last call
             rules.pop(transient, None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps([rules, special], sort_keys=True).encode())

@@ -1,7 +1,7 @@
 """Training the demo's base model: a small Llama that learns to read documents about people it has never seen.
 
-Each step has rows of one kind: documents with questions, with more facts as training goes on, or pieces of documents
-and lists of questions as the windows of a generator hold them.
+Each step has rows of one kind: documents with questions, with more facts as training proceeds, or pieces of documents
+and lists of questions, as in the windows of a generator.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ MOST_FACTS = 18
 
 @dataclass
 class Row:
-    """Token ids, and which of them count in which loss."""
+    """Token ids, and the loss in which each counts."""
 
     tokens: list[int]
     answers: list[int] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Row:
         self.tokens += tokens
 
     def add_answer(self, tokens: list[int], known: bool = True) -> None:
-        """Append an answer; if the row doesn't hold the fact, nothing is to be learned from it."""
+        """Append an answer; if the row doesn't contain the fact, nothing is learned from it."""
         places = range(len(self.tokens), len(self.tokens) + len(tokens))
         (self.answers if known else self.unpredictable).extend(places)
         self.tokens += tokens
@@ -42,8 +42,8 @@ class BaseRecipe:
 
     Attributes:
         steps: optimizer steps.
-        tokens_per_step: rows are drawn until they hold about so many tokens.
-        growth: share of the steps at which documents begin to grow from 3 facts, and at which they have 18.
+        tokens_per_step: rows are drawn until they have about so many tokens.
+        growth: shares of the steps at which documents begin to grow from 3 facts, and reach 18.
     """
 
     hidden_size: int = 128
@@ -59,7 +59,7 @@ class BaseRecipe:
 
 
 def build_base(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model. Tied embeddings start at 1/sqrt(d): smaller ones keep the words of a kind together."""
+    """The untrained model. Tied embeddings start at 1/sqrt(d): smaller ones keep words of the same kind alike."""
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -83,7 +83,7 @@ def build_base(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaF
 def base_losses(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe, step: int
 ) -> dict[str, Loss]:
-    """Losses of one step: `language` on running text, `answers` on what the row tells."""
+    """Losses of one step: `language` on running text, `answers` on the facts that the row tells."""
     rng = Random(recipe.seed * 1_000_003 + step)
     tokens, places = _batch(_draw_rows(tokenizer, recipe, step / recipe.steps, rng), tokenizer.pad_token_id)
     hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
@@ -116,7 +116,7 @@ def _facts_at(progress: float, recipe: BaseRecipe) -> int:
 
 
 def _document_row(tokenizer: PreTrainedTokenizerFast, document: Document, rng: Random) -> Row:
-    """A document, then questions about it in any order, some of them as statements once more."""
+    """A document, then questions about it in any order, some of them repeated as statements."""
     row = Row(list(tokenizer(document.text())["input_ids"]))
     facts = list(document.facts)
     rng.shuffle(facts)
@@ -129,7 +129,7 @@ def _document_row(tokenizer: PreTrainedTokenizerFast, document: Document, rng: R
 
 
 def _window_row(tokenizer: PreTrainedTokenizerFast, rng: Random, facts: int) -> Row:
-    """A piece of a document, which may begin anywhere, or questions whose answers nothing tells."""
+    """A piece of a document, which may begin anywhere, or questions that no text answers."""
     document = draw_document(rng, 1, (facts, facts), "train")
     if rng.random() < 0.5:
         tokens = list(tokenizer(document.text())["input_ids"])
@@ -148,7 +148,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def _batch(rows: list[Row], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and, of the same shape, what each token counts as: 0 nothing, 1 language, 2 answer."""
+    """Token ids and, of the same shape, the kind of each token: 0 nothing, 1 language, 2 answer."""
     length = max(len(row.tokens) for row in rows)
     tokens = torch.full((len(rows), length), pad)
     places = torch.zeros((len(rows), length), dtype=torch.long)

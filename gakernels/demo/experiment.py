@@ -1,4 +1,4 @@
-"""The demo's experiment: what a frozen model knows of new documents, closed-book, from its prompt, from an adapter."""
+"""The demo's experiment: a frozen model's knowledge of new documents: closed-book, from its prompt, from an adapter."""
 
 import math
 import resource
@@ -29,10 +29,10 @@ class SizeResult:
     """Accuracies on documents about a number of people.
 
     Attributes:
-        questions: how many were asked in each way.
+        questions: number of questions asked in each way.
         accuracy: by way.
-        any_person_level: accuracy of knowing the values but not whose they are.
-        seconds: by way, for all questions; `contextualise` is the time that making the adapters took.
+        any_person_level: accuracy of a reader that knows the values but not whose they are.
+        seconds: by way, for all questions; `contextualise` is the time for making the adapters.
         examples: one document, and for each of its questions the expected and the given answers.
     """
 
@@ -46,7 +46,7 @@ class SizeResult:
 
 @dataclass
 class DemoResult:
-    """Everything the demo shows."""
+    """Everything that the demo shows."""
 
     by_people: dict[int, SizeResult] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def run(model: GenerativeAdapter, seed: int, questions: int = 200, sizes: Sequen
 
 
 def ask_all_ways(model: GenerativeAdapter, documents: Sequence[Document]) -> SizeResult:
-    """Every question of every document, in each way; `other_adapter` is that of the next document."""
+    """Every question of every document, asked in each way; `other_adapter` is the adapter of the next document."""
     texts = [document.text() for document in documents]
     owner = [number for number, document in enumerate(documents) for _ in document.facts]
     prompts, expected = zip(*[pair for document in documents for pair in document.questions()], strict=True)
@@ -125,7 +125,7 @@ def ask_all_ways(model: GenerativeAdapter, documents: Sequence[Document]) -> Siz
 
 
 def perplexities(model: GenerativeAdapter, texts: Sequence[str]) -> dict[str, float]:
-    """Perplexity of documents, closed-book, with no adapter, with their own and with that of the next document."""
+    """Perplexity of documents, closed-book: without an adapter, with their own, and with that of the next document."""
     adapters = model.adapt(texts)
     choices = {"none": None, "adapter": adapters, "other_adapter": [*adapters[1:], adapters[0]]}
     result = {}
@@ -155,7 +155,7 @@ def document_loss(model: GenerativeAdapter, text: str, adapter: Adapter | None) 
 
 
 def context_bytes(model: GenerativeAdapter, text: str) -> dict[str, int]:
-    """What has to be kept in memory to answer about a document: the key-value cache of the prompt, or the adapter."""
+    """The memory needed to answer about a document: for the key-value cache of the prompt, or for the adapter."""
     config = model.base.config.get_text_config()
     assert model.tokenizer is not None
     tokens = len(encode_text(model.tokenizer, text))

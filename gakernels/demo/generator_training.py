@@ -1,4 +1,4 @@
-"""Training the demo's generator: documents about invented people, questions about them, on windows with adapters."""
+"""Training the demo's generator: documents about invented people, with questions, in windows with adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class GeneratorRecipe:
 
     Attributes:
         steps: optimizer steps.
-        documents: in a step.
-        loss_weights: of the answers, and of the paper's two objectives, which keep the language model whole.
+        documents: documents in a step.
+        loss_weights: of the answers, and of the paper's two objectives, which keep the language model intact.
         growth: share of the steps over which documents grow from 3 facts to 18.
     """
 
@@ -37,7 +37,7 @@ class GeneratorRecipe:
 
 
 def generator_losses(model: GenerativeAdapter, recipe: GeneratorRecipe, step: int) -> dict[str, Loss]:
-    """The losses of a training step; they depend on the recipe and the step alone."""
+    """The losses of a training step; they depend only on the recipe and the step."""
     rng = Random(recipe.seed * 1_000_003 + step)
     assert model.tokenizer is not None
     documents = [_draw(rng, recipe, step / recipe.steps) for _ in range(recipe.documents)]
@@ -60,7 +60,7 @@ def document_windows(
 ) -> WindowBatch:
     """Windows of B documents: T context chunks, T copies of them to reconstruct, and windows full of questions.
 
-    Chunk t is seen with the adapter of the chunks before it, copies and questions with that of the whole document.
+    Chunk t is read with the adapter of the chunks before it, copies and questions with that of the whole document.
     Losses: `completion` on the chunks but the first, `reconstruction` on the copies, `answers` on the answers alone.
     """
     contexts = [split_evenly(tokenizer(document.text())["input_ids"], chunk_size) for document in documents]
@@ -87,7 +87,7 @@ def document_windows(
 def _question_windows(
     document: Document, tokenizer: PreTrainedTokenizerBase, rng: Random, questions: int, per_window: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Windows of questions with their answers, and the places of the answers in each."""
+    """Windows of questions with their answers, and the positions of the answers in each."""
     pairs = document.questions()
     asked = rng.sample(pairs, questions) if len(pairs) >= questions else rng.choices(pairs, k=questions)
     (full_stop,) = tokenizer(".", add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Asking questions in batches, and how many answers are right."""
+"""Asking questions in batches, and counting right answers."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def answer(
     """The greedy answers to prompts, up to the first full stop.
 
     Args:
-        model: the generator with its base model.
+        model: the base model with its generators.
         prompts: texts that end where the answer begins.
         adapters: one for each prompt; None for the base model alone.
         batch_size: prompts answered together.

@@ -11,7 +11,7 @@ PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer: words and punctuation marks, with `<bos>` put in front."""
+    """Builds the tokenizer: words and punctuation marks, with `<bos>` prepended."""
     words = [PAD, BOS, EOS, UNK, *vocabulary()]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)

@@ -1,7 +1,7 @@
 """Make the demo's models: `python -m gakernels.demo.train --output FOLDER`.
 
 Trains the base model, freezes it, trains the generator on it, and writes `base/`, `generator/` and the logs. If it is
-interrupted and started again, it goes on where it stopped.
+interrupted and started again, it resumes.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""What a generator is worth, against the alternatives."""
+"""Evaluation of a generator against the alternatives."""

@@ -1,4 +1,4 @@
-"""Methods with an adapter at hand: the generated one in all its ways, and the controls that belong to it."""
+"""Methods that use an adapter: the generated one in all its forms, and its controls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gakernels.model import GenerativeAdapter
 
 
 class GeneratedAdapter(SimpleMethod):
-    """The context is read at once, in even chunks, and its adapter stands beside the weights."""
+    """The context is read at once, in even chunks, and its adapter is applied next to the weights."""
 
     adapted = True
 
@@ -40,7 +40,7 @@ class StreamedAdapter(SimpleMethod):
 
 
 class MergedAdapter(SimpleMethod):
-    """The adapter is added to the weights for as long as questions about its context are asked."""
+    """The adapter is added to the weights while questions about its context are asked."""
 
     adapted = True
 
@@ -70,7 +70,7 @@ class AdapterWithRetrieval(Retrieval):
 
 
 class OtherAdapter(SimpleMethod):
-    """What an adapter does that knows nothing of this context: it tells what comes from the context and what from the
+    """Uses an adapter that knows nothing of this context: it separates the effect of the context from that of the
     generator's training."""
 
     adapted = True
@@ -104,5 +104,5 @@ class StaticLoraControl(SimpleMethod):
             self._adapter = self.to_base(adapter)
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
-        """The same for all."""
+        """The same adapter for all."""
         return Prepared([self._adapter] * len(cases))

@@ -1,4 +1,4 @@
-"""AnswerLog: answers in JSON-lines files beside the report, so that an interrupted run loses none of them."""
+"""AnswerLog: answers in JSON-lines files next to the report, so that an interrupted run loses none of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Key = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a log: answers that came together, or what preparing took.
+    """A line of a log: answers from one batch, or what preparation took.
 
     Attributes:
-        method: by which method.
-        answers: (case, question, option) and answer.
+        method: name of the method.
+        answers: pairs of (case, question, option) and answer.
         facts: measured numbers and counts.
     """
 
@@ -32,7 +32,7 @@ class Entry:
 
 
 class AnswerLog:
-    """The answers of a run so far: those of all processes, of this call and of calls before it.
+    """The answers of a run so far: from all processes, from this call and earlier ones.
 
     The first process writes to `NAME.answers.jsonl`, process k to `NAME.answers.k.jsonl`, where the report is
     `NAME.json`. The first line of each holds the settings.
@@ -43,7 +43,7 @@ class AnswerLog:
         rank: of this process.
 
     Raises:
-        InputError: there are answers from other settings, or a file that is no such log.
+        InputError: there are answers with other settings, or a file is not such a log.
     """
 
     def __init__(self, report: Path | None, settings: Mapping[str, Any], rank: int = 0) -> None:
@@ -65,11 +65,11 @@ class AnswerLog:
         return {key: answer for entry in self._entries if entry.method == method for key, answer in entry.answers}
 
     def facts(self, method: str) -> list[Mapping[str, Any]]:
-        """What was measured of a method, in the order of the log."""
+        """The measurements of a method, in the order of the log."""
         return [entry.facts for entry in self._entries if entry.method == method]
 
     def add(self, entry: Entry) -> None:
-        """Append a line, and bring it to the disk."""
+        """Append a line and flush it to disk."""
         self._entries.append(entry)
         if self._path is None:
             return
@@ -88,7 +88,7 @@ class AnswerLog:
         return [path for path in (first, *sorted(others)) if path.is_file()]
 
     def _read(self, path: Path) -> Iterator[Entry]:
-        """The entries of a file. A torn line, which an interrupted process left, is cut off: its answers come anew."""
+        """The entries of a file. A torn line of an interrupted process is cut off; its answers are asked for again."""
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if path == self._path and len(whole) < len(content):

@@ -1,6 +1,6 @@
-"""What a context costs by each method: operations to take it in, operations of a question, numbers to keep.
+"""The cost of a context with each method: operations to read it, operations per question, numbers to store.
 
-All from shapes: `flops` has the formulas, docs/evaluation.md what they count and how far the paper's differ.
+All from shapes: `flops` has the formulas; docs/evaluation.md says what they count and how the paper's differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOKEN_ID_BYTES, STATE_BYTES = 4, 4
 
 @dataclass(frozen=True)
 class CostSettings:
-    """What is asked and how, beside the length of the context.
+    """What is asked and how, apart from the length of the context.
 
     Attributes:
         prompt_tokens: tokens of a question with its instruction, without the context.
@@ -48,7 +48,7 @@ class CostSettings:
 
 @dataclass(frozen=True)
 class Storage:
-    """What is kept of a context beside the base model: how many numbers of which kind, and their bytes."""
+    """What is stored for a context in addition to the base model: how many numbers of which kind, and their bytes."""
 
     kind: str
     numbers: int
@@ -61,7 +61,7 @@ class MethodCost:
 
     Attributes:
         method: key of COUNTED_METHODS.
-        contextualization: operations, once for a context.
+        contextualization: operations, once per context.
         query: operations of one question and its answer.
         storage: what is kept between questions.
     """
@@ -101,9 +101,9 @@ def method_cost(
 ) -> MethodCost:
     """The cost of one method for a context of so many tokens.
 
-    A tuned model is trained on the even chunks of the context, as sequences of their own; what a method's training on
-    other data costs, once for all contexts, is not in it. An adapter that is merged is stored as factors; while it is
-    merged, `GenerativeAdapter.merge` also keeps the original weights of the adapted layers.
+    A tuned model is trained on the even chunks of the context, as separate sequences; what a method's training on
+    other data costs, once for all contexts, is not included. A merged adapter is stored as factors; while it is
+    is stored as factors; while it is merged, `GenerativeAdapter.merge` also keeps the original weights of the layers.
 
     Args:
         method: key of COUNTED_METHODS.
@@ -129,7 +129,7 @@ def method_cost(
 def all_costs(
     shape: ModelShape, config: GeneratorConfig, contexts: Iterable[int], settings: CostSettings | None = None
 ) -> dict[int, list[MethodCost]]:
-    """The costs of all methods that the generator has, by length of the context. Raises as `method_cost`."""
+    """The costs of all methods that the generator has, by length of the context. Raises: as `method_cost`."""
     methods = [method for method in COUNTED_METHODS if method != "adapter_compact" or config.norm != "frobenius"]
     return {context: [method_cost(name, shape, config, context, settings) for name in methods] for context in contexts}
 
@@ -145,7 +145,7 @@ def _contextualization(
             return flops.full_training_pass(shape, length) * (sequences * settings.epochs)
         return flops.lora_training_pass(shape, config, length) * (sequences * settings.epochs)
     if not method.startswith("adapter"):
-        return Flops()  # what training a static LoRA cost, once for all contexts, is not in it
+        return Flops()  # what training a static LoRA cost, once for all contexts, is not included
     normed = flops.context_states(shape, config, context) + flops.norm(shape, config)
     if method == "adapter_compact":
         return normed
@@ -211,7 +211,7 @@ def compact_numbers(shape: ModelShape, config: GeneratorConfig) -> int:
 
 
 def stream_state(shape: ModelShape, config: GeneratorConfig) -> Storage:
-    """What a context that is to be read on needs, whatever its length: S_t of all adapted layers, d_r^2 each."""
+    """What a context needs to be extended later, whatever its length: S_t of all adapted layers, d_r^2 each."""
     sites = len(flops.adapted_layers(shape, config)) * len(flops.adapted_linears(shape, config))
     numbers = sites * config.state_size**2
     return Storage("states", numbers, STATE_BYTES * numbers)

@@ -27,7 +27,7 @@ class Question:
         text: what is asked; the input of a task, or the conversation so far.
         answers: gold answers, at least one.
         options: answers to choose from; empty where the answer is free.
-        id: as the data set names it.
+        id: its name in the data set.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """A text to take in, and what is asked about it afterwards.
+    """A text to read, and the questions asked about it afterwards.
 
     Attributes:
         text: the context.
@@ -53,14 +53,14 @@ class EvaluationContext:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as it was read: its contexts, at least one, and the records that were left out."""
+    """A data set as read: its contexts, at least one, and the records that were left out."""
 
     contexts: tuple[EvaluationContext, ...]
     skipped: BadRecords = field(default_factory=BadRecords)
 
     @property
     def questions(self) -> tuple[Question, ...]:
-        """Those of all contexts."""
+        """The questions of all contexts."""
         return tuple(question for context in self.contexts for question in context.questions)
 
 
@@ -68,11 +68,11 @@ Contexts = Iterator[EvaluationContext]
 Turns = Sequence[tuple[str, str]]  # a conversation: speaker and text of each turn
 
 
-# What the readers share
+# Shared by the readers
 
 
 def _dataset(path: Path, contexts: Iterable[EvaluationContext], skipped: BadRecords) -> Dataset:
-    """What a reader returns; InputError where nothing is left of the file."""
+    """What a reader returns; InputError if nothing is left of the file."""
     read = tuple(contexts)
     if not read:
         raise InputError(f"{path} has no context with a question and an answer{because(skipped)}")
@@ -80,7 +80,7 @@ def _dataset(path: Path, contexts: Iterable[EvaluationContext], skipped: BadReco
 
 
 def because(skipped: BadRecords) -> str:
-    """What was left out, as the end of a message."""
+    """What was left out, worded as the end of a message."""
     return f": {skipped}" if skipped.total else ""
 
 
@@ -94,7 +94,7 @@ def _json(path: Path) -> Any:
 
 
 def json_lines(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Number and object of each line that is not empty; None for a line that is no JSON object."""
+    """Number and object of each line that is not empty; None for a line that is not a JSON object."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -115,10 +115,10 @@ def _json_objects(path: Path, skipped: BadRecords) -> Iterator[tuple[str, dict[s
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file with its columns by name, each with the line that it ends on; a short row has empty ends.
+    """The rows of a CSV file by column name, each with the line that it ends on; short rows get empty cells.
 
     Raises:
-        InputError: as `read_user_text`; a column is missing, or it is no CSV.
+        InputError: as `read_user_text`; a column is missing, or it is not CSV.
     """
     reader = csv.DictReader(io.StringIO(read_user_text(path), newline=""), strict=True, restval="")
     try:
@@ -132,7 +132,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
 
 
 def text_of(value: object) -> str:
-    """A text without space around it; empty for anything that is no text."""
+    """A stripped text; empty for anything that is not a text."""
     return value.strip() if isinstance(value, str) else ""
 
 
@@ -146,7 +146,7 @@ def dict_of(value: object) -> dict[str, Any]:
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """The texts of a list that are not empty."""
+    """The non-empty texts of a list."""
     return tuple(filter(None, map(text_of, _list(value))))
 
 
@@ -172,13 +172,13 @@ def _questions(
 
 
 def read_documents(name: str) -> Dataset:
-    """Documents with questions, in the form that the file has: SQuAD's, StreamingQA's or flat rows.
+    """Documents with questions, in the form of the file: SQuAD's, StreamingQA's or flat rows.
 
     Args:
         name: a file, or a data set of the hub as for `read_flat_qa`.
 
     Raises:
-        InputError: as the reader of that form.
+        InputError: see the reader of that form.
     """
     path = Path(name)
     if not name.startswith(HUB) and kind_of(path) in (".json", ".csv"):
@@ -198,7 +198,7 @@ def read_squad(path: Path) -> Dataset:
     questions without text or answers.
 
     Raises:
-        InputError: there is no such file, it is no JSON of this form, or nothing is left of it.
+        InputError: there is no such file, it is not JSON of this form, or nothing is left of it.
     """
     content = _json(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
@@ -231,13 +231,13 @@ STREAMING_QA_COLUMNS = ("text", "question", "answers")
 def read_streaming_qa(path: Path) -> Dataset:
     """The articles of a StreamingQA file, each as a context with one question.
 
-    Schema: CSV with the columns `text` (the article), `question` and `answers` (with backslashes between them); others
+    Schema: CSV with the columns `text` (the article), `question` and `answers` (separated by backslashes); others
     are ignored. StreamingQA itself has questions without their articles, which come from the WMT news crawls; this is
-    the form in which both are joined, and which the authors' code reads. Rows about the same article become one context
+    the form that joins both, and that the authors' code reads. Rows about the same article become one context
     in `scenarios.group_contexts`. Left out and counted: rows without text, question or answers.
 
     Raises:
-        InputError: there is no such file, a column is missing, it is no CSV, or nothing is left.
+        InputError: there is no such file, a column is missing, it is not CSV, or nothing is left.
     """
     skipped = BadRecords()
     return _dataset(path, _streaming_qa_rows(path, skipped), skipped)
@@ -258,17 +258,17 @@ FLAT_QA_COLUMNS = ("context", "question")
 
 
 def read_flat_qa(name: str) -> Dataset:
-    """The contexts of flat rows `{context, question, answer}`, each with all its questions.
+    """The contexts of flat rows `{context, question, answer}`, with all questions of each.
 
     `answers` may stand for `answer`; either is a text, a number, a list of them, or SQuAD's `{"text": [...]}`. Other
     entries are ignored. Left out and counted: rows without a context, a question or an answer.
 
     Args:
-        name: a file of JSON (a list of rows), JSON lines, Parquet (both also compressed) or CSV, by its ending, or
+        name: a file of JSON (a list of rows), JSON lines, Parquet (both also compressed) or CSV, by its suffix, or
             `hub:` and the name of a data set, as `hub:owner/name:split`.
 
     Raises:
-        InputError: there is no such file, it is not of the form that its ending says, or nothing is left.
+        InputError: there is no such file, it does not have the form of its suffix, or nothing is left.
     """
     by_context: dict[str, list[Question]] = {}
     skipped = BadRecords()
@@ -293,7 +293,7 @@ def flat_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _flat_rows(name: str, skipped: BadRecords) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Place and entries of each row."""
+    """The place and the entries of each row."""
     if name.startswith(HUB):
         hub = source_of(name)
         assert isinstance(hub, HubSource)
@@ -326,7 +326,7 @@ def _json_rows(path: Path, skipped: BadRecords) -> Iterator[tuple[str, dict[str,
 
 
 def conversation(turns: Turns) -> str:
-    """Turns, one a line."""
+    """Turns, one per line."""
     return "\n".join(f"{speaker}: {text}" for speaker, text in turns)
 
 
@@ -340,7 +340,7 @@ def _response_questions(turns: Turns, name: str) -> tuple[Question, ...]:
 
 
 def _recall_questions(personas: Iterable[tuple[str, Sequence[str]]], name: str) -> tuple[Question, ...]:
-    """What is known of each speaker; the gold answer is all sentences of the persona together."""
+    """Asks what is known of each speaker; the gold answer is all sentences of the persona together."""
     return tuple(
         Question(f"What is known about {speaker}?", (" ".join(sentences),), id=f"{name}/{speaker}")
         for speaker, sentences in personas
@@ -360,16 +360,16 @@ MSC_SPEAKERS = ("Speaker 1", "Speaker 2")
 def read_msc(path: Path, questions: str = "self_instruct") -> Dataset:
     """The conversations of Multi-Session Chat as ParlAI ships it, and of MSC-Self-Instruct, which adds a question.
 
-    Schema, a line: `{"previous_dialogs": [{"dialog": [{"text": str}]}], "dialog": [{"text": str, "id": str}],
-    "personas": [[str], [str]], "self_instruct": {"B": str, "A": str}}`; turns without an `id` belong to Speaker 1 and
-    Speaker 2 in turn. Left out and counted: lines that are no JSON object, without earlier sessions, or without what
-    the questions need.
+    Schema of a line: `{"previous_dialogs": [{"dialog": [{"text": str}]}], "dialog": [{"text": str, "id": str}],
+    "personas": [[str], [str]], "self_instruct": {"B": str, "A": str}}`; turns without an `id` belong alternately to
+    Speaker 1 and Speaker 2. Left out and counted: lines that are not JSON objects, without earlier sessions, or without
+    what the questions need.
 
     Args:
         path: the file.
         questions: `self_instruct`: question B with answer A about all sessions (MemGPT's deep memory retrieval; the
             paper's protocol); `response`: each turn of the last session, after the earlier ones; `recall`: the personas
-            that annotators summed up, after the earlier sessions.
+            that annotators wrote as summaries, after the earlier sessions.
 
     Raises:
         InputError: there is no such file or kind of question, or nothing is left of the file.
@@ -394,7 +394,7 @@ def _msc_conversations(path: Path, questions: str, skipped: BadRecords) -> Conte
 
 
 def _msc_turns(session: Any) -> Turns:
-    """The turns of a session that are not empty."""
+    """The non-empty turns of a session."""
     spoken = [
         (text_of(turn.get("id")) or MSC_SPEAKERS[n % 2], text_of(turn.get("text")))
         for n, turn in enumerate(_list(dict_of(session).get("dialog")))
@@ -420,8 +420,8 @@ PERSONA_CHAT_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Co
 def read_persona_chat(path: Path, questions: str = "recall") -> Dataset:
     """The conversations of a Synthetic-Persona-Chat file.
 
-    Schema: CSV with the columns `user 1 personas` and `user 2 personas` (a sentence a line) and `Best Generated
-    Conversation` (lines that begin with "User 1:" or "User 2:"; others go on with the turn before them). Left out and
+    Schema: CSV with the columns `user 1 personas` and `user 2 personas` (one sentence per line) and `Best Generated
+    Conversation` (lines that begin with "User 1:" or "User 2:"; others continue the turn before them). Left out and
     counted: rows without a conversation or without personas.
 
     Args:
@@ -430,7 +430,7 @@ def read_persona_chat(path: Path, questions: str = "recall") -> Dataset:
             is both personas, and each turn of the conversation is asked for.
 
     Raises:
-        InputError: there is no such file or kind of question, a column is missing, it is no CSV, or nothing is left.
+        InputError: there is no such file or kind of question, a column is missing, it is not CSV, or nothing is left.
     """
     _check_questions(questions, PERSONA_CHAT_QUESTIONS)
     skipped = BadRecords()
@@ -473,11 +473,11 @@ def read_locomo(path: Path) -> Dataset:
     """The conversations of a LoCoMo file, over many sessions, with their questions.
 
     Schema: `[{"sample_id", "conversation": {"session_1_date_time": str, "session_1": [{"speaker", "text"}], ...}, "qa":
-    [{"question", "answer"}]}]`. The date of a session stands above it. Left out and counted: entries without sessions
+    [{"question", "answer"}]}]`. Each session follows its date. Left out and counted: entries without sessions
     or questions, questions without text or answer (LoCoMo's adversarial ones have none).
 
     Raises:
-        InputError: there is no such file, it is no JSON of this form, or nothing is left of it.
+        InputError: there is no such file, it is not JSON of this form, or nothing is left of it.
     """
     content = _json(path)
     if not isinstance(content, list):
@@ -497,7 +497,7 @@ def _locomo_conversations(entries: list[Any], path: Path, skipped: BadRecords) -
 
 
 def _locomo_sessions(sessions: dict[str, Any]) -> str:
-    """The sessions in the order of their numbers, with empty lines between them."""
+    """The sessions in the order of their numbers, separated by empty lines."""
     found = {int(match[1]): turns for name, turns in sessions.items() if (match := _LOCOMO_SESSION.fullmatch(name))}
     texts = []
     for number in sorted(found):
@@ -521,7 +521,7 @@ class Task:
 
     Attributes:
         name: of the task.
-        items: each with one gold answer, and with options where the task has them.
+        items: each with one gold answer, and with options if the task has them.
         skipped: what was left out.
     """
 
@@ -550,8 +550,8 @@ def task_file(folder: Path, task: str, split: str, seed: int, shots: int = 16) -
 def read_task(path: Path) -> Task:
     """The items of a MetaICL task file.
 
-    Schema, a line: `{"task": str, "input": str, "output": str, "options": [str]}`; task and options may be missing.
-    Left out and counted: lines that are no JSON object, without input or output, or whose output is not an option.
+    Schema of a line: `{"task": str, "input": str, "output": str, "options": [str]}`; task and options may be missing.
+    Left out and counted: lines that are not JSON objects, without input or output, or whose output is not an option.
 
     Raises:
         InputError: there is no such file, nothing is left of it, or it mixes tasks.

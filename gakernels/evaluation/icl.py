@@ -1,4 +1,4 @@
-"""Scenario: in-context learning from demonstrations, and further items of the task (section 4.2 of the paper)."""
+"""Scenario: in-context learning from demonstrations, then further items of the task (section 4.2 of the paper)."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class TaskData:
     """A task for one seed.
 
     Attributes:
-        train: the items that demonstrations are drawn from.
-        test: the items that are asked.
-        seed: of the draw; MetaICL has a training file for each.
+        train: the items from which demonstrations are drawn.
+        test: the items to answer.
+        seed: of the draw; MetaICL has a training file for each seed.
         validation: items to stop few-shot tuning early.
     """
 
@@ -82,11 +82,11 @@ def icl(
     """The scenario.
 
     Args:
-        tasks: with the seeds of each.
+        tasks: the tasks, with all seeds of each.
         shots: numbers of demonstrations.
-        protocol: `official`: all items, labels equal but for space; `released`: the first max(16, n / 10), and equal
-            but for case.
-        settings: how items are asked; its limit is one of items, for each task, number of shots and seed.
+        protocol: `official`: all items, labels compared up to space; `released`: the first max(16, n / 10), ignoring
+            case as well.
+        settings: how items are asked; the limit is a number of items for each task, number of shots and seed.
 
     Raises:
         InputError: there are fewer items than shots, or no such protocol or style.
@@ -96,7 +96,7 @@ def icl(
     style, adapted_style = styles["style"], styles["adapted_style"]
     if not tasks:
         raise InputError("tasks must be at least one task, but there is none")
-    # With the number of shots and the seed outside, the cases of one draw stand together, a task each.
+    # With the number of shots and the seed in the outer loops, the cases of one draw follow each other, one per task.
     cases: list[EvaluationCase] = []
     for count in dict.fromkeys(shots):
         for seed in dict.fromkeys(task.seed for task in tasks):
@@ -169,7 +169,7 @@ def _scored(items: Sequence[Question], protocol: str) -> tuple[Question, ...]:
 def _requests(
     number: int, place: int, item: str, options: Sequence[str], style: str, adapted_style: str
 ) -> list[EvaluationRequest]:
-    """One to generate a label, and one for each option to rank them."""
+    """One request that generates a label, and one per option to rank them."""
     generated = EvaluationRequest(
         number,
         place,
@@ -181,7 +181,7 @@ def _requests(
 
 
 def _measure(scenario: Scenario, answers: Answers) -> Measurements:
-    """For every kind of task and number of shots a sample a task, the mean over its seeds; and each task by itself."""
+    """Per kind of task and number of shots, one sample per task (the mean over its seeds); and each task alone."""
     scores: dict[tuple[str, int, str, str], dict[int, float]] = {}
     for number, case in enumerate(scenario.cases):
         cell = dict(case.cell)
@@ -200,7 +200,7 @@ def _measure(scenario: Scenario, answers: Answers) -> Measurements:
 
 
 def _case_scores(case: EvaluationCase, number: int, answers: Answers, protocol: str) -> dict[str, float]:
-    """Of one draw of one task: the share of generated labels that match, and the ranking's accuracy or macro-F1."""
+    """For one draw of one task: the share of generated labels that match, and the ranking's accuracy or macro-F1."""
     matches, chosen, gold = [], [], []
     for place, question in enumerate(case.context.questions):
         if (number, place, -1) not in answers:

@@ -23,9 +23,9 @@ class Measured:
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Measured]:
-    """Measure a block: on a GPU its memory as PyTorch allocates it, elsewhere the process's resident memory.
+    """Measure a block: on a GPU the memory that PyTorch allocates, elsewhere the resident memory of the process.
 
-    Where the peak can't be started anew (it can on Linux), it is the peak of the process so far.
+    If the peak can't be reset (it can on Linux), it is the peak of the process so far.
     """
     result = Measured()
     _synchronize(device)
@@ -48,8 +48,8 @@ def _start_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with suppress(OSError):  # where /proc can't be written
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM back to VmRSS
+        with suppress(OSError):  # if /proc can't be written
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM to VmRSS
 
 
 def _peak(device: torch.device) -> int:

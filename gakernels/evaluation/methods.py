@@ -1,4 +1,4 @@
-"""Methods: ways of making a context known to a model; here what all have in common, and those that only write prompts.
+"""Methods: ways of telling a model a context; here what all share, and those that only write prompts.
 
 A context is prepared, and then requests about it are put to a model.
 """
@@ -29,10 +29,10 @@ class MethodSettings:
 
     Attributes:
         passages: how many passages retrieval puts in front of a question.
-        passage_words: their length.
+        passage_words: words in a passage.
         static_lora: file of the trained static LoRA, for the control of that name.
-        learning_rate: of all fine-tuning; None for what docs/evaluation.md names.
-        epochs: of all fine-tuning, at most; None for what docs/evaluation.md names.
+        learning_rate: of all fine-tuning; None for that of docs/evaluation.md.
+        epochs: of all fine-tuning, at most; None for those of docs/evaluation.md.
         seed: of the order of training examples and of a LoRA's start.
         batch_tokens: most tokens read in one pass over contexts.
         chat: whether questions are a user's messages, in the tokenizer's chat template.
@@ -53,11 +53,11 @@ class Prepared:
     """What a method made of some cases.
 
     Attributes:
-        adapters: of each of them; None for the model as it is.
-        in_front: the text in front of a prompt, from the number of the case among them and the query; None for none.
-        weights: puts the weights for one of them in force while a block runs; None: the base model's own.
-        separate: whether requests of different cases don't share a batch: each case has weights of its own, or its
-            requests have much in common at their start, which is then read once.
+        adapters: of each case; None for the base model alone.
+        in_front: from the number of a case in the list and a query to the text in front of the prompt; None for none.
+        weights: puts the weights of a case in place while a block runs; None for the base model's own.
+        separate: whether requests of different cases must not share a batch: each case has its own weights, or its
+            requests have a long common start, which is then read once.
     """
 
     adapters: Sequence[Adapter | None]
@@ -67,7 +67,7 @@ class Prepared:
 
 
 class Method(Protocol):
-    """A way of making a context known to a model.
+    """A way of telling a model a context.
 
     Attributes:
         adapted: whether it is asked as an adapted model is (the scenario's `adapted_prompt`).
@@ -76,13 +76,13 @@ class Method(Protocol):
     adapted: bool
 
     def missing(self, case: EvaluationCase) -> str | None:
-        """Why a case can't be asked with this method; None if it can."""
+        """Why this method can't answer a case; None if it can."""
 
     def fit(self) -> None:
-        """What is done once for all contexts: training on other data."""
+        """Done once for all contexts: training on other data."""
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
-        """Take in the contexts of some cases."""
+        """Read the contexts of some cases."""
 
 
 class SimpleMethod:
@@ -101,7 +101,7 @@ class SimpleMethod:
         """Nothing to do."""
 
     def to_base(self, adapter: Adapter) -> Adapter:
-        """The adapter where the base model is and in its dtype, so that this is done once and not for each batch."""
+        """The adapter on the device and in the dtype of the base model: converted once, not for each batch."""
         return adapter.to(self.model.device, self.model.base.dtype)
 
     def adapt(self, texts: Sequence[str]) -> list[Adapter]:
@@ -116,7 +116,7 @@ class SimpleMethod:
         return [made[text] for text in texts]
 
     def _passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Contexts of like lengths together; a pass reads at most 8 chunks of each."""
+        """Contexts of similar length together; a pass reads at most 8 chunks of each."""
         numbers: list[int] = []
         for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
             longest = min(lengths[(numbers or [number])[0]], 8 * self.model.config.chunk_size)
@@ -136,20 +136,20 @@ class ClosedBook(SimpleMethod):
 
 
 class FullPrompt(SimpleMethod):
-    """The context stands in front of every question; of what the model can't read at once, the last part is kept, as in
+    """The context is put before every question; if the model can't read all of it at once, the last part is kept, as in
     the paper (section 4.1)."""
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
-        """Keeps the texts; questions of a context are asked together, so that it is read once for all of them."""
+        """Keep the texts; questions about a context are asked together, so that it is read once for all of them."""
         return Prepared([None] * len(cases), lambda number, query: cases[number].context.text, separate=True)
 
 
 class PassageSearch:
-    """Ranks passages by the words that they share with a query: BM25 with k1 1.5 and b 0.75, through bm25s.
+    """Ranks passages by the words they share with a query: BM25 with k1 1.5 and b 0.75, through bm25s.
 
     The score of a passage is the sum over the query's words of ln(1 + (N - n + 0.5) / (n + 0.5)) f (k1 + 1) / (f + k1
     (1 - b + b l / mean l)), with N passages, n of which have the word, f times in this one of l words. Words are runs
-    of letters, digits and underscores, without regard to case; none is left out or cut to its stem.
+    of letters, digits and underscores, ignoring case; there are no stop words and no stemming.
 
     Args:
         texts: the passages, at least one.
@@ -161,23 +161,23 @@ class PassageSearch:
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
         self._index = _bm25s().BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")
-        with np.errstate(invalid="ignore"):  # 0 / 0 where no passage has a word
+        with np.errstate(invalid="ignore"):  # 0 / 0 if no passage has a word
             self._index.index([_words(text) for text in texts], create_empty_token=False, show_progress=False)
 
     def scores(self, query: str) -> list[float]:
-        """Of every passage."""
+        """The score of every passage."""
         known = self._index.get_tokens_ids(_words(query))
         return self._index.get_scores_from_ids(known).tolist() if known else [0.0] * len(self._texts)
 
     def best(self, query: str, count: int = 1) -> list[str]:
-        """The best passages, in the order in which they stand in the text; the first of equals."""
+        """The best passages, in the order of the text; the earlier one of equals."""
         scores = self.scores(query)
         ranked = sorted(range(len(scores)), key=lambda number: (-scores[number], number))[:count]
         return [self._texts[number] for number in sorted(ranked)]
 
 
 def passages(text: str, words: int = 100) -> list[str]:
-    """A text in pieces of so many words, the last one shorter; space between words becomes a single one."""
+    """A text in pieces of so many words, the last one shorter; white space becomes a single space."""
     split = text.split()
     return [" ".join(split[start : start + words]) for start in range(0, len(split), words)]
 
@@ -195,7 +195,7 @@ def _bm25s() -> Any:
 
 
 class Retrieval(SimpleMethod):
-    """BM25 over passages of 100 words; the best ones stand in front of the question, in the order of the text.
+    """BM25 over passages of 100 words; the best ones are put before the question, in the order of the text.
 
     Raises:
         InputError: bm25s is not installed.
@@ -210,7 +210,7 @@ class Retrieval(SimpleMethod):
         return Prepared([None] * len(cases), self.retriever(cases))
 
     def retriever(self, cases: Sequence[EvaluationCase]) -> Callable[[int, str], str]:
-        """Finds the text for a query, by the number of the case among these."""
+        """A function from the number of a case in this list and a query to the retrieved text."""
         indexes = {
             text: PassageSearch(passages(text, self.settings.passage_words))
             for text in dict.fromkeys(case.context.text for case in cases)

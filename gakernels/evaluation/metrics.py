@@ -1,6 +1,6 @@
 """Scores of answers: SQuAD's F1 and exact match, accuracy, macro-F1, the choice among options (docs/evaluation.md).
 
-Samples of a method become its score, or a comparison of two methods, with intervals over contexts.
+The samples of a method give its score, those of two methods a comparison, with intervals over contexts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gakernels.bootstrap import interval
 from gakernels.errors import InputError
 
 PROTOCOLS = ("official", "released")
-PERPLEXITY = "perplexity"  # metrics whose name ends so are e to the power of the mean
-_LARGEST = 700.0  # e^700 is about the largest number there is
+PERPLEXITY = "perplexity"  # metrics with this ending are e to the power of the mean
+_LARGEST = 700.0  # e^700 is about the largest float64
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -27,13 +27,13 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Score:
-    """A mean, or a statistic like one, with its uncertainty.
+    """A mean, or a similar statistic, with its uncertainty.
 
     Attributes:
         value: between 0 and 1.
-        low, high: 95% bootstrap interval, resampling contexts; of no width where there is only one context.
+        low, high: 95% bootstrap interval, resampling contexts; of zero width if there is only one context.
         count: number of questions.
-        contexts: number of contexts they are about.
+        contexts: number of contexts that they are about.
     """
 
     value: float
@@ -51,7 +51,7 @@ class Score:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single spaces: as SQuAD's evaluation script (v1.1) does."""
+    """Lower case, no ASCII punctuation, no articles, single spaces: as in SQuAD's evaluation script (v1.1)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
@@ -61,11 +61,11 @@ def answer_f1(prediction: str, answers: Sequence[str], protocol: str = "official
     Args:
         prediction: the model's answer.
         answers: gold answers, at least one.
-        protocol: `official`: the best over all gold answers; `released`: against one of them (`released_answer`), and 0
-            where prediction or answer consists of punctuation only.
+        protocol: `official`: the best over all gold answers; `released`: over one of them (`released_answer`), and 0
+            if prediction or answer consists of punctuation only.
 
     Raises:
-        InputError: there is no gold answer or no such protocol.
+        InputError: there is no gold answer, or no such protocol.
     """
     if _is_blank_for_released(prediction, answers, protocol):
         return 0.0
@@ -92,8 +92,8 @@ def label_match(prediction: str, answer: str, protocol: str = "official") -> flo
     Args:
         prediction: the model's answer.
         answer: the gold label.
-        protocol: `official` (MetaICL): equal but for space around them; `released`: also but for case, and after
-            taking every "Output:" out of the prediction.
+        protocol: `official` (MetaICL): equal up to surrounding space; `released`: ignoring case as well, after
+            removing every "Output:" from the prediction.
 
     Raises:
         InputError: there is no such protocol.
@@ -105,14 +105,14 @@ def label_match(prediction: str, answer: str, protocol: str = "official") -> flo
 
 
 def best_option(losses: Sequence[float], tokens: Sequence[int]) -> int:
-    """Which option the model likes best: the one with the least loss per token, the first of equals (as MetaICL does).
+    """The option that the model prefers: the least loss per token, the first of equals (as in MetaICL).
 
     Args:
         losses: summed negative log-likelihood of each option, in nats.
         tokens: number of tokens of each, at least 1.
 
     Raises:
-        InputError: there is no option, the numbers differ, or an option has no token.
+        InputError: there is no option, the lengths differ, or an option has no token.
     """
     if not losses or len(losses) != len(tokens) or min(tokens) < 1:
         raise InputError(
@@ -172,10 +172,10 @@ def macro_f1(predictions: Sequence[str], answers: Sequence[str], gold_labels_onl
 
 @dataclass(frozen=True)
 class Sample:
-    """What one question (or window, or task) adds to a metric, which is the sum of totals over that of weights.
+    """What one question (or window, or task) adds to a metric: the sum of totals over the sum of weights.
 
     Attributes:
-        context: number of the context it is about, which is what is resampled.
+        context: number of its context; contexts are resampled.
         total: a score, or a loss in nats.
         weight: 1, or the number of tokens.
     """
@@ -190,11 +190,11 @@ Samples = Mapping[Hashable, Sample]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against another on the same questions, paired, with its 95% bootstrap interval.
+    """One method compared with another on the same questions, paired, with the 95% bootstrap interval.
 
     Attributes:
-        value: difference of the scores; of perplexities their ratio.
-        low, high: the interval; of no width where there is only one context.
+        value: difference of the scores; for perplexities, their ratio.
+        low, high: the interval; of zero width if there is only one context.
     """
 
     value: float
@@ -203,7 +203,7 @@ class Comparison:
 
 
 def score(metric: str, samples: Samples) -> Score:
-    """The value of a metric from at least one sample."""
+    """The value of a metric over at least one sample."""
     sums = _sums([list(samples.values())])
 
     def statistic(total: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ def score(metric: str, samples: Samples) -> Score:
 
 
 def compare(metric: str, first: Samples, second: Samples) -> Comparison | None:
-    """First minus second (of perplexities: first over second) on what both have; None where that is nothing."""
+    """First minus second (for perplexities, first over second) on the samples of both; None if they share none."""
     common = [key for key in first if key in second]
     if not common:
         return None
@@ -235,7 +235,7 @@ def _value(metric: str, total: Tensor) -> Tensor:
 
 
 def _sums(parts: Sequence[Sequence[Sample]]) -> Tensor:
-    """(contexts, 2 a part): the totals and weights of each part, by context."""
+    """(contexts, 2 per part): the totals and weights of each part, by context."""
     order, rows = torch.unique(torch.tensor([sample.context for sample in parts[0]]), return_inverse=True)
     columns = [[getattr(sample, name) for sample in part] for part in parts for name in ("total", "weight")]
     values = torch.tensor(columns, dtype=torch.float64).mT

@@ -1,6 +1,6 @@
-"""What the paper reports: F1 of its tables 1 and 5, perplexities of table 2, by the names of our methods.
+"""What the paper reports: F1 of tables 1 and 5, perplexities of table 2, under the names of our methods.
 
-The costs of table 1 stand beside the same quantities from this library's formulas (docs/evaluation.md).
+The costs of table 1 are listed next to the same quantities from this library's formulas (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class DocumentQuestions:
     """Part of table 5 (and figure 2): F1 in percent.
 
     Attributes:
-        model, data: as the paper names them.
+        model, data: under the paper's names.
         closed_book: zero-shot prompting.
-        sft_full, cpt_full: supervised fine-tuning; continual pretraining, then that.
+        sft_full, cpt_full: supervised fine-tuning; continual pretraining, then supervised fine-tuning.
         prompt, adapter: by length of the context, `LENGTHS`.
     """
 
@@ -35,7 +35,7 @@ class DocumentQuestions:
     adapter: tuple[float, ...]
 
     def values(self, length: int) -> dict[str, float]:
-        """By method, for a length of the paper."""
+        """The values by method, for one of the paper's lengths."""
         place = LENGTHS.index(length)
         constant = {name: getattr(self, name) for name in ("closed_book", "sft_full", "cpt_full")}
         return {**constant, "prompt": self.prompt[place], "adapter": self.adapter[place]}
@@ -92,7 +92,7 @@ METAICL_ACCURACY = 44.9  # the abstract's average of the 26 tasks with the gener
 # The costs of table 1
 
 QUERY_TOKENS = 71  # the only whole number that gives the closed-book row
-CONVERSATION_TOKENS = 2352  # then the only one that gives the row of prompting; the paper says 2.5K on average
+CONVERSATION_TOKENS = 2352  # with it, the only one that gives the row of prompting; the paper says 2.5K on average
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ TABLE_1 = (
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of Table 1 with what this library computes for it.
+    """A row of Table 1 with what this library computes.
 
     Attributes:
         paper: the paper's values.
         estimate: tera-operations by the released estimate.
-        operations: tera-operations of `QUERY_TOKENS` tokens by our formulas, with the keys and values (or the adapter,
-            beside the weights) of the context at hand.
-        mega_floats: extra storage in 2^20 numbers.
+        operations: tera-operations of `QUERY_TOKENS` tokens by our formulas, given the keys and values (or the adapter,
+            next to the weights) of the context.
+        mega_floats: extra storage in units of 2^20 numbers.
     """
 
     paper: PaperRow
@@ -161,10 +161,10 @@ def table_1() -> list[TableRow]:
 
 
 def released_estimate(shape: ModelShape, context: int, tokens: int) -> int:
-    """The count of the authors' released code, for `tokens` read with the keys and values of `context` at hand.
+    """The count of the authors' released code, for `tokens` read, given the keys and values of `context` tokens.
 
     It counts a multiplication and an addition as one, the embedding as d_h operations and the head for every token,
-    leaves out the attention among the new tokens, and for that to the context has tokens^2 context d_h a layer, where
+    omits the attention among the new tokens, and counts tokens^2 context d_h a layer for that to the context, where
     the two products have 2 tokens context d_h.
     """
     linear = shape.layers * sum(layer.weights for layer in shape.linears)

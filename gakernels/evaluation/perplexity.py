@@ -1,7 +1,7 @@
-"""Scenario: perplexity of a context itself (reconstruction) and of the text behind it (completion).
+"""Scenario: perplexity of the context itself (reconstruction) and of the text after it (completion).
 
 This is the metric of the paper's ablation. A document's first n tokens are the context, as text; its windows and those
-of the next n tokens are scored. The first token of a window is never predicted, whatever stands in front of it, so that
+of the next n tokens are scored. The first token of a window is never predicted, whatever precedes it, so that
 all methods score the same tokens.
 """
 
@@ -39,10 +39,10 @@ class CutDocument:
     """The start of a document.
 
     Attributes:
-        name: where it comes from.
+        name: its origin.
         text: the context.
         context: its token ids.
-        following: those of what comes next.
+        following: those of the text that follows.
     """
 
     name: str
@@ -54,11 +54,11 @@ class CutDocument:
 def cut_documents(
     path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, limit: int | None = None
 ) -> tuple[list[CutDocument], BadRecords]:
-    """The first 2 n tokens of documents: n of context, n that follow.
+    """The first 2 n tokens of documents: n of context, then n that follow.
 
     Args:
-        path: JSON lines (`.jsonl`) with a `text` each, which are documents; or plain text, which is cut into pieces of
-            2 n tokens one after the other. Also compressed (`.gz`, `.xz`, `.bz2`, `.zst`).
+        path: JSON lines (`.jsonl`), each a document with a `text`; or plain text, which is cut into pieces of
+            2 n consecutive tokens. May be compressed (`.gz`, `.xz`, `.bz2`, `.zst`).
         tokenizer: of the model.
         tokens: n, at least 2.
         limit: most documents.
@@ -67,7 +67,7 @@ def cut_documents(
         The documents, and what was left out: records without text, documents that are too short.
 
     Raises:
-        InputError: n is below 2, the file is missing, no text, or has no document that is long enough.
+        InputError: n is below 2, the file is missing, not text, or has no document that is long enough.
     """
     if tokens < 2:
         raise InputError(f"tokens must be at least 2, but it is {tokens}")
@@ -93,10 +93,10 @@ def cut_documents(
 
 
 def document_texts(path: Path, skipped: BadRecords) -> Iterator[tuple[str, str]]:
-    """Names and texts of the documents of a file, as for `cut_documents`.
+    """The names and texts of the documents in a file, see `cut_documents`.
 
     Raises:
-        InputError: the file is missing, can't be read, or is no text.
+        InputError: the file is missing, can't be read, or is not text.
     """
     if not path.is_file():
         raise InputError(f"there is no file {path}")
@@ -134,7 +134,7 @@ def perplexity(documents: Sequence[CutDocument], window_size: int, protocol: str
     Args:
         documents: with at least two tokens of context and of what follows it.
         window_size: most tokens scored together.
-        protocol: `official`: all tokens count alike; `released`: all documents do.
+        protocol: `official`: all tokens count equally; `released`: all documents do.
 
     Raises:
         InputError: there is no document, a part has fewer than two tokens, or there is no such protocol.
@@ -168,7 +168,7 @@ def perplexity(documents: Sequence[CutDocument], window_size: int, protocol: str
 
 
 def _measure(scenario: Scenario, answers: Answers) -> Measurements:
-    """The losses of the windows of either part; by the released protocol a document counts once, with its mean."""
+    """The losses of the windows of each part; under the released protocol a document counts once, with its mean."""
     found: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
     for (case, place, _), answer in sorted(answers.items()):
         if not isinstance(answer, str):

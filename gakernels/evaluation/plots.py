@@ -22,7 +22,7 @@ _PAPER_LINES = ("closed_book", "prompt", "adapter")
 
 
 def plots(report: Mapping[str, Any]) -> dict[str, str]:
-    """SVG texts by name: quality (against length or shots where there are several), and quality against cost.
+    """SVG texts by name: quality (against length or shots, if there are several), and quality against cost.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -63,7 +63,7 @@ def _draw_metric(axes: Any, report: Mapping[str, Any], metric: str, rows: list[d
         return
     lines = _lines(rows, along)
     for number, (name, line) in enumerate(lines.items()):
-        beside = 2 ** (0.03 * (number - len(lines) / 2))  # so that equal values do not hide each other
+        beside = 2 ** (0.03 * (number - len(lines) / 2))  # keeps equal values from hiding each other
         x, values = [row["cell"][along] * beside for row in line], [row["value"] for row in line]
         style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
         axes.errorbar(x, values, yerr=_errors(line), label=name, linewidth=1, elinewidth=0.8, capsize=2, **style)
@@ -82,7 +82,7 @@ def _differs(rows: list[dict[str, Any]], name: str) -> bool:
 
 
 def _lines(rows: list[dict[str, Any]], along: str) -> dict[str, list[dict[str, Any]]]:
-    """By method, and whatever else tells cells apart."""
+    """The rows of each line: by method and whatever else distinguishes cells."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         rest = tuple((name, value) for name, value in row["cell"].items() if name != along)
@@ -112,7 +112,7 @@ def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _errors(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """How far the interval reaches below and above each value."""
+    """The distances from each value to the lower and upper end of its interval."""
     return [[abs(row["value"] - row[key]) for row in rows] for key in ("low", "high")]
 
 
@@ -121,7 +121,7 @@ def _cells(rows: list[dict[str, Any]]) -> int:
 
 
 def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
-    """Quality against the operations of a question, a point for each method and cell."""
+    """Quality against the operations of a question, one point per method and cell."""
     quality: dict[tuple[str, str], float] = {}
     for row in report["results"]:
         if row["metric"] == metric and "task" not in row["cell"]:

@@ -1,4 +1,4 @@
-"""The prompts of the paper's figure 7, where an answer ends, and how a question becomes tokens."""
+"""The prompts of the paper's figure 7, the end of an answer, and the tokens of a question."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def qa_prompt(question: str, context: str | None = None, style: str = "paper") -
     Args:
         question: the question.
         context: the documents, or None to ask closed-book.
-        style: `paper`: figure 7; `released`: the authors' code, which has "## " in front of the instruction; `bare`:
-            without instruction, the question itself, as that code asks tuned and adapted models.
+        style: `paper`: figure 7; `released`: the authors' code, which puts "## " before the instruction; `bare`:
+            the question itself without an instruction, as that code asks tuned and adapted models.
 
     Raises:
         InputError: there is no such style.
@@ -48,8 +48,8 @@ def icl_prompt(item: str, demonstrations: str | None = None, style: str = "paper
     Args:
         item: the input to answer.
         demonstrations: as `demonstration_text` writes them, or None for no demonstrations.
-        style: `paper`: figure 7 (the paper's Llama-2 runs); `released`: the same with "## " in front of the
-            instruction; `bare`: without instruction (the paper's Mistral runs).
+        style: `paper`: figure 7 (the paper's Llama-2 runs); `released`: the same with "## " before the
+            instruction; `bare`: no instruction (the paper's Mistral runs).
 
     Raises:
         InputError: there is no such style.
@@ -61,12 +61,12 @@ def icl_prompt(item: str, demonstrations: str | None = None, style: str = "paper
 
 
 def demonstration_text(pairs: Iterable[tuple[str, str]]) -> str:
-    """Demonstrations, each of an input and an output, one after the other."""
+    """Demonstrations, each an input and an output, joined in order."""
     return "\n\n".join(f"Input: {given}\nOutput: {wanted}" for given, wanted in pairs)
 
 
 def cut_answer(text: str, stops: Sequence[str]) -> str:
-    """The part of a generated text in front of the first stop of any kind, without space around it."""
+    """The part of a generated text before the first stop, stripped of surrounding space."""
     for stop in stops:
         text = text.split(stop, 1)[0]
     return text.strip()
@@ -82,14 +82,14 @@ def _check_style(style: str) -> None:
 
 
 class Asker:
-    """Writes questions, and questions with an answer behind them, as tokens.
+    """Writes questions, with or without an answer after them, as tokens.
 
     Args:
         tokenizer: of the model.
         chat: whether a question is a user's message, as instruction tuning writes it (docs/training.md).
 
     Raises:
-        InputError: there is to be a chat, but the tokenizer is unfit for it; see `ChatEncoder`.
+        InputError: `chat` is set, but the tokenizer does not support it; see `ChatEncoder`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> None:
@@ -97,7 +97,7 @@ class Asker:
         self._chat = ChatEncoder(tokenizer) if chat else None
 
     def question(self, text: str) -> list[int]:
-        """The tokens behind which the answer begins."""
+        """The tokens after which the answer begins."""
         if self._chat is not None:
             return self._chat.prompt([Message("user", text)])
         return encode_text(self._tokenizer, text)

@@ -1,8 +1,8 @@
-"""Scenario: recall of invented facts: how many, from how long a context, from where in it, overwritten, a single one.
+"""Scenario: recall of invented facts by their number, context length and position; overwritten and single facts.
 
-Contexts are about invented people, so that nothing that is asked can be known without reading them. All are drawn from
-`gakernels.data.people`, with the names held out from the demo's training. A context tells facts about one person, and,
-as distractors, facts about other people and about attributes that are not asked for in it.
+Contexts are about invented people, so nothing that is asked can be known without reading them. All are drawn from
+`gakernels.data.people`, with the names held out from the demo's training. A context tells facts about one person and,
+as distractors, facts about other people and about attributes that it is not asked about.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class RecallSettings:
 
     Attributes:
         tests: which of `TESTS`.
-        contexts: of each cell.
-        facts: about the person, a cell each, in `facts`.
-        lengths: tokens of a context, a cell each, in `length` and `needle` (the paper: 512 to 32K).
-        position_length: tokens of a context in `position`, where a third of the text is a cell.
-        distractors: a cell each, in `distractors`.
-        overwritten: how many of the facts are told anew, a cell each, in `overwritten`.
+        contexts: in each cell.
+        facts: about the person in `facts`, one cell each.
+        lengths: tokens of a context in `length` and `needle`, one cell each (the paper: 512 to 32K).
+        position_length: tokens of a context in `position`, where each third of the text is a cell.
+        distractors: distractors of a context in `distractors`, one cell each.
+        overwritten: how many facts are told again in `overwritten`, one cell each.
         told: facts about the person in all tests but `facts` and `needle`.
-        form: what is asked: `question`, or `statement`, the sentence up to the value.
-        seed: of the drawing.
+        form: how to ask: a `question`, or a `statement`, the sentence up to the value.
+        seed: of the random draws.
         limit: most questions in each cell; None for all.
 
     Raises:
@@ -84,7 +84,7 @@ def recall(settings: RecallSettings, measure: Callable[[str], int]) -> Scenario:
     """The scenario.
 
     Metrics: `accuracy`, the share of answers that are the value; in `overwritten` also `old_value`, the share that are
-    the value that holds no longer.
+    the earlier, now wrong value.
 
     Args:
         settings: what is drawn.
@@ -115,7 +115,7 @@ def recall(settings: RecallSettings, measure: Callable[[str], int]) -> Scenario:
 def _contexts(
     test: str, settings: RecallSettings, measure: Callable[[str], int]
 ) -> Iterator[tuple[Cell, EvaluationContext]]:
-    """The contexts of a test, each drawn by a seed of its own: with more of them the first ones stay."""
+    """The contexts of a test, each drawn with its own seed: more contexts leave the first ones unchanged."""
     for value in _values(test, settings):
         for number in range(settings.contexts):
             name = f"{test} {value} {number}"
@@ -149,7 +149,7 @@ def _telling(
 
 
 def _measure(scenario: Scenario, answers: Answers) -> Measurements:
-    """Whether each answer is the value, and where there is an older one, whether it is that, in each cell."""
+    """Whether each answer is the value and, if there is an older value, whether it is that, in each cell."""
     found: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
     for key in sorted(answers):
         case = scenario.cases[key[0]]
@@ -171,7 +171,7 @@ class Telling:
     Attributes:
         fact: what it tells.
         asked: whether its value is asked for.
-        older: the value that was told before and holds no longer; empty where there is none.
+        older: the value that was told before and no longer holds; empty if there is none.
     """
 
     fact: Fact
@@ -183,7 +183,7 @@ def few_facts(rng: Random, facts: int, distractors: int = 0) -> list[Telling]:
     """Facts about a person among distractors, in random order.
 
     Raises:
-        InputError: there are not that many attributes; with distractors one must be left for them.
+        InputError: there are too few attributes; distractors need one of their own.
     """
     most = MOST_FACTS - bool(distractors)
     if not 1 <= facts <= most or distractors < 0:
@@ -197,10 +197,10 @@ def few_facts(rng: Random, facts: int, distractors: int = 0) -> list[Telling]:
 
 
 def long_context(rng: Random, facts: int, tokens: int, measure: Callable[[str], int]) -> list[Telling]:
-    """Facts about a person, evenly among distractors: the longest text of at most so many tokens.
+    """Facts about a person, spread evenly among distractors: the longest text of at most so many tokens.
 
     Args:
-        rng: what is drawn.
+        rng: source of randomness.
         facts: about the person.
         tokens: of the whole text.
         measure: counts the tokens of a sentence.
@@ -221,10 +221,10 @@ def long_context(rng: Random, facts: int, tokens: int, measure: Callable[[str], 
 
 
 def overwritten_facts(rng: Random, facts: int, overwritten: int) -> list[Telling]:
-    """Facts about a person, the first of which are told again afterwards with another value; these are asked for.
+    """Facts about a person, of which the first are told again later with other values; the later values are asked for.
 
     Raises:
-        InputError: there are not that many attributes, or facts.
+        InputError: there are too few attributes or facts.
     """
     if not 1 <= overwritten <= facts <= MOST_FACTS:
         raise InputError(
@@ -241,13 +241,13 @@ def overwritten_facts(rng: Random, facts: int, overwritten: int) -> list[Telling
 
 
 def context(told: Sequence[Telling], form: str, name: str = "", part: str | None = None) -> EvaluationContext:
-    """The text with its questions; a question's options are all values of the attribute, its id the older value.
+    """The text with its questions; the options of a question are all values of the attribute, its id the older value.
 
     Args:
         told: the sentences.
         form: `question`, or `statement`: the sentence up to the value.
         name: of the context.
-        part: asks only for what the early, middle or late third of the sentences tells; None for all.
+        part: ask only what the early, middle or late third of the sentences tells; None for all.
 
     Raises:
         InputError: there is no such form.
@@ -267,7 +267,7 @@ def _prompt(fact: Fact, form: str) -> str:
 
 
 def _draw(rng: Random, facts: int) -> tuple[list[Fact], Iterator[Fact]]:
-    """Facts about one person, and as many as wanted about others and other attributes."""
+    """Facts about one person, and an endless supply about other people and attributes."""
     person, *others = draw_people(rng, 1 + OTHER_PEOPLE, "test")
     attributes = rng.sample(ATTRIBUTES, MOST_FACTS)
     return [_fact(rng, person, attribute) for attribute in attributes[:facts]], _facts(rng, others, attributes[facts:])
@@ -288,7 +288,7 @@ def _changed(rng: Random, fact: Fact) -> Fact:
 
 
 def _spread(rng: Random, asked: Sequence[Telling], filling: Sequence[Telling]) -> list[Telling]:
-    """One of `asked` at a random place in each of as many even stretches of the whole."""
+    """The whole cut into even stretches, with one of `asked` at a random place in each."""
     told, total = list(filling), len(asked) + len(filling)
     for number, telling in enumerate(asked):
         first, last = number * total // len(asked), (number + 1) * total // len(asked) - 1

@@ -1,4 +1,4 @@
-"""The report of a run: one JSON, and the same as Markdown and HTML with the paper's values beside the measured ones."""
+"""The report of a run: a JSON file, and the same as Markdown and HTML with the paper's values next to ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gakernels.version import __version__
 
 KIND = "gakernels evaluation"
 TOKENS_PER_WORD = 4 / 3  # of retrieved passages
-# How the costs of a method are counted, where that is not under its own name.
+# How the costs of a method are counted, if not under its own name.
 COUNTED_AS = {
     "adapter_streaming": "adapter",
     "other_adapter": "adapter",
@@ -40,7 +40,7 @@ COUNTED_AS = {
 
 
 def data_hash(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the names and contents of its files."""
+    """SHA-256 of a file; for a folder, of the names and contents of its files."""
     total = hashlib.sha256()
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     for file in files:
@@ -61,11 +61,11 @@ def describe_model(model: GenerativeAdapter) -> dict[str, Any]:
 
 
 def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The report, JSON types.
+    """The report, in JSON types.
 
     Args:
-        runner: after its run.
-        settings: of the run, as they stand in the log of answers.
+        runner: the runner, after its run.
+        settings: of the run, as in the log of answers.
         notes: further remarks for the reader.
     """
     model, scenario = runner.model, runner.scenario
@@ -108,7 +108,7 @@ def _results(measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
 
 
 def _comparisons(measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
-    """The generated adapter against every other method, paired."""
+    """The generated adapter compared with every other method, paired."""
     return [
         {"cell": dict(cell), "metric": metric, "method": REFERENCE, "against": method, **vars(compared)}
         for method, found in measurements.items()
@@ -119,7 +119,7 @@ def _comparisons(measurements: Mapping[str, Measurements]) -> list[dict[str, Any
 
 
 def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
-    """For each cell and method; or none, and why."""
+    """The costs of each cell and method; or none, and the reason."""
     scenario = runner.scenario
     try:
         shape = ModelShape.from_config(runner.model.base.config, runner.model.base.config.name_or_path)
@@ -146,7 +146,7 @@ def _length_cell(cell: Cell) -> Cell:
 
 
 def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
-    """Mean tokens of the contexts of a cell, and of what is asked about them."""
+    """The mean tokens of the contexts of a cell, and of the questions about them."""
     decoder, scenario = runner.decoder, runner.scenario
     cases = [(number, case) for number, case in enumerate(scenario.cases) if _length_cell(case.cell) == cell]
     context = fmean(len(decoder.encode(case.context.text)) for _, case in cases)
@@ -168,7 +168,7 @@ def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
 
 
 def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
-    """The report to read; plots are names of image files beside it."""
+    """The report as Markdown; `plots` are the names of image files next to it."""
     parts = [f"# {_title(report)}\n", *(f"- {line}\n" for line in _facts(report)), "\n"]
     parts += [f"![{name}]({name})\n\n" for name in plots]
     parts += [table.markdown() + "\n" for table in tables(report)]
@@ -176,7 +176,7 @@ def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
 
 
 def html(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
-    """The same as one page; plots are SVG texts, which become part of it."""
+    """The report as one HTML page; `plots` are SVG texts, which are embedded."""
     facts = "".join(f"<li>{escape(line)}</li>\n" for line in _facts(report))
     figures = "".join(f"<figure>{plot[plot.index('<svg') :]}</figure>\n" for plot in plots)
     body = "".join(table.html() for table in tables(report))
@@ -184,13 +184,13 @@ def html(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
 
 
 def write(report: Mapping[str, Any], path: Path, plots: Mapping[str, str]) -> list[Path]:
-    """Write the JSON, and Markdown, HTML and plots (SVG texts by name) beside it.
+    """Write the JSON, and Markdown, HTML and plots (SVG texts by name) next to it.
 
     Returns:
         The files.
 
     Raises:
-        OSError, InputError: as `files.write_text`.
+        OSError, InputError: see `files.write_text`.
     """
     images = {f"{path.stem}.{name}.svg": text for name, text in plots.items()}
     written = {

@@ -1,4 +1,4 @@
-"""Running methods on a scenario: contexts in shards, requests in batches, answers kept as they come."""
+"""Running methods on a scenario: contexts in shards, requests in batches, answers saved as they come."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Metho
 }
 
 _LONG = timedelta(days=30)
-ALONE = 3  # requests of each method that are also answered one by one, for the latency
+ALONE = 3  # requests of each method that are also answered one by one, to measure the latency
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How the work is divided; the answers are the same up to the rounding of other batches.
+    """How the work is divided; the answers do not depend on it, except for rounding.
 
     Attributes:
-        batch_tokens: bound of rows times tokens of a batch.
+        batch_tokens: limit of rows times tokens in a batch.
         max_rows: most rows in a batch.
-        shard_contexts: most contexts whose adapters are held at a time.
-        shard_questions: contexts with about so many questions are held at a time.
+        shard_contexts: most contexts whose adapters are held at once.
+        shard_questions: questions, about, of the contexts held at once.
 
     Raises:
         InputError: a value is below 1.
@@ -91,12 +91,12 @@ class MethodRun:
     Attributes:
         method: its name.
         fit_seconds: training on other data, once for all contexts.
-        contextualization_seconds: for one context.
-        question_seconds: for one request, in batches.
-        latency_seconds: for one request alone, the median of a few; None where nothing was asked alone.
+        contextualization_seconds: per context.
+        question_seconds: per request, in batches.
+        latency_seconds: for a single request, the median of a few; None if none was asked alone.
         peak_bytes: memory.
-        requests: how many were answered.
-        truncated: how many of them were too long for the model, which read the end of them.
+        requests: number of answered requests.
+        truncated: how many of them were too long for the model, which read only the end.
         left_out: cases that could not be asked, by reason.
     """
 
@@ -118,11 +118,11 @@ class Runner:
         model: base model and generators.
         scenario: what is asked.
         names: of the methods.
-        log: where answers are kept.
+        log: stores the answers.
         method_settings: of the methods.
         settings: how the work is divided.
         ranks: the processes that share the work; each must see the files of the log.
-        progress: whether a bar is shown.
+        progress: whether to show a bar.
 
     Raises:
         InputError: there is no such method, a method lacks what it needs, or the model can't read a chunk at once.
@@ -159,12 +159,12 @@ class Runner:
         self._progress = progress and self.ranks.rank == 0
 
     def run(self) -> None:
-        """Answer what the log has no answer to.
+        """Answer every request that the log has no answer to.
 
         Raises:
-            InputError: a batch does not fit the memory.
+            InputError: a batch does not fit in memory.
         """
-        # A group of its own: processes that are finished wait for the others as long as these need.
+        # A separate process group: finished processes wait for the others as long as necessary.
         finish = dist.new_group(timeout=_LONG, backend="gloo") if self.ranks.world > 1 else None
         shards = list(self._shards())
         for name, method in self.methods.items():
@@ -181,15 +181,15 @@ class Runner:
             self.log.reload()
 
     def measurements(self) -> dict[str, Measurements]:
-        """By method, the samples of every cell and metric."""
+        """The samples of every cell and metric, by method."""
         return {name: self.scenario.measure(self.scenario, self.log.answers(name)) for name in self.methods}
 
     def method_runs(self) -> list[MethodRun]:
-        """What each method took."""
+        """Time, memory and counts of each method."""
         return [self._method_run(name, method) for name, method in self.methods.items()]
 
     def _shards(self) -> Iterator[list[int]]:
-        """Numbers of the cases that are held at a time; they depend on the scenario alone."""
+        """Numbers of the cases that are held at once; they depend on the scenario alone."""
         shard: list[int] = []
         questions = 0
         for number, case in enumerate(self.scenario.cases):
@@ -202,7 +202,7 @@ class Runner:
             yield shard
 
     def _open_requests(self, name: str, method: Method, shard: Sequence[int]) -> list[EvaluationRequest]:
-        """All requests of a shard where any of them is open; none where all are answered."""
+        """All requests of a shard if any of them is open; none if all are answered."""
         cases = self.scenario.cases
         requests = [
             request
@@ -249,7 +249,7 @@ class Runner:
     def _ask_part(
         self, name: str, requests: Sequence[EvaluationRequest], rows: Sequence[Row], separate: bool, bar: tqdm[None]
     ) -> None:
-        """Ask what is open of requests that may share batches; where they are of one case, its start is read once."""
+        """Ask the open ones of requests that may share batches; if they are about one case, its start is read once."""
         answered = self.log.answers(name)
         shared = None
         if separate and not all(request.key in answered for request in requests):
@@ -270,7 +270,7 @@ class Runner:
         return [list(part) for _, part in groupby(numbers, key=lambda number: requests[number].case)]
 
     def _batches(self, requests: Sequence[EvaluationRequest], rows: Sequence[Row]) -> Iterator[list[int]]:
-        """Generation and scoring apart."""
+        """Batches; generation and scoring are kept separate."""
         for generated in (True, False):
             kind = [number for number in range(len(rows)) if (requests[number].continuation is None) == generated]
             new = self.scenario.new_tokens if generated else 0
@@ -279,7 +279,7 @@ class Runner:
                 yield [kind[number] for number in batch]
 
     def _row(self, request: EvaluationRequest, place: int, prepared: Prepared, adapted: bool) -> Row:
-        """What the model reads for a request: the end of it, where it can't read all."""
+        """What the model reads for a request: its end, if the model can't read all of it."""
         text = request.adapted_prompt if adapted else request.prompt
         front = prepared.in_front(place, request.query)
         tokens, start, room = self._tokens(request, text, front)
@@ -288,7 +288,7 @@ class Runner:
         return Row(tuple(tokens[cut:]), prepared.adapters[place], max(start - cut, 1), cut > 0)
 
     def _tokens(self, request: EvaluationRequest, text: str, front: str | None) -> tuple[list[int], int, int]:
-        """Token ids, where the scored ones begin, and how many more will come."""
+        """Token ids, the index of the first scored one, and how many will be generated."""
         if isinstance(request.continuation, tuple):
             head = self.decoder.begin() if front is None else self.decoder.encode(front)
             return [*head, *request.continuation], len(head) + 1, 0
@@ -308,7 +308,7 @@ class Runner:
         self.log.add(Entry(name, keyed, {**counts, **vars(took)}))
 
     def _ask_alone(self, name: str, asked: Sequence[tuple[EvaluationRequest, Row]]) -> None:
-        """Measure how long an answer takes where nothing else is asked; the first, which warms up, does not count."""
+        """Measure how long a single answer takes; the first one is a warm-up and does not count."""
         seconds = []
         for request, row in asked:
             with measured(self.model.device) as took:

@@ -23,14 +23,14 @@ Cell = tuple[tuple[str, str | int], ...]
 
 @dataclass(frozen=True)
 class EvaluationCase:
-    """A context, and where its results belong.
+    """A context, and the cell that its results belong to.
 
     Attributes:
         context: with its questions.
-        cell: names and values that tell a row of the results: (("length", 1024),).
-        other: number of the case whose adapter is the control; None where there is no other context of that kind.
+        cell: names and values that identify a row of the results: (("length", 1024),).
+        other: number of the case whose adapter is the control; None if there is no other context of that kind.
         training: examples of the same task, for few-shot tuning.
-        validation: further ones, to stop it early.
+        validation: further examples, to stop it early.
     """
 
     context: EvaluationContext
@@ -47,10 +47,10 @@ class EvaluationRequest:
     Attributes:
         case: number of the case.
         question: number of the question in it.
-        option: number of the option that is scored; -1 where an answer is generated or a text scored.
-        query: what retrieval looks for.
-        prompt: as the base model is asked, without the context.
-        adapted_prompt: as an adapted or tuned model is asked.
+        option: number of the option that is scored; -1 if an answer is generated or a text scored.
+        query: what retrieval searches for.
+        prompt: for the base model, without the context.
+        adapted_prompt: for an adapted or tuned model.
         continuation: None to generate; an option (text); or token ids of which all but the first are scored.
     """
 
@@ -64,11 +64,11 @@ class EvaluationRequest:
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Tells it from all other requests of a method."""
+        """Distinguishes it from all other requests of a method."""
         return self.case, self.question, self.option
 
 
-# Of a request: the generated text, or (loss, tokens).
+# The answer to a request: the generated text, or (loss, tokens).
 Answer = str | tuple[float, int]
 Answers = Mapping[tuple[int, int, int], Answer]
 Measurements = Mapping[tuple[Cell, str], Samples]
@@ -85,10 +85,10 @@ class Scenario:
         ask: the requests of a case, by its number.
         measure: the samples of a method's answers, by cell and metric.
         new_tokens: most tokens of an answer.
-        stops: texts in front of which an answer ends; special tokens may be part of them.
+        stops: an answer ends before the first of these texts; they may contain special tokens.
         training: question and answer pairs of other contexts, for supervised fine-tuning.
-        write_prompt: how an adapted or tuned model is asked a question, for tuning.
-        settings: what else the results depend on, JSON types.
+        write_prompt: writes a question for an adapted or tuned model, for tuning.
+        settings: what else the results depend on, in JSON types.
         skipped: records that were left out.
     """
 
@@ -115,7 +115,7 @@ def parts(text: str) -> list[str]:
 
 
 def limited(contexts: Sequence[EvaluationContext], limit: int | None) -> list[EvaluationContext]:
-    """The first contexts with the first `limit` questions together; all without a limit."""
+    """The first contexts, up to `limit` questions in all; all contexts without a limit."""
     if limit is None:
         return list(contexts)
     kept, left = [], limit
@@ -157,7 +157,7 @@ STYLES = {"official": ("paper", "paper"), "released": ("released", "bare")}
 
 @dataclass(frozen=True)
 class AskSettings:
-    """How questions are asked, where it is not as the protocol says.
+    """How questions are asked, if not as the protocol says.
 
     Attributes:
         style: of the base model's prompts: `paper`, `released` or `bare`; None for the protocol's.
@@ -178,7 +178,7 @@ class AskSettings:
                 raise InputError(f"{name} must be at least 1, but it is {value}")
 
     def styles(self, protocol: str) -> dict[str, str]:
-        """Of the base model's prompts and of an adapted model's."""
+        """The styles of the base model's prompts and of an adapted model's."""
         if protocol not in PROTOCOLS:
             raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
         style, adapted = STYLES[protocol]
@@ -194,14 +194,14 @@ def docqa(
     training: Sequence[Question] = (),
     settings: AskSettings | None = None,
 ) -> Scenario:
-    """Questions about documents, which are grouped to contexts of given lengths.
+    """Questions about documents, which are grouped into contexts of given lengths.
 
     Args:
         data: documents with questions (`datasets.read_documents`).
         measure: counts the tokens of a text.
-        lengths: average tokens of a context, one cell each; None: each document is a context, in a single cell.
+        lengths: average tokens of a context, one cell each; None: one cell, in which each document is a context.
         protocol: `official`: all gold answers, all groups; `released`: one gold answer, the first tenth of the groups.
-        part: of the groups, where it is not the protocol's.
+        part: of the groups, if not the protocol's.
         training: questions about other documents, for supervised fine-tuning.
         settings: how questions are asked.
 
@@ -228,11 +228,11 @@ def dialog(
     training: Sequence[Question] = (),
     settings: AskSettings | None = None,
 ) -> Scenario:
-    """Questions about what was said in earlier conversations: a context is a person's conversations.
+    """Questions about what was said in earlier conversations: a context is all conversations of a person.
 
     Args:
         data: conversations with questions (`datasets.read_msc`, `read_persona_chat`, `read_locomo`).
-        questions: which kind they are of: `response` asks for the next turn, without an instruction.
+        questions: their kind; `response` asks for the next turn, without an instruction.
         protocol: which gold answers count, see `metrics.answer_f1`; the released code has no personalisation.
         training: questions about other conversations, for supervised fine-tuning.
         settings: how questions are asked.
@@ -260,7 +260,7 @@ def _question_scenario(
     told: Mapping[str, Any],
     skipped: BadRecords,
 ) -> Scenario:
-    """Every question of every context is asked for an answer in words."""
+    """The scenario that asks every question of every context for a free answer."""
     style, adapted_style = styles["style"], styles["adapted_style"]
 
     def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
@@ -313,7 +313,7 @@ def group_contexts(
     Args:
         contexts: documents with their questions.
         length: average length of a group.
-        measure: of a text: `len` for characters, or a function that counts tokens.
+        measure: the length of a text: `len` for characters, or a function that counts tokens.
         part: `all` groups, or the `first_tenth`, which is all that the released code scores.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The tables of a report, which show themselves as Markdown and HTML."""
+"""The tables of a report, as Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from gakernels.evaluation import paper
 from gakernels.evaluation.scenarios import Cell
 
-REFERENCE = "adapter"  # what the other methods are compared with
+REFERENCE = "adapter"  # the method that others are compared with
 INTERVALS = "Values with 95% bootstrap intervals, which resample whole contexts."
 Rows = tuple[tuple[str, ...], ...]
 _PERCENT = {"f1", "exact_match", "match", "ranking_accuracy", "ranking_macro_f1", "accuracy", "old_value"}
@@ -21,10 +21,10 @@ class ReportTable:
     """A table.
 
     Attributes:
-        title: above it.
-        headings: of the columns; the first one is set to the left, the others to the right.
-        rows: cells as they are shown.
-        note: below it.
+        title: the heading above it.
+        headings: of the columns; the first is left-aligned, the others right-aligned.
+        rows: cells as shown.
+        note: the text below it.
     """
 
     title: str
@@ -33,13 +33,13 @@ class ReportTable:
     note: str = ""
 
     def markdown(self) -> str:
-        """With a heading of the second level."""
+        """The table as Markdown, with a second-level heading."""
         lines = [_line(self.headings), "|---" + "|---:" * (len(self.headings) - 1) + "|", *map(_line, self.rows)]
         parts = [f"## {self.title}", "\n".join(lines), self.note]
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def html(self) -> str:
-        """With a heading of the second level."""
+        """The table as HTML, with a second-level heading."""
         head = "".join(f"<th>{escape(heading)}</th>" for heading in self.headings)
         body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
         note = f"<p>{escape(self.note)}</p>\n" if self.note else ""
@@ -51,14 +51,14 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def short_count(count: float) -> str:
-    """A count with a prefix, of powers of 1,000."""
+    """A count with a metric prefix."""
     prefixes = ("", "k", "M", "G", "T", "P")
     power = min(max(len(str(int(count))) - 1, 0) // 3, len(prefixes) - 1)
     return f"{count / 1000**power:.{3 if power else 0}f} {prefixes[power]}".strip()
 
 
 def short_seconds(seconds: float | None) -> str:
-    """Seconds or milliseconds; a dash for none."""
+    """Seconds or milliseconds; a dash for None."""
     if seconds is None:
         return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
@@ -68,13 +68,13 @@ def short_seconds(seconds: float | None) -> str:
 
 
 def tables(report: Mapping[str, Any]) -> list[ReportTable]:
-    """All tables of a report: its own, what the paper reports, and the cost by shapes."""
+    """All tables of a report: its own results, the paper's, and the cost by shapes."""
     found = [*own_tables(report), *_paper(report), _shape_costs(report)]
     return [table for table in found if table.rows]
 
 
 def own_tables(report: Mapping[str, Any]) -> list[ReportTable]:
-    """Quality, how methods compare, what was measured, what was left out."""
+    """Quality, comparisons of methods, measurements, and what was left out."""
     found = [*_quality(report), *_compared(report), _measured(report), _skipped(report)]
     return [table for table in found if table.rows]
 
@@ -108,7 +108,7 @@ def _compared(report: Mapping[str, Any]) -> list[ReportTable]:
 def _by_metric(
     results: Sequence[Mapping[str, Any]], key: str
 ) -> Iterator[tuple[str, list[str], dict[Cell, dict[str, Mapping[str, Any]]]]]:
-    """Each metric, all methods (which stand under a key), and the results of the metric by cell and method."""
+    """Each metric with all methods (found under a key) and the results of the metric by cell and method."""
     methods = list(dict.fromkeys(row[key] for row in results))
     for metric in dict.fromkeys(row["metric"] for row in results):
         by_cell: dict[Cell, dict[str, Mapping[str, Any]]] = {}
@@ -119,7 +119,7 @@ def _by_metric(
 
 
 def cell_name(cell: Cell) -> str:
-    """As it stands in tables and plots."""
+    """The name of a cell in tables and plots."""
     return ", ".join(f"{name} {value}" for name, value in cell) or "all"
 
 
@@ -137,7 +137,7 @@ def _counts(by_method: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _paper(report: Mapping[str, Any]) -> list[ReportTable]:
-    """The paper's values for the same scenario; they are of other models and, unless the files are the same, data."""
+    """The paper's values for the same scenario, with other models and, unless the files are the same, other data."""
     note = "The paper's models and training; comparable only with the same base model, data and protocol."
     if report["scenario"] == "docqa":
         return [_table_5(part, note) for part in paper.TABLE_5]

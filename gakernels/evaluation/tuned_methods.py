@@ -26,12 +26,12 @@ from gakernels.model.positions import position_limit
 from gakernels.model.static_lora import StaticLora, static_adapter
 from gakernels.nn import LowRankFactors
 
-# Of the paper for all weights of Mistral-7B (appendix C); a LoRA's rate is ours: the paper has none.
+# The paper's, for all weights of Mistral-7B (appendix C); a LoRA's rate is ours: the paper has none.
 LEARNING_RATES = {"tuning": {"full": 1e-5, "lora": 1e-4}, "few_shot": {"full": 5e-6, "lora": 1e-4}}
 SUPERVISED_EPOCHS, SUPERVISED_BATCH = 3, 64
 CONTINUAL_EPOCHS, CONTINUAL_BATCH = 8, 16
 FEW_SHOT_EPOCHS, FEW_SHOT_BATCH, FEW_SHOT_PATIENCE = 40, 16, 3
-VALIDATION_SHARE = 10  # one training question in so many is kept back to stop early
+VALIDATION_SHARE = 10  # one training question in so many is held back for early stopping
 
 Factors = Mapping[str, LowRankFactors]
 Weights = Mapping[str, Tensor]
@@ -57,7 +57,7 @@ class TunedMethod(SimpleMethod):
         self.kind = kind
 
     def settings_of(self, what: str, epochs: int, batch_size: int, patience: int = 1) -> TuningSettings:
-        """The settings of a tuning, with what the user wants otherwise."""
+        """The settings of a tuning, with the user's changes."""
         rate = self.settings.learning_rate or LEARNING_RATES[what][self.kind]
         return TuningSettings(rate, self.settings.epochs or epochs, batch_size, patience, self.settings.seed)
 
@@ -68,7 +68,7 @@ class TunedMethod(SimpleMethod):
         validation: Sequence[TuningExample] = (),
         start: Trained | None = None,
     ) -> Trained:
-        """Train; what was trained goes on from `start`."""
+        """Train, from `start` if given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             train: Callable[..., Trained] = tune_lora if self.kind == "lora" else tune_full
@@ -89,7 +89,7 @@ class TunedMethod(SimpleMethod):
         return Prepared([None] * len(trained), weights=weights, separate=separate)
 
     def pairs(self, questions: Sequence[Question]) -> list[TuningExample]:
-        """Questions as an adapted model is asked them, with the first gold answer, which is what is learned."""
+        """Questions as an adapted model is asked them; the first gold answer is learned."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -101,7 +101,7 @@ class TunedMethod(SimpleMethod):
         return examples
 
     def texts(self, texts: Sequence[str]) -> list[TuningExample]:
-        """Texts of which every token is learned; longer ones than the model reads become several."""
+        """Texts of which every token is learned; texts longer than the model reads are split."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         limit = self._limit()
@@ -126,8 +126,8 @@ class SupervisedTuning(TunedMethod):
 
     Args:
         kind: as for `TunedMethod`.
-        continual: trained on the documents of all contexts first (paper: 8 epochs, batch 16, learning rate 1e-5), and
-            then, where there are training questions, on these.
+        continual: first trained on the documents of all contexts (paper: 8 epochs, batch 16, learning rate 1e-5),
+            then on the training questions, if there are any.
 
     Raises:
         InputError: there are no training questions.
@@ -161,7 +161,7 @@ class SupervisedTuning(TunedMethod):
             self._trained = self.tune(pairs[kept:], settings, pairs[:kept], start)
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
-        """The same for all."""
+        """The same trained model for all."""
         assert self._trained is not None, "fit comes first"
         return self.prepared([self._trained] * len(cases))
 
@@ -193,7 +193,7 @@ class FewShotTuning(TunedMethod):
 
 
 class ContextTuning(TunedMethod):
-    """As with continual pretraining, but a LoRA learns one context alone, as the generated adapter knows one alone."""
+    """Like continual pretraining, but a LoRA learns a single context, as the generated adapter knows a single one."""
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
         super().__init__(model, scenario, settings)
@@ -211,7 +211,7 @@ class ContextTuning(TunedMethod):
 
 @dataclass(frozen=True)
 class TuningExample:
-    """Token ids, of which those from `start` (at least 1) on are learned."""
+    """Token ids; those from `start` (at least 1) on are learned."""
 
     tokens: tuple[int, ...]
     start: int = 1
@@ -223,10 +223,10 @@ class TuningSettings:
 
     Attributes:
         learning_rate: above 0.
-        epochs: at most.
+        epochs: most epochs.
         batch_size: examples in a step.
-        patience: epochs in a row in which the validation loss may rise; only where there are validation examples.
-        seed: of the order.
+        patience: consecutive epochs in which the validation loss may rise, if there are validation examples.
+        seed: of the order of the examples.
 
     Raises:
         InputError: a value is out of range.
@@ -258,9 +258,9 @@ def tune_lora(
     Args:
         model: with the base model.
         examples: at least one.
-        settings: how.
-        validation: stops the training early; the best epoch counts.
-        start: factors to go on from.
+        settings: how to tune.
+        validation: examples for early stopping; the best epoch counts.
+        start: factors to start from.
 
     Returns:
         Factors by adapted layer.
@@ -285,12 +285,12 @@ def tune_full(
     validation: Sequence[TuningExample] = (),
     start: Weights | None = None,
 ) -> Weights:
-    """Train all weights of the base model, and put the old ones back.
+    """Train all weights of the base model, then restore the old ones.
 
-    Args and raises: as `tune_lora`, with weights in place of factors.
+    Args and Raises: as in `tune_lora`, with weights in place of factors.
 
     Returns:
-        The trained weights by name, for `weights_in_force`; on the CPU.
+        The trained weights by name, for `weights_in_force`, on the CPU.
     """
     before, lean = _copied(model.base), lean_modules(model.base)
     take_out_lean_modules(model.base)  # they keep nothing for the gradient of a weight
@@ -309,7 +309,7 @@ def tune_full(
 
 @contextmanager
 def weights_in_force(model: GenerativeAdapter, weights: Weights) -> Iterator[None]:
-    """The base model with other weights while the block runs; then, bit by bit, with its own."""
+    """Give the base model other weights while the block runs, then restore its own exactly."""
     before = _copied(model.base)
     _load(model.base, weights)
     try:
@@ -319,7 +319,7 @@ def weights_in_force(model: GenerativeAdapter, weights: Weights) -> Iterator[Non
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters on the CPU, shared ones once."""
+    """All parameters, copied to the CPU, shared ones once."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()}
 
 
@@ -337,7 +337,7 @@ def _train(
     settings: TuningSettings,
     lora: StaticLora | None,
 ) -> None:
-    """Train in place; with validation examples the weights of the best epoch are left."""
+    """Train in place; with validation examples, keep the weights of the best epoch."""
     if not examples:
         raise InputError("there must be at least one example to tune on, but there is none")
     optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.learning_rate, weight_decay=0.0)
@@ -384,6 +384,6 @@ def _loss(model: GenerativeAdapter, batch: Sequence[TuningExample], lora: Static
     ids, learned = ids.to(model.device), learned.to(model.device)
     with model.using({} if lora is None else lora.factors()):
         hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    # token_loss is for a frozen head; here the head may be trained.
+    # token_loss is for a frozen head; here the head may be trained too.
     logits = model.logits(hidden[:, :-1][learned[:, 1:]])
     return F.cross_entropy(logits.float(), ids[learned], reduction="sum"), int(learned.sum())

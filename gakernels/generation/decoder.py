@@ -1,4 +1,4 @@
-"""Answers and losses of many rows in batches, each row with an adapter of its own (or none)."""
+"""Answers and losses of many rows in batches, each with its own adapter (or none)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gakernels.model.encoding import encode_text, opening_tokens
 from gakernels.model.positions import position_limit
 
 __all__ = ["Decoder", "Row", "SharedStart", "plan_batches"]
-LEAST_SHARED = 64  # tokens; fewer are not worth a pass of their own
+LEAST_SHARED = 64  # tokens; fewer are not worth a separate pass
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Row:
 
     Attributes:
         tokens: token ids, at least one.
-        adapter: in force while it is read; None for the model as it is.
-        start: where scored tokens begin, at least 1; where the answer begins, behind the last token.
-        cut: whether it is the end of a longer one, which the model could not read.
+        adapter: active while the row is read; None for the base model alone.
+        start: where scored tokens begin, at least 1; for an answer to generate, the number of tokens.
+        cut: whether it is the end of a longer sequence that the model could not read.
     """
 
     tokens: tuple[int, ...]
@@ -40,11 +40,11 @@ class Row:
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, max_rows: int) -> list[list[int]]:
-    """Numbers of the rows of each batch: rows of like lengths together, the longest first.
+    """The row numbers of each batch: rows of similar length together, the longest first.
 
     Args:
-        lengths: of the rows, with the tokens that they will get.
-        batch_tokens: bound of rows times the longest of them; a row that is longer makes a batch alone.
+        lengths: of the rows, including the tokens that they will get.
+        batch_tokens: limit of rows times the longest of them; a longer row is a batch by itself.
         max_rows: most rows in a batch.
     """
     batches: list[list[int]] = []
@@ -59,10 +59,10 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, max_rows: int) -> li
 
 
 class Decoder:
-    """Reads batches of rows with a model.
+    """Reads batches of rows.
 
     Args:
-        model: the base model and its generators; their weights may change between two calls.
+        model: the base model and its generators; their weights may change between calls.
 
     Raises:
         InputError: the model has no tokenizer, or keeps a recurrent state.
@@ -83,14 +83,14 @@ class Decoder:
         return encode_text(self.tokenizer, text)
 
     def begin(self) -> list[int]:
-        """The opening tokens alone; none where the tokenizer has none."""
+        """The opening tokens alone; empty if the tokenizer has none."""
         return opening_tokens(self.tokenizer)
 
     @torch.inference_mode()
     def shared_start(self, rows: Sequence[Row]) -> SharedStart | None:
-        """Read what rows have in common at their start; None where that is little, or they differ in their adapters.
+        """Read the common start of some rows; None if it is short, or the rows have different adapters.
 
-        Models with a sliding window have none: padding behind the start would take up room in the window.
+        Models with a sliding window have none: padding after the start would take up room in the window.
         """
         first = rows[0]
         if len(rows) < 2 or self._slides or any(row.adapter is not first.adapter for row in rows):
@@ -116,11 +116,11 @@ class Decoder:
         Args:
             rows: the batch.
             new_tokens: most tokens of an answer.
-            stops: texts in front of which an answer ends; special tokens may be part of them.
-            shared: what `shared_start` gave for these rows and perhaps others.
+            stops: an answer ends before the first of these texts; they may contain special tokens.
+            shared: the result of `shared_start` for these rows and perhaps others.
 
         Returns:
-            The answers, cut at the first stop, without space around them.
+            The answers, cut at the first stop, stripped of surrounding space.
         """
         batch, sampling = DecodingBatch(self.model, self._form, shared), Sampling(new_tokens, stop=tuple(stops))
         scheduler = Scheduler(self.model, len(rows), sys.maxsize, sys.maxsize, batch)
@@ -145,7 +145,7 @@ class Decoder:
         ids, scored = ids.to(self.model.device), scored.to(self.model.device)
         decoder = self.model.base.get_decoder()
         with self.model.using(self._form.stacked([row.adapter for row in rows]).factors()):
-            # No attention mask: attention is causal and the padding on the right, so no token sees it.
+            # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             cached = {"use_cache": False} if shared is None else past(decoder, shared.of_rows(len(rows)))
             hidden = decoder(input_ids=ids, **cached).last_hidden_state
         losses = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)

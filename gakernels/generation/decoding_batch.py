@@ -1,7 +1,7 @@
-"""Rows with adapters of their own that are decoded together, and come and go between steps, and their cache.
+"""Rows with their own adapters, decoded together; they join and leave between steps. And their cache.
 
-All rows end at the same column: a row of n tokens has them in the last n columns, and a step adds one column for all.
-So a step needs one mask of left padding, whatever the rows' lengths, and a new row can join at any time.
+All rows end at the same column: a row of n tokens fills the last n columns, and a step adds one column for all.
+So one mask of left padding suffices for a step, whatever the rows' lengths, and a new row can join at any time.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 
 @dataclass(frozen=True)
 class SharedStart:
-    """The first tokens of some rows, which are the same, and their keys and values: read once for all of them."""
+    """The first tokens, which some rows have in common, with their keys and values: read once for all of them."""
 
     tokens: int
     cache: Cache
 
     def of_rows(self, count: int) -> Cache:
-        """The keys and values for so many rows, which may be continued."""
+        """A copy of the keys and values for so many rows, which the rows may extend."""
         return gathered([(self.cache, [0] * count)], self.tokens)
 
 
 class DecodingBatch:
-    """The rows that are being continued: their adapters, their key-value cache and how long each of them is.
+    """The rows that are being continued: their adapters, their key-value cache and their lengths.
 
     Args:
-        model: not to be changed while this is in use. Its tokens are computed in the base model's dtype.
-        form: of the rows' adapters; compact ones of this model if not given.
-        start: what all prompts begin with, where it has been read already.
+        model: must not change while this is in use. Computes in the base model's dtype.
+        form: form of the rows' adapters; by default compact adapters of this model.
+        start: what all prompts begin with, if it has been read already.
 
     Raises:
         InputError: the base model keeps a recurrent state, which can't be padded.
@@ -74,9 +74,9 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]] = (),
         adapters: Sequence[OneAdapter] = (),
     ) -> Tensor:
-        """Keep some rows, in this order, and let new ones join behind them.
+        """Keep some rows, in this order, and append new ones.
 
-        The prompts are read together, padded on the left; each row sees its own tokens and its own adapter only.
+        The prompts are read together, padded on the left; each row sees only its own tokens and its own adapter.
 
         Args:
             kept: numbers of the rows that stay.
@@ -84,10 +84,10 @@ class DecodingBatch:
             adapters: of the new rows; None for the base model alone.
 
         Returns:
-            Logits (new rows, vocabulary) behind the prompts.
+            Logits (new rows, vocabulary) after the prompts.
 
         Raises:
-            InputError: there is not one adapter entry for each prompt, or a prompt is empty.
+            InputError: the numbers of adapters and prompts differ, or a prompt is empty.
             FormatError: an adapter belongs to another base model or generator.
         """
         if len(prompts) != len(adapters) or not all(prompts):
@@ -113,7 +113,7 @@ class DecodingBatch:
     def _read(
         self, prompts: Sequence[Sequence[int]], factors: Mapping[str, LowRankFactors | CompactFactors]
     ) -> tuple[Tensor, Cache]:
-        """Logits behind the prompts, and a cache that they end in together."""
+        """Logits after the prompts, and a cache in which they all end at the same column."""
         known = 0 if self._start is None else self._start.tokens
         cache = new_cache() if self._start is None else self._start.of_rows(len(prompts))
         ids, mask = (tensor.to(self.model.device) for tensor in pad_left([prompt[known:] for prompt in prompts], 0))
@@ -126,13 +126,13 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def advance(self, tokens: Sequence[int] | Tensor) -> Tensor:
-        """Append one token to each row. Nothing waits for the device: its tokens may come from there.
+        """Append one token to each row. Never waits for the device; the tokens may be on it.
 
         Returns:
-            Logits (rows, vocabulary) behind them.
+            Logits (rows, vocabulary) after them.
 
         Raises:
-            InputError: there is not one token for each row.
+            InputError: the number of tokens is not the number of rows.
         """
         if len(tokens) != len(self.lengths) or not self.lengths:
             raise InputError(
@@ -145,10 +145,10 @@ class DecodingBatch:
         return logits
 
     def _mask(self, columns: int) -> Tensor | None:
-        """Which of so many columns each row sees; None: all of them.
+        """Which of the columns each row sees; None for all.
 
-        A mask of four dimensions is taken as it is. Of one of two dimensions, transformers asks the device whether
-        there is any padding in it, and waits for the answer.
+        transformers uses a mask of four dimensions as it is. For one of two dimensions it asks the device whether
+        there is any padding, and waits for the answer.
         """
         if min(self.lengths) == max(self.lengths):
             return None
@@ -167,7 +167,7 @@ class DecodingBatch:
         cache: Cache,
         factors: Mapping[str, LowRankFactors | CompactFactors],
     ) -> Tensor:
-        """Logits (rows, vocabulary) behind the last column."""
+        """Logits (rows, vocabulary) after the last column."""
         decoder = self.model.base.get_decoder()
         with self.model.using(factors):
             output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **past(decoder, cache))
@@ -175,7 +175,7 @@ class DecodingBatch:
 
 
 def past(decoder: Any, cache: Cache) -> dict[str, Any]:
-    """The arguments of a decoder that goes on with a cache."""
+    """The arguments with which a decoder continues from a cache."""
     return {cache_name(decoder): cache, "use_cache": True}
 
 
@@ -200,7 +200,7 @@ def _takes_ready_masks(model: GenerativeAdapter) -> bool:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values (rows, heads, columns, d) with room behind them, so that a step writes and does not copy."""
+    """Keys and values (rows, heads, columns, d) with spare room after them, so that a step writes without copying."""
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -230,24 +230,24 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Take these columns in place of what was there."""
+        """Replace the contents by these columns."""
         self._buffers = _with_room(keys), _with_room(values)
         self.keys, self.values = (buffer[..., : keys.shape[-2], :] for buffer in self._buffers)
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
 
 def new_cache() -> Cache:
-    """An empty cache; the model makes its layers."""
+    """An empty cache; the model creates its layers."""
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cache:
-    """A cache of the given rows of several, all ending at column `columns`, in the order of the parts."""
+    """A cache of rows taken from several caches, all ending at column `columns`, in the order of the parts."""
     result, chosen = new_cache(), [torch.tensor(list(rows)) for _, rows in parts]
     for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
         layer = GrowingLayer()
         held = [part.columns() for part in layers if isinstance(part, GrowingLayer) and part.is_initialized]
-        if held:  # a layer that uses the keys and values of another one holds none
+        if held:  # a layer that uses another layer's keys and values holds none
             chosen = [rows.to(held[0][0].device) for rows in chosen]  # once for all layers of a device
             keys, values = (
                 torch.cat([_ending_at(pair[side], rows, columns) for pair, rows in zip(held, chosen, strict=True)])
@@ -259,7 +259,7 @@ def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cach
 
 
 def pad_on_the_left(cache: Cache, mask: Tensor) -> None:
-    """Move the columns that a row sees to its end, in their order, and the padding in front of them.
+    """Move the columns that a row sees to its end, in order, and the padding before them.
 
     Args:
         cache: of some rows.
@@ -272,7 +272,7 @@ def pad_on_the_left(cache: Cache, mask: Tensor) -> None:
 
 
 def _ending_at(tensor: Tensor, rows: Tensor, columns: int) -> Tensor:
-    """The last columns of some rows, or zeros in front of them: no row looks at padding, but it must be finite."""
+    """The last columns of some rows, preceded by zeros if there are too few: padding is not seen but must be finite."""
     chosen = tensor[:, :, -columns:].index_select(0, rows)
     return F.pad(chosen, (0, 0, columns - chosen.shape[-2], 0))
 

@@ -22,25 +22,25 @@ class StackedAdapters(Protocol):
     """The adapters of some rows."""
 
     def factors(self) -> Mapping[str, LowRankFactors | CompactFactors]:
-        """For `GenerativeAdapter.using`, by adapted layer; none where no row has an adapter."""
+        """For `GenerativeAdapter.using`, by adapted layer; empty if no row has an adapter."""
 
     def exchanged(self, kept: Sequence[int], joining: Any) -> Any:
-        """The adapters of the kept rows, in this order, then those of the joining ones."""
+        """The adapters of the kept rows, in this order, then those of the new ones."""
 
 
 class AdapterForm(Protocol):
-    """One form of adapters, and how it is stacked."""
+    """One form of adapters, and how to stack it."""
 
     def check(self, adapter: Any) -> None:
         """Raises: FormatError: the adapter belongs to another base model or generator."""
 
     def stacked(self, adapters: Sequence[Any]) -> StackedAdapters:
-        """The adapters of so many rows, None for a row without one."""
+        """The adapters of as many rows; None stands for a row without one."""
 
 
 class SharedMaps:
     """What all compact adapters of a generator share: A1 and B2 of each adapted layer, in the base model's dtype, and
-    the static term where the generator has one (`AdapterGenerator.shared_maps`).
+    the static term if the generator has one (`AdapterGenerator.shared_maps`).
 
     Args:
         model: its generators must not change while these maps are in use.
@@ -65,7 +65,7 @@ class SharedMaps:
             )
 
     def stacked(self, adapters: Sequence[CompactAdapter | None]) -> RowAdapters:
-        """The adapters of so many rows. Raises: FormatError: see `check`."""
+        """The adapters of as many rows. Raises: FormatError: see `check`."""
         return RowAdapters.of(self, adapters)
 
 
@@ -75,7 +75,7 @@ class RowAdapters:
 
     Attributes:
         shared: A1 and B2.
-        left: U (rows, d_r, r) by adapted layer; beside a static term of rank k (rows, d_r + k, r + k), with the
+        left: U (rows, d_r, r) by adapted layer; with a static term of rank k (rows, d_r + k, r + k), with the
             identity in the last block.
         right: V, the same.
         adapted: which rows have an adapter.
@@ -88,7 +88,7 @@ class RowAdapters:
 
     @classmethod
     def of(cls, shared: SharedMaps, adapters: Sequence[CompactAdapter | None]) -> RowAdapters:
-        """The stacked adapters of so many rows. Raises: FormatError: see `SharedMaps.check`."""
+        """The stacked adapters of as many rows. Raises: FormatError: see `SharedMaps.check`."""
         for adapter in adapters:
             if adapter is not None:
                 shared.check(adapter)
@@ -109,7 +109,7 @@ class RowAdapters:
         return cls(shared, left, right, tuple(adapter is not None for adapter in adapters))
 
     def factors(self) -> dict[str, CompactFactors]:
-        """For `GenerativeAdapter.using`, by adapted layer; none where no row has an adapter."""
+        """For `GenerativeAdapter.using`, by adapted layer; empty if no row has an adapter."""
         if not any(self.adapted):
             return {}
         scale = self.shared.model.config.adapter_scale
@@ -119,7 +119,7 @@ class RowAdapters:
         }
 
     def exchanged(self, kept: Sequence[int], joining: RowAdapters) -> RowAdapters:
-        """The adapters of the kept rows, in this order, then those of the joining ones."""
+        """The adapters of the kept rows, in this order, then those of the new ones."""
         index = torch.tensor(kept, dtype=torch.int64)
         left, right = (
             {name: torch.cat([mine[name][index.to(mine[name].device)], theirs[name]]) for name in mine}
@@ -135,12 +135,12 @@ class RowAdapters:
 
 @dataclass(frozen=True)
 class ExpandedAdapters:
-    """Adapters that are multiplied out, each stacked once however many rows have it.
+    """Expanded adapters, each stacked once however many rows use it.
 
     Attributes:
         model: their base model.
-        adapters: the adapters that some row has, or had.
-        layers: lora_A and lora_B of these by adapted layer, in the dtype of the base model.
+        adapters: the adapters that some row uses or used.
+        layers: their lora_A and lora_B by adapted layer, in the dtype of the base model.
         rows: number of each row's adapter, -1 for none.
     """
 
@@ -151,7 +151,7 @@ class ExpandedAdapters:
 
     @classmethod
     def of(cls, model: GenerativeAdapter, adapters: Sequence[Adapter | None]) -> ExpandedAdapters:
-        """The adapters of so many rows. Raises: InputError: they differ in scale or rank."""
+        """The adapters of as many rows. Raises: InputError: they differ in scale or rank."""
         different = list({id(adapter): adapter for adapter in adapters if adapter is not None}.values())
         numbers = {id(adapter): number for number, adapter in enumerate(different)}
         layers = {}
@@ -162,12 +162,12 @@ class ExpandedAdapters:
         return cls(model, tuple(different), layers, tuple(numbers.get(id(adapter), -1) for adapter in adapters))
 
     def factors(self) -> dict[str, LowRankFactors]:
-        """For `GenerativeAdapter.using`, by adapted layer; none where no row has an adapter."""
+        """For `GenerativeAdapter.using`, by adapted layer; empty if no row has an adapter."""
         index = torch.tensor(self.rows, device=self.model.device)
         return {name: LowRankFactors(*pair, self.adapters[0].scale, index) for name, pair in self.layers.items()}
 
     def exchanged(self, kept: Sequence[int], joining: ExpandedAdapters) -> ExpandedAdapters:
-        """The adapters of the kept rows, in this order, then those of the joining ones."""
+        """The adapters of the kept rows, in this order, then those of the new ones."""
         rows = tuple(self.rows[row] for row in kept)
         if not joining.rows:
             return replace(self, rows=rows)
@@ -178,13 +178,13 @@ class ExpandedAdapters:
 
 @dataclass(frozen=True)
 class ExpandedForm:
-    """Adapters that are multiplied out, of any origin, as long as they have the same scale and rank."""
+    """Expanded adapters of any origin, as long as they have the same scale and rank."""
 
     model: GenerativeAdapter
 
     def check(self, adapter: Adapter) -> None:
-        """Nothing: there are no shared maps that it must belong to."""
+        """Accepts everything: there are no shared maps to belong to."""
 
     def stacked(self, adapters: Sequence[Adapter | None]) -> ExpandedAdapters:
-        """The adapters of so many rows. Raises: InputError: they differ in scale or rank."""
+        """The adapters of as many rows. Raises: InputError: they differ in scale or rank."""
         return ExpandedAdapters.of(self.model, adapters)

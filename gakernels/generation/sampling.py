@@ -1,4 +1,4 @@
-"""Which token comes next: greedy, or drawn from a row's distribution with the row's own random numbers."""
+"""Which token comes next: greedy, or drawn from the row's distribution with the row's own random numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Sampling:
 
     Attributes:
         max_new_tokens: longest continuation.
-        temperature: 0 for the most likely token each time; otherwise the logits are divided by it.
+        temperature: 0 always takes the most likely token; otherwise the logits are divided by it.
         top_k: draw from the k most likely tokens only; 0 for all.
         top_p: draw from the most likely tokens whose probabilities reach this sum.
         seed: of the row's random numbers; None for a fresh one.
-        stop: texts in front of which the continuation ends.
+        stop: the continuation ends before the first of these texts.
         stop_at_end_token: whether the model's end tokens end it.
-        stop_token_ids: tokens that end it besides; their text is left out.
-        skip_special_tokens: whether special tokens have no text. Stop texts see them either way.
+        stop_token_ids: further tokens that end it; their text is left out.
+        skip_special_tokens: whether special tokens are left out of the text. Stop texts see them either way.
 
     Raises:
         InputError: a value is out of range.
@@ -55,17 +55,17 @@ class Sampling:
 
 
 def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> Tensor:
-    """The next token of each row of logits (rows, vocabulary), on their device. Nothing waits for the device.
+    """The next token of each row of logits (rows, vocabulary), on their device. Never waits for the device.
 
     Args:
         logits: of the rows.
         samplings: of the rows.
-        generators: random numbers of the rows, on the CPU; not used where the temperature is 0.
+        generators: random numbers of the rows, on the CPU; not used if the temperature is 0.
     """
     tokens = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
-        # One random number a row, drawn on the CPU: the same on every device, whoever else is in the batch.
+        # One random number per row, drawn on the CPU: the same on every device and in every batch.
         uniform = torch.cat([torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawn])
         rows = _moved(torch.tensor(drawn), logits.device)
         found = draw(logits.index_select(0, rows), [samplings[row] for row in drawn], _moved(uniform, logits.device))
@@ -94,12 +94,12 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tens
     inside = (before < column([sampling.top_p for sampling in samplings])) & (
         torch.arange(size, device=logits.device) < most
     )
-    inside[:, 0] = True  # also where top_p is so small that it rounds to nothing
+    inside[:, 0] = True  # even if top_p is so small that it rounds to zero
     total = values.masked_fill(~inside, 0).cumsum(-1)
     place = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
     return order.gather(-1, torch.minimum(place, inside.sum(-1, keepdim=True) - 1))[:, 0]
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without a wait for what the device is doing."""
+    """Copy a host tensor to a device without waiting for the device."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

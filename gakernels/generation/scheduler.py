@@ -1,7 +1,7 @@
-"""Continuous batching: who waits, joins and leaves; one row's life from its prompt to the end of its text.
+"""Continuous batching: which rows wait, join and leave; the life of a row from its prompt to the end of its text.
 
 On a GPU the next step is started before the tokens of the last one are read, so that the device always has work. A row
-that turns out to have ended has then got one token too many, which nobody sees.
+that turns out to have ended then has one token too many, which is dropped.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Piece:
     """What one step added to a continuation.
 
     Attributes:
-        text: new text, maybe none.
+        text: new text, possibly empty.
         tokens: number of tokens generated so far.
-        finished: why it ended: `stop` (end token or stop text), `length` or `cancelled`; None: it goes on.
-        error: what went wrong instead.
+        finished: why it ended: `stop` (end token or stop text), `length` or `cancelled`; None while it continues.
+        error: the error that ended it instead.
     """
 
     text: str
@@ -47,14 +47,14 @@ class Piece:
 
 
 class Generation:
-    """A row's prompt, its way of sampling, and what came out so far.
+    """A row's prompt, its sampling, and its output so far.
 
     Args:
         prompt: token ids, at least one.
         sampling: how it is continued.
-        adapter: its adapter, None for the base model alone, or a function that starts loading it: it is called when
+        adapter: its adapter, None for the base model alone, or a function that starts loading it; it is called when
             the row's turn comes near, and the row waits for the result.
-        tokenizer: for texts; None: only tokens come out.
+        tokenizer: decodes the text; None for tokens only.
         end_tokens: ids that end a continuation.
         on_piece: called after each step, in the thread that decodes.
 
@@ -77,7 +77,7 @@ class Generation:
             raise InputError("tokenizer is needed for stop texts; pass one")
         self.prompt, self.sampling = list(prompt), sampling
         self.tokens: list[int] = []
-        self.begun = 0  # tokens that are there or being computed
+        self.begun = 0  # tokens that are finished or being computed
         self.text = ""
         self.finished: str | None = None
         self.error: Exception | None = None
@@ -98,12 +98,12 @@ class Generation:
         self._on_end: Callable[[], None] | None = None
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Have a function called once it is finished, for whatever reason."""
+        """Call a function when it has finished, for whatever reason."""
         self._on_end = callback
 
     @property
     def most_tokens(self) -> int:
-        """How long prompt and continuation may become together."""
+        """The most tokens that prompt and continuation may reach together."""
         return len(self.prompt) + self.sampling.max_new_tokens
 
     @property
@@ -112,17 +112,17 @@ class Generation:
         return self.finished is None and self.begun < self.sampling.max_new_tokens
 
     def start_loading(self) -> None:
-        """Have the adapter loaded, if that has not begun."""
+        """Start loading the adapter, unless that has begun."""
         if callable(self._adapter) and self._load is None:
             self._load = self._adapter()
 
     @property
     def ready(self) -> bool:
-        """Whether the adapter is there, or will never be."""
+        """Whether the adapter is loaded, or its loading failed."""
         return not callable(self._adapter) or (self._load is not None and self._load.done())
 
     def adapter(self) -> OneAdapter:
-        """The adapter; waits for it where it is being loaded. Raises what loading raised."""
+        """The adapter; waits while it is being loaded. Raises what loading raised."""
         if not callable(self._adapter):
             return self._adapter
         self.start_loading()
@@ -130,7 +130,7 @@ class Generation:
         return self._load.result()
 
     def accept(self, token: int) -> None:
-        """Take the next token, and end the continuation where it is time; nothing happens once it has ended."""
+        """Take the next token, and end the continuation if it is complete; does nothing once it has ended."""
         if self.finished is not None:
             return
         self.tokens.append(token)
@@ -150,7 +150,7 @@ class Generation:
         self.cancelled = True
 
     def end_cancelled(self) -> None:
-        """The step has come."""
+        """Carry out the cancellation."""
         self.finished = CANCELLED
         self._emit("")
 
@@ -160,7 +160,7 @@ class Generation:
         self._emit("")
 
     def _finish(self, reason: str, piece: str = "") -> None:
-        """End with the text that was held back, which may bring a stop text after all."""
+        """End with the text that was held back, which may contain a stop text after all."""
         self.finished = reason
         if self._output is not None:
             rest, stopped = self._output.flush()
@@ -188,7 +188,7 @@ class TokensToCome:
             self._copied.record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> None:
-        """Wait for the tokens, and let the rows have them."""
+        """Wait for the tokens and give them to the rows."""
         if self._copied is not None:
             self._copied.synchronize()
         for row, token in zip(self.rows, self._copy.tolist(), strict=True):
@@ -199,13 +199,13 @@ class Scheduler:
     """Decodes the rows of all users in one batch, one token a step. Not thread-safe: one thread owns it.
 
     Args:
-        model: not to be changed while this is in use.
-        max_rows: most rows in a batch; others wait in the order of their coming.
-        max_prefill_tokens: most tokens of prompts, with their padding, that join in one step (a longer prompt joins
-            alone): the other rows wait for them.
-        max_cache_tokens: bound of the key-value cache: rows times the tokens that the longest of them may reach. A row
+        model: must not change while this is in use.
+        max_rows: most rows in a batch; others wait in order of arrival.
+        max_prefill_tokens: most prompt tokens, including padding, that join in one step (a longer prompt joins
+            alone); the other rows wait for them.
+        max_cache_tokens: limit of the key-value cache: rows times the tokens that the longest of them may reach. A row
             that needs more is decoded alone.
-        batch: what decodes; one with compact adapters if not given.
+        batch: the batch that decodes; by default one for compact adapters.
 
     Raises:
         InputError: a limit is below 1.
@@ -227,7 +227,7 @@ class Scheduler:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self._batch = batch or DecodingBatch(model)
-        self._last = torch.empty(0, dtype=torch.int64, device=model.device)  # token of each running row
+        self._last = torch.empty(0, dtype=torch.int64, device=model.device)  # last token of each running row
         self._to_come: deque[TokensToCome] = deque()
         self._runs_ahead = runs_ahead(model.device)
 
@@ -244,7 +244,7 @@ class Scheduler:
         """Begin the next token of each row, let the finished ones leave and waiting ones join with their first token.
 
         Returns:
-            The number of tokens; 0 where every waiting row's adapter is still being loaded.
+            The number of tokens; 0 if the adapters of all waiting rows are still being loaded.
         """
         try:
             self._drop_cancelled()
@@ -259,7 +259,7 @@ class Scheduler:
             raise
 
     def fail_all(self, error: Exception) -> None:
-        """End everything that runs or waits with an error."""
+        """End all running and waiting rows with an error."""
         self._fail_running(error)
         while self.waiting:
             self.waiting.popleft().fail(error)
@@ -280,7 +280,7 @@ class Scheduler:
         return len(self.running)
 
     def _join(self) -> int:
-        """The first token of the rows that there is room for."""
+        """The first token of the waiting rows that there is room for."""
         going_on = sum(generation.goes_on for generation in self.running)
         joining, adapters = self._admitted(self.max_rows - going_on)
         if joining or going_on < len(self.running):
@@ -296,7 +296,7 @@ class Scheduler:
         self._last = torch.cat([last, self._begin(joining, logits)]) if joining else last
 
     def _begin(self, rows: Sequence[Generation], logits: Tensor) -> Tensor:
-        """The next token of each row, which is also on its way to the host."""
+        """The next token of each row; also starts its copy to the host."""
         tokens = next_tokens(logits, [row.sampling for row in rows], [row.random for row in rows])
         for row in rows:
             row.begun += 1
@@ -304,19 +304,19 @@ class Scheduler:
         return tokens
 
     def _read(self, count: int) -> None:
-        """Let rows have the tokens of the first so many steps that are not read; of all, unless this runs ahead."""
+        """Give the rows the tokens of the first `count` unread steps, or of all of them unless this runs ahead."""
         for _ in range(count if self._runs_ahead else len(self._to_come)):
             self._to_come[0].read()
             self._to_come.popleft()
 
     def _admitted(self, room: int) -> tuple[list[Generation], list[OneAdapter]]:
-        """Takes from the queue what may join now; one whose adapter is not there yet lets others pass."""
+        """Take from the queue what may join now; a row whose adapter is not loaded yet lets others pass."""
         joining: list[Generation] = []
         adapters: list[OneAdapter] = []
         passed: list[Generation] = []
         longest, ahead = 0, 2 * self.max_rows
         for generation in islice(self.waiting, ahead):
-            generation.start_loading()  # ahead of need
+            generation.start_loading()  # ahead of time
         while self.waiting and len(joining) < room and len(passed) < ahead:
             generation = self.waiting[0]
             longest = max(longest, len(generation.prompt))
@@ -343,14 +343,14 @@ class Scheduler:
             adapter = generation.adapter()
             if adapter is not None:
                 self._batch.form.check(adapter)
-        except Exception as error:  # this row's alone
+        except Exception as error:  # only this row fails
             generation.fail(error)
             return
         joining.append(generation)
         adapters.append(adapter)
 
     def _fail_running(self, error: Exception) -> None:
-        """A step went wrong: its rows can't go on, those that wait can."""
+        """A step failed: end its rows; the waiting ones can still run."""
         for generation in [*self.running, *(row for tokens in self._to_come for row in tokens.rows)]:
             if generation.finished is None:
                 generation.fail(error)
@@ -366,7 +366,7 @@ def generate(
     sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
     max_rows: int = 64,
 ) -> list[Generation]:
-    """Continue prompts, each with an adapter of its own, in batches of at most `max_rows` rows.
+    """Continue prompts, each with its own adapter, in batches of at most `max_rows` rows.
 
     Args:
         model: the base model and the generator of the adapters.
@@ -376,11 +376,11 @@ def generate(
         max_rows: rows decoded together; a row that is finished makes room for the next.
 
     Returns:
-        The finished generations: `tokens`, `text` (where there is a tokenizer) and why they `finished`.
+        The finished generations: `tokens`, `text` (if there is a tokenizer) and why they `finished`.
 
     Raises:
-        InputError: the numbers of prompts, adapters and samplings differ, a prompt is empty, or there is no tokenizer
-            for a text.
+        InputError: the numbers of prompts, adapters and samplings differ, a prompt is empty, or a text has
+            no tokenizer.
         FormatError: an adapter belongs to another base model or generator.
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -398,7 +398,7 @@ def generate(
 
 
 def run(scheduler: Scheduler, generations: list[Generation]) -> list[Generation]:
-    """Bring generations to their end. Raises what went wrong with one of them."""
+    """Run generations to their end. Raises the error of the first that failed."""
     for generation in generations:
         scheduler.submit(generation)
     while not scheduler.idle:
@@ -410,7 +410,7 @@ def run(scheduler: Scheduler, generations: list[Generation]) -> list[Generation]
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the host goes on while the device computes."""
+    """Whether the host can continue while the device computes."""
     return device.type == "cuda"
 
 

@@ -1,4 +1,4 @@
-"""From tokens to text piece by piece: no half characters, and nothing of a stop text gets out."""
+"""From tokens to text piece by piece, without incomplete characters or any part of a stop text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _TAIL = 6  # tokens of the prompt that tell how its continuation is joined to it
 
 
 class TokenText:
-    """The text of a growing sequence of tokens, as it continues the prompt.
+    """The text of a growing sequence of tokens, as a continuation of the prompt.
 
-    A token's text depends on the tokens in front of it (a space or none, bytes of one character), so each piece is the
+    A token's text depends on the tokens before it (a space or none, bytes of one character), so each piece is the
     difference of two decodings of the last few tokens.
 
     Args:
         tokenizer: decodes.
-        prompt: token ids in front.
-        skip_special_tokens: whether special tokens have no text.
+        prompt: token ids of the prompt.
+        skip_special_tokens: whether special tokens are left out of the text.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class TokenText:
     ) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._tokens = list(prompt[-_TAIL:])
-        self._start, self._read = 0, len(self._tokens)  # decode from here; text is out up to there
+        self._start, self._read = 0, len(self._tokens)  # decode from here; text has been returned up to there
 
     def push(self, token: int) -> str:
-        """The text that is complete with one more token."""
+        """The text that one more token completes."""
         self._tokens.append(token)
         piece = self._rest()
         if not piece or piece.endswith(_UNFINISHED):
@@ -39,7 +39,7 @@ class TokenText:
         return piece
 
     def flush(self) -> str:
-        """The text that was held back; nothing comes after it."""
+        """The text that was held back; nothing may follow it."""
         piece = self._rest()
         self._read = len(self._tokens)
         return piece
@@ -53,23 +53,23 @@ class TokenText:
 
 
 class StopTexts:
-    """Passes text on up to the first of some stop texts, and holds back what may be the start of one.
+    """Passes text on up to the first stop text, and holds back what may be the start of one.
 
     Args:
         stops: the stop texts.
-        special: texts of special tokens: a stop text with one of them in it is also looked for in hidden text.
+        special: texts of special tokens: a stop text that contains one is also searched for in hidden text.
     """
 
     def __init__(self, stops: Sequence[str], special: Collection[str] = ()) -> None:
         self._stops = [(stop, any(token in stop for token in special)) for stop in stops]
-        self._held: list[tuple[str, bool]] = []  # characters, and whether they are to go out
+        self._held: list[tuple[str, bool]] = []  # characters, and whether they are part of the output
 
     def push(self, piece: str, hidden: str = "") -> tuple[str, bool]:
-        """The text that may go out, and whether a stop text has come: nothing goes out after it.
+        """The text that can be output, and whether a stop text was found, after which no more is output.
 
         Args:
             piece: more text.
-            hidden: text behind it that does not go out, but may be part of a stop text.
+            hidden: text after it that is not output but may be part of a stop text.
         """
         self._held += [(character, True) for character in piece] + [(character, False) for character in hidden]
         found, sure = [], len(self._held)
@@ -87,7 +87,7 @@ class StopTexts:
         return self._take(sure), False
 
     def flush(self) -> str:
-        """What was held back, now that no more comes."""
+        """What was held back, when no more text follows."""
         return self._take(len(self._held))
 
     def _take(self, count: int) -> str:
@@ -100,9 +100,9 @@ class TextOutput:
 
     Args:
         tokenizer: decodes.
-        prompt: token ids in front.
-        stops: texts in front of which it ends; special tokens may be part of them.
-        skip_special_tokens: whether special tokens have no text.
+        prompt: token ids of the prompt.
+        stops: it ends before the first of these texts; they may contain special tokens.
+        skip_special_tokens: whether special tokens are left out of the text.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class TextOutput:
         self._stops = StopTexts(stops, special.values())
 
     def push(self, token: int) -> tuple[str, bool]:
-        """The text that may go out with one more token, and whether a stop text has come."""
+        """The text that can be output after one more token, and whether a stop text was found."""
         return self._stops.push(self._text.push(token), self._hidden.get(token, ""))
 
     def flush(self) -> tuple[str, bool]:
-        """The text that was held back, which may bring a stop text after all; nothing comes after it."""
+        """The text that was held back, which may contain a stop text after all; nothing may follow it."""
         piece, stopped = self._stops.push(self._text.flush())
         return piece if stopped else piece + self._stops.flush(), stopped
 
@@ -133,7 +133,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of the text that is a start of the stop text."""
+    """The longest end of the text that is also a start of the stop text."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

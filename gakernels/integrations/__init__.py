@@ -1,1 +1,1 @@
-"""The operations inside other libraries' models. A module here needs the library whose name it has."""
+"""The operations in other libraries' models. Each module needs the library that it is named after."""

@@ -1,4 +1,4 @@
-"""PEFT's LoRA linear layer on `lowrank_linear`, and the rule that says which of its forward passes can run there."""
+"""PEFT's LoRA linear layer on `lowrank_linear`, and the rule for which of its forward passes can run there."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ class LowRankLoraLinear(Linear):
     """PEFT's `lora.Linear` with one call of `lowrank_linear` for the base product and all adapters of a forward pass.
 
     `use_lowrank_linear` turns a `lora.Linear` into this class and `restore` turns it back. Only `forward` differs, and
-    it keeps nothing between calls: adapters may be added, switched, scaled, merged and disabled as before.
+    it stores nothing between calls: adapters may be added, switched, scaled, merged and disabled as before.
 
     Factors of another dtype than the base weight are cast to it; PEFT casts the input to the dtype of the factors.
     """
@@ -29,8 +29,8 @@ class LowRankLoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., d_out) of x (..., d_in), with the active adapters or, given `adapter_names`, one adapter per row.
 
-        Runs PEFT's own forward where there is nothing low-rank to add, and, with a warning, where
-        `layer_reason`, `adapter_reason` or dropout rule the operation out.
+        Runs PEFT's own forward if there is nothing low-rank to add and, with a warning, if
+        `layer_reason`, `adapter_reason` or dropout rules out the operation.
         """
         self._check_forward_args(x, *args, **kwargs)  # type: ignore[no-untyped-call]
         rows: list[str] | None = kwargs.get("adapter_names")
@@ -46,7 +46,7 @@ class LowRankLoraLinear(Linear):
 
 
 def layer_reason(layer: Any) -> str | None:
-    """Why no adapter of this layer can run on `lowrank_linear`; None if nothing about the layer is in the way."""
+    """Why no adapter of this layer can run on `lowrank_linear`; None if the layer allows it."""
     if type(layer) not in (Linear, LowRankLoraLinear):
         return f"the layer is a peft {type(layer).__name__}, not peft's lora.Linear for nn.Linear and Conv1D"
     if "forward" in vars(layer):
@@ -60,7 +60,7 @@ def layer_reason(layer: Any) -> str | None:
 
 
 def adapter_reason(layer: Any, adapter: str) -> str | None:
-    """Why one adapter of a layer can't run on `lowrank_linear` in any mode; None if it can, dropout aside."""
+    """Why one adapter of a layer can't run on `lowrank_linear` in any mode; None if it can, apart from dropout."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is no plain LoRA but a {type(layer.lora_variant[adapter]).__name__}"
     return (
@@ -82,19 +82,19 @@ _DROPOUTS = (nn.Identity, nn.Dropout)
 
 
 def _submodule_reason(what: str, module: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | None:
-    """Why the weight of a submodule must not be used without calling the submodule."""
+    """Why the weight of a submodule can't be used without calling it; None if it can."""
     if type(module) not in classes:
         return f"{what} is a {type(module).__name__}"
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
         return f"{what} has hooks, or a forward of its own"
-    weight = getattr(module, "weight", None)  # a dropout has none
+    weight = getattr(module, "weight", None)  # dropout has none
     if weight is not None and (type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in FLOATING):
         return f"{what} has a weight of type {type(weight).__name__}, {weight.dtype}"
     return None
 
 
 def _present(layer: Any, adapters: Iterable[str]) -> list[str]:
-    """Those of the adapters that this layer has."""
+    """The adapters that this layer has."""
     return [adapter for adapter in adapters if adapter != _BASE_OF_ROW and adapter in layer.lora_A]
 
 
@@ -114,7 +114,7 @@ def _warn(reason: str) -> None:
 
 
 def _shared(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
-    """The same adapters for all tokens: one window with all of them, one adapter with the ranks side by side."""
+    """The same adapters for all tokens: a single window with all tokens, and one adapter with concatenated ranks."""
     if len(adapters) == 1:
         lora_a, lora_b = layer.lora_A[adapters[0]].weight, layer.lora_B[adapters[0]].weight
         scale = float(layer.scaling[adapters[0]])
@@ -127,7 +127,7 @@ def _shared(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
 
 
 def _per_row(layer: Any, x: Tensor, adapters: Sequence[str], rows: Sequence[str]) -> Tensor:
-    """An adapter for each row of the batch: a window per row, smaller ranks filled up with zeros."""
+    """An adapter for each row of the batch: a window per row, smaller ranks padded with zeros."""
     a, b = zip(*(_scaled_factors(layer, adapter) for adapter in adapters), strict=True)
     rank = max(factor.shape[0] for factor in a)
     lora_a = torch.stack([F.pad(factor, (0, 0, 0, rank - factor.shape[0])) for factor in a])
@@ -167,10 +167,10 @@ def _linear(
     index: Tensor | None,
     biases: list[Tensor],
 ) -> Tensor:
-    """The operation on the base layer; biases that it has no gradient for are added to its output."""
+    """The operation on the base layer; biases for which it has no gradient are added to its output."""
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     if isinstance(layer.base_layer, Conv1D):
-        weight = weight.mT  # it is kept as (d_in, d_out)
+        weight = weight.mT  # it is stored as (d_in, d_out)
     if bias is not None and bias.requires_grad:
         biases = [bias, *biases]
         bias = None

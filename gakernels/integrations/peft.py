@@ -1,6 +1,6 @@
-"""The LoRA linear layers of a PEFT model on `gakernels.ops.lowrank_linear`: one call, and one that undoes it.
+"""The LoRA linear layers of a PEFT model on `gakernels.ops.lowrank_linear`: one call switches to it, another one back.
 
-Needs peft, which `import gakernels` does not. docs/lowrank_linear.md has the rule that says what runs on the operation.
+Needs peft, which `import gakernels` does not. docs/lowrank_linear.md has the rule for what runs on the operation.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ class Report:
 
     Attributes:
         changed: the layers that run on the operation.
-        except_when: of these, the ones that keep PEFT's own forward in some cases: which.
-        left: the layers that keep PEFT's own forward: why.
+        except_when: those of them that keep PEFT's own forward in some cases, with the cases.
+        left: the layers that keep PEFT's own forward, with the reasons.
     """
 
     changed: tuple[str, ...]
@@ -41,13 +41,13 @@ def use_lowrank_linear(model: nn.Module) -> Report:
     """Let the LoRA linear layers of a model run on `gakernels.ops.lowrank_linear`, wherever that gives the same result.
 
     Each such layer changes its class from `peft.tuners.lora.Linear` to `LowRankLoraLinear`; no parameter, buffer, name
-    or hook is touched. Calling it again, for instance after adapters were added, brings the choice up to date.
+    or hook is touched. Calling it again, for instance after adapters were added, updates the choice.
 
     Args:
         model: a `PeftModel`, or any model with LoRA layers of peft in it. Changed in place.
 
     Returns:
-        What was changed and what was left, and why.
+        What was changed and what was not, with reasons.
 
     Raises:
         InputError: the model has no LoRA layer, or none that can run on the operation.
@@ -84,7 +84,7 @@ def _restore(module: nn.Module) -> None:
 
 
 def _judge(layer: Any) -> tuple[str | None, list[str]]:
-    """Why a layer must be left as it is, or None and the cases in which it will run PEFT's own forward."""
+    """Why a layer must be left as it is, or None and the cases in which it runs PEFT's own forward."""
     reason = layer_reason(layer)
     if reason is not None:
         return reason, []
@@ -97,7 +97,7 @@ def _judge(layer: Any) -> tuple[str | None, list[str]]:
 
 
 def _by_reason(what: str, names: Mapping[str, str]) -> list[str]:
-    """A line for each reason, with the number of layers and the first of them."""
+    """A line for each reason, with the number of layers and the name of the first."""
     groups: dict[str, list[str]] = {}
     for name, reason in names.items():
         groups.setdefault(reason, []).append(name)

@@ -1,1 +1,1 @@
-"""An HTTP server of contexts and completions under their adapters (extra `serve`)."""
+"""An HTTP server for contexts, and for completions under their adapters (extra `serve`)."""

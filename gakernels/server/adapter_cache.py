@@ -1,4 +1,4 @@
-"""AdapterCache: compact adapters on the GPU, in main memory and on disk, each bounded, least recently used out."""
+"""AdapterCache: compact adapters on the GPU, in main memory and on disk, each limited, least recently used evicted."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Tier:
     """One kind of memory.
 
     Attributes:
-        limit_bytes: its bound; 0: it is not used.
-        used_bytes: sum of the sizes of what it holds.
+        limit_bytes: its limit; 0 turns it off.
+        used_bytes: total size of its adapters.
         hits: how often an adapter was found here.
-        evictions: how often one had to leave for another.
+        evictions: how often one was evicted for another.
     """
 
     limit_bytes: int
@@ -42,19 +42,19 @@ class Tier:
 class AdapterCache:
     """Adapters by name, each held in one of three tiers.
 
-    An adapter that is used moves to the GPU (where there is one), which pushes the least recently used one down to main
-    memory, from there to the disk, and from there out. An adapter is always found or made: what falls out is made again
-    from its source. Everything is done by one thread of this object's own, so `request` returns at once.
+    An adapter that is used moves to the GPU (if there is one), which pushes the least recently used one down to main
+    memory, from there to disk, and from there out. An adapter is always found or made: an evicted one is made again
+    from its source. This object's own thread does all the work, so `request` returns at once.
 
     Args:
         device: where adapters are used.
-        gpu_bytes: bound of the memory on the device; not used where the device is the CPU.
-        cpu_bytes: bound of main memory.
-        disk_bytes: bound of the files' sizes.
-        folder: for the files. What an earlier run left there is used; files of other names are left alone.
+        gpu_bytes: limit of the memory on the device; ignored if the device is the CPU.
+        cpu_bytes: limit of main memory.
+        disk_bytes: limit of the total size of the files.
+        folder: for the files. Files of an earlier run are used; files with other names are left alone.
 
     Raises:
-        InputError: a bound is negative, or the disk is to be used but no folder is given.
+        InputError: a limit is negative, or the disk is used but no folder is given.
     """
 
     def __init__(
@@ -77,22 +77,22 @@ class AdapterCache:
         self._memory: dict[str, OrderedDict[str, CompactAdapter]] = {"gpu": OrderedDict(), "cpu": OrderedDict()}
         self._files: OrderedDict[str, int] = OrderedDict()
         self._folder = None if folder is None else Path(folder)
-        self._lock = threading.Lock()  # of the book-keeping; no file is read or written while it is held
+        self._lock = threading.Lock()  # for the book-keeping; no file is read or written while it is held
         self._loading: dict[str, Future[CompactAdapter]] = {}
         self._thread = ThreadPoolExecutor(1, "gakernels-adapters")
         if self._folder is not None:
             self._find_files(self._folder)
 
     def request(self, key: str, make: Callable[[], CompactAdapter]) -> Future[CompactAdapter]:
-        """Begin to bring an adapter to the device; the result is there when it is done.
+        """Start bringing an adapter to the device; the future has it when it is there.
 
         Args:
-            key: names the adapter and its version: letters, digits, `_` and `-`, at most 128. What a key names must
+            key: names the adapter and its version: letters, digits, `_` and `-`, at most 128. The meaning of a key must
                 never change.
-            make: makes the adapter where no tier has it; called in this cache's thread.
+            make: makes the adapter if no tier has it; called in this cache's thread.
 
         Raises:
-            InputError: the key has other characters.
+            InputError: the key has other characters or is too long.
         """
         if not _KEY.fullmatch(key):
             raise InputError(f"key must be 1 to 128 letters, digits, '_' or '-', but it is {key!r:.80}")
@@ -114,11 +114,11 @@ class AdapterCache:
         return self.request(key, make).result()
 
     def drop(self, key: str) -> None:
-        """Forget an adapter, in whatever tier it is; it is not in use any more, or its maker knows a newer one."""
+        """Forget an adapter in every tier; it is no longer in use, or its maker knows a newer one."""
         with self._lock:
             pending = self._loading.get(key)
         if pending is not None:
-            pending.exception()  # let it come in first
+            pending.exception()  # let it arrive first
         with self._lock:
             for name, held in self._memory.items():
                 adapter = held.pop(key, None)
@@ -131,18 +131,18 @@ class AdapterCache:
             self._unlink(key)
 
     def close(self) -> None:
-        """Wait for what is being loaded, and end the thread. The files stay for the next run."""
+        """Wait for what is being loaded, then end the thread. The files stay for the next run."""
         self._thread.shutdown()
 
     # Finding
 
     @property
     def _top(self) -> str:
-        """The tier that adapters are used from."""
+        """The tier from which adapters are used."""
         return "cpu" if self.device.type == "cpu" else "gpu"
 
     def _hit(self, key: str) -> CompactAdapter | None:
-        """The adapter, if it is on the device already. Called with the lock held."""
+        """The adapter, if it is already on the device. Call with the lock held."""
         held = self._memory[self._top]
         if key not in held:
             return None
@@ -164,7 +164,7 @@ class AdapterCache:
             self._loading.pop(key, None)
 
     def _lower(self, key: str) -> CompactAdapter | None:
-        """Take the adapter from the tiers below; the file of one stays, as it can't change."""
+        """Take the adapter from the tiers below; its file stays, because it can't change."""
         if self._top == "gpu":
             with self._lock:
                 adapter = self._memory["cpu"].pop(key, None)
@@ -181,7 +181,7 @@ class AdapterCache:
             self._files.move_to_end(key)
         try:
             adapter = CompactAdapter.load(self._path(key))
-        except (InputError, FormatError, OSError):  # a cache: what can't be read is made again
+        except (InputError, FormatError, OSError):  # this is a cache: what can't be read is made again
             self._remove_file(key)
             return None
         self.tiers["disk"].hits += 1
@@ -190,7 +190,7 @@ class AdapterCache:
     # Keeping
 
     def _put(self, tier: str, key: str, adapter: CompactAdapter) -> None:
-        """Hold an adapter in a tier, and push down what it has no room for."""
+        """Put an adapter into a tier, and push down what no longer fits."""
         if tier == "disk":
             self._write(key, adapter)
             return
@@ -215,7 +215,7 @@ class AdapterCache:
         try:
             adapter.save(self._path(key))
             size = self._path(key).stat().st_size
-        except OSError as error:  # a cache: what can't be kept is made again
+        except OSError as error:  # this is a cache: what can't be kept is made again
             logger.warning("an adapter could not be cached: %s", error)
             return
         with self._lock:
@@ -226,7 +226,7 @@ class AdapterCache:
             self._unlink(name)
 
     def _oldest_files(self, limit: int) -> list[str]:
-        """Forget files until the rest is within the bound. Called with the lock held."""
+        """Forget files until the rest is within the limit. Call with the lock held."""
         leaving = []
         while self.tiers["disk"].used_bytes > limit:
             name, size = self._files.popitem(last=False)
@@ -251,11 +251,11 @@ class AdapterCache:
     def _unlink(self, key: str) -> None:
         try:
             self._path(key).unlink(missing_ok=True)
-        except OSError as error:  # it is not in the books any more, and is found again by the next run
+        except OSError as error:  # it is no longer listed here; the next run will find it
             logger.warning("a cached adapter could not be removed: %s", error)
 
     def _find_files(self, folder: Path) -> None:
-        """Take over the files of an earlier run, the oldest first."""
+        """Adopt the files of an earlier run, the oldest first."""
         if not self.tiers["disk"].limit_bytes:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The OpenAI interface: models, completions and chat. Requests become rows, pieces of text become answers or events."""
+"""The OpenAI interface: models, completions and chat. Requests become rows, and pieces of text answers or events."""
 
 import asyncio
 import json
@@ -57,14 +57,14 @@ class EventStream:
 
     Attributes:
         events: as text.
-        end: what else must happen when nobody wants them any more, even if nobody has asked for the first one.
+        end: cleanup when the events are no longer wanted, even if the first one was never requested.
     """
 
     events: AsyncGenerator[str, None]
     end: Callable[[], None] = lambda: None
 
     async def close(self) -> None:
-        """The answer is out, or its reader has gone."""
+        """Clean up: the answer is complete, or its reader has gone."""
         self.end()
         await self.events.aclose()
 
@@ -73,7 +73,7 @@ Answer = BaseModel | dict[str, Any] | EventStream
 
 
 class Completions(Protocol):
-    """What answers: this process's engine, or another server."""
+    """What computes answers: the engine of this process, or another server."""
 
     async def complete(self, request: CompletionRequest, context: Context | None) -> Answer:
         """The answer to a completion request, or the events of a stream."""
@@ -84,11 +84,11 @@ class Completions(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """What a request is waiting for.
+    """The generations that a request is waiting for.
 
     Attributes:
         generations: one for each prompt.
-        pieces: number of the generation and piece, put here by the engine.
+        pieces: queue of (number of the generation, piece), filled by the engine.
         model: the model's name in the request, for messages.
     """
 
@@ -97,10 +97,10 @@ class Rows:
     model: str
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Number of the row and piece, until all rows are finished.
+        """Pairs (number of the row, piece), until all rows are finished.
 
         Raises:
-            ApiError: a row went wrong.
+            ApiError: a row failed.
         """
         unfinished = len(self.generations)
         try:
@@ -114,13 +114,13 @@ class Rows:
             self.cancel()
 
     def cancel(self) -> None:
-        """End them at the next step; nothing happens to finished ones."""
+        """End the rows at the next step; finished ones are not affected."""
         for generation in self.generations:
             generation.cancel()
 
     @property
     def usage(self) -> Usage:
-        """Numbers of tokens so far."""
+        """The numbers of tokens so far."""
         return Usage.of(
             sum(len(row.prompt) for row in self.generations), sum(len(row.tokens) for row in self.generations)
         )
@@ -133,9 +133,9 @@ class LocalCompletions:
         model: the base model with its generators.
         engine: decodes.
         contexts: where adapters come from.
-        limits: of prompts and tokens.
-        metrics: where tokens are counted.
-        template: Jinja template of a conversation; the tokenizer's own if not given.
+        limits: on prompts and tokens.
+        metrics: counts tokens.
+        template: Jinja template of a conversation; by default the tokenizer's own.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class LocalCompletions:
             text = tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # templates refuse conversations that they don't know in ways of their own
+        except Exception as error:  # each template raises its own errors for conversations that it refuses
             raise bad_request(f"the chat template refuses these messages: {error}", "messages") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -304,7 +304,7 @@ class LocalCompletions:
             self._end(rows)
 
     def _end(self, rows: Rows) -> None:
-        """Nobody waits for them any more."""
+        """Cancel rows that nobody waits for any more."""
         rows.cancel()
         self._metrics.new_tokens.inc(rows.usage.completion_tokens)
 
@@ -326,7 +326,7 @@ class LocalCompletions:
         wants_usage: bool,
         opening: BaseModel | None,
     ) -> AsyncGenerator[str, None]:
-        """Server-sent events; an error that comes too late for a status is the last one."""
+        """Server-sent events; an error that comes too late for a status code is the last event."""
         if opening is not None:
             yield as_event(opening)
         try:
@@ -346,7 +346,7 @@ def _name(kind: str) -> str:
 
 
 def completion_event(frame: Callable[..., Completion], index: int, piece: Piece) -> Completion:
-    """A piece of the completion of prompt number `index`; `frame` makes an event of its choices."""
+    """A piece of the completion of prompt number `index`; `frame` makes an event from its choices."""
     return frame(choices=[CompletionChoice(index=index, text=piece.text, finish_reason=finish_reason(piece.finished))])
 
 
@@ -357,19 +357,19 @@ def chat_event(frame: Callable[..., ChatChunk], index: int, piece: Piece) -> Cha
 
 
 def chat_opening(frame: Callable[..., ChatChunk]) -> ChatChunk:
-    """The event in front of the model's turn: whose it is."""
+    """The event before the model's turn; it names the role."""
     return frame(choices=[ChatChunkChoice(index=0, delta={"role": "assistant", "content": ""})])
 
 
 def finish_reason(finished: str | None) -> FinishReason | None:
-    """Why a text ended, in OpenAI's words; None while it goes on."""
+    """Why a text ended, in OpenAI's terms; None while it continues."""
     if finished is None:
         return None
     return "length" if finished == LENGTH else "stop"
 
 
 def as_event(event: BaseModel) -> str:
-    """As a server-sent event."""
+    """The text of a server-sent event."""
     return f"data: {event.model_dump_json()}\n\n"
 
 
@@ -379,16 +379,16 @@ def openai_routes(
     """Models, completions and chat completions.
 
     Args:
-        completions: answers.
-        store: where contexts are; the id of one is the name of a model.
+        completions: computes the answers.
+        store: holds the contexts; the id of a context is the name of a model.
         base_name: name of the base model alone.
-        started: seconds since 1970.
-        owner: dependency that tells who sends a request.
+        started: start time, seconds since 1970.
+        owner: dependency that returns the sender of a request.
     """
     router = APIRouter(prefix="/v1", tags=["openai"], responses=RESPONSES)
 
     def chosen(model: str, owner: str) -> Context | None:
-        """The context that a request names, None for the base model."""
+        """The context that a request names; None for the base model."""
         if model == base_name:
             return None
         context = store.get(model, owner)
@@ -408,7 +408,7 @@ def openai_routes(
 
     @router.get("/models/{name}", responses=NOT_FOUND)
     async def model(name: str, owner: Annotated[str, owner]) -> ModelCard:
-        """One of them."""
+        """One model."""
         context = chosen(name, owner)
         return base if context is None else card(context)
 
@@ -426,7 +426,7 @@ def openai_routes(
 
 
 async def _response(request: Request, work: Coroutine[Any, Any, Answer]) -> Response:
-    """The answer, as soon as it is there. Raises: ApiError: the client hung up first; the work has been cancelled."""
+    """The answer, as soon as it is there. Raises: ApiError: the client hung up first; the work is then cancelled."""
     answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(request))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -448,14 +448,14 @@ async def _hang_up(request: Request) -> None:
 
 
 class _Events(StreamingResponse):
-    """A stream that is closed in the end, also if the client hangs up before the first event."""
+    """A stream that is always closed, even if the client hangs up before the first event."""
 
     def __init__(self, stream: EventStream) -> None:
         super().__init__(stream.events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the stream."""
         try:
             await super().__call__(scope, receive, send)
         finally:

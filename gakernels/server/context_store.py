@@ -1,8 +1,8 @@
-"""ContextStore: contexts on disk. What `create`, `commit` and `delete` return from has survived a crash of the machine.
+"""ContextStore: contexts on disk. What `create`, `commit` and `delete` did survives a crash once they have returned.
 
-One file a context holds its states and all that is known about it, so that replacing this file is the one step that
-makes an append count: `write_tensors` writes beside it, brings that to the disk, renames it, and brings the folder to
-the disk.
+One file per context holds its states and all that is known about it, so replacing this file is the one step that
+makes an append count: `write_tensors` writes a file next to it, flushes it, renames it, and flushes the folder to
+disk.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Context:
 
     Attributes:
         id: `ctx-` and 32 hexadecimal digits, drawn at random; the `model` of requests.
-        owner: whose it is, see `ApiKeys`.
-        label: the owner's own words for it.
+        owner: its owner, see `ApiKeys`.
+        label: the owner's name for it.
         created: seconds since 1970.
         revision: number of appends.
         tokens_seen: number of tokens appended.
@@ -54,14 +54,14 @@ class Context:
 
 
 class StaleError(RuntimeError):
-    """The context has gone on, or is gone: ask the store for it again."""
+    """The context has changed or is gone: ask the store for it again."""
 
 
 _TYPES = {"id": str, "owner": str, "label": str, "created": int, "revision": int, "tokens_seen": int}
 
 
 class ContextStore:
-    """The contexts in a folder, which one process uses at a time. Safe to use from several threads.
+    """The contexts in a folder, used by one process at a time. Thread-safe.
 
     Args:
         folder: made if it is not there.
@@ -73,7 +73,7 @@ class ContextStore:
         FormatError: a context in it was made with another base model or generator.
 
     Attributes:
-        damaged: names of files that can't be read; they are left alone and their contexts are not there.
+        damaged: names of files that can't be read; they are left alone, and their contexts are missing.
     """
 
     def __init__(self, folder: str | Path, base_fingerprint: str, generator_fingerprint: str) -> None:
@@ -91,7 +91,7 @@ class ContextStore:
             raise
 
     def close(self) -> None:
-        """Let another process use the folder."""
+        """Release the folder for other processes."""
         self._guard.close()
 
     def create(self, owner: str, label: str = "") -> Context:
@@ -102,7 +102,7 @@ class ContextStore:
         return context
 
     def get(self, identifier: str, owner: str) -> Context | None:
-        """The context of that name, if there is one and it is the owner's."""
+        """The context with that id, if it exists and is the owner's."""
         with self._lock:
             context = self._contexts.get(identifier)
         return context if context is not None and context.owner == owner else None
@@ -119,12 +119,12 @@ class ContextStore:
             return len(self._contexts)
 
     def states(self, context: Context) -> dict[str, Tensor]:
-        """The states (1, d_r, d_r) by adapted layer, on the CPU; none for a context without an append.
+        """The states (1, d_r, d_r) by adapted layer, on the CPU; empty for a context without an append.
 
-        The file has the last word: where somebody has removed or replaced it, the store takes that over.
+        The file is authoritative: if somebody has removed or replaced it, the store follows.
 
         Raises:
-            StaleError: the context is of another revision meanwhile, or deleted.
+            StaleError: the context has another revision by now, or is deleted.
             FormatError: the file is damaged.
         """
         path = self._path(context.id)
@@ -143,13 +143,13 @@ class ContextStore:
         return {name: state[None] for name, state in tensors.items()}
 
     def commit(self, context: Context, states: Mapping[str, Tensor], tokens: int) -> Context:
-        """Put new states in place of a context's, after so many more tokens.
+        """Replace the states of a context, after so many more tokens.
 
         Commits to one context, and its deletion, must not run at the same time.
 
         Raises:
-            StaleError: the context is of another revision meanwhile, or deleted.
-            OSError: they could not be written; the context is as it was.
+            StaleError: the context has another revision by now, or is deleted.
+            OSError: they could not be written; the context is unchanged.
         """
         if self.get(context.id, context.owner) != context:
             raise StaleError(f"context {context.id} has been deleted or is not of revision {context.revision} any more")
@@ -159,7 +159,7 @@ class ContextStore:
         return new
 
     def delete(self, context: Context) -> None:
-        """Remove a context; nothing happens if it is gone already. Raises: OSError: it can't be; it is still there."""
+        """Remove a context; does nothing if it is already gone. Raises: OSError: it could not be removed."""
         self._path(context.id).unlink(missing_ok=True)
         with self._lock:
             self._contexts.pop(context.id, None)
@@ -171,7 +171,7 @@ class ContextStore:
             self._contexts[context.id] = context
 
     def _take_over(self, context: Context, found: Context | None) -> None:
-        """The context's file is another one, or none, and this store has not done it."""
+        """Follow a change that this store did not make: the context's file was replaced or removed."""
         with self._lock:
             if self._contexts.get(context.id) != context:
                 return
@@ -182,10 +182,10 @@ class ContextStore:
                 logger.error("context %s: its file has been removed, or is that of another owner or model", context.id)
 
     def _check_folder(self) -> None:
-        """Hold the folder again if somebody has removed it, before anything is written there.
+        """Lock the folder again if somebody has removed it, before anything is written there.
 
         Raises:
-            OSError: another process holds the one that is there now.
+            OSError: another process holds the present folder.
         """
         with self._lock:
             try:
@@ -204,7 +204,7 @@ class ContextStore:
             self._contexts = {name: one for name, one in self._contexts.items() if self._path(name).exists()}
 
     def _sync_folder(self) -> None:
-        """Bring the folder's names to the disk: until then a crash of the machine could bring a deleted one back."""
+        """Flush the folder's names to disk: until then, a crash of the machine could bring a deleted file back."""
         try:
             descriptor = os.open(self._folder, os.O_RDONLY)
         except FileNotFoundError:
@@ -218,7 +218,7 @@ class ContextStore:
         return self._folder / f"{identifier}{SUFFIX}"
 
     def _find(self) -> None:
-        """Read the descriptions of all contexts, and remove what a killed process was about to write."""
+        """Read the descriptions of all contexts, and remove the unfinished files of a killed process."""
         for path in sorted(self._folder.iterdir()):
             if _LEFT_OVER.fullmatch(path.name):
                 path.unlink()
@@ -242,7 +242,7 @@ class ContextStore:
 
 
 def _guarded(folder: Path) -> IO[str]:
-    """An open file that keeps other processes from using the folder. Raises: InputError: one does."""
+    """An open file that locks other processes out of the folder. Raises: InputError: one uses it."""
     guard = (folder / "lock").open("w")
     try:
         fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Contexts: what users do with their contexts, on top of the store, the engine and the cache."""
+"""Contexts: operations of users on their contexts, on top of the store, the engine and the cache."""
 
 import asyncio
 import copy
@@ -47,16 +47,16 @@ _FILE: dict[int | str, dict[str, Any]] = {
 class Contexts:
     """Create, append, read, export, delete. Belongs to one event loop.
 
-    Appends to one context follow one another; a context's states depend on its own appends alone, because each append
-    is encoded by itself, never in one batch with another's.
+    Appends to one context run one after the other; the states of a context depend only on its own appends, since each
+    append is encoded separately, never in a batch with another.
 
     Args:
         model: its tokenizer turns texts into tokens.
         engine: runs the forward passes.
-        store: has the last word on what a context is.
-        cache: of the adapters that follow from the states.
-        limits: of contexts and appends.
-        scratch: folder for exports while they are put together; what an earlier run left there is removed.
+        store: is authoritative about contexts.
+        cache: of the adapters computed from the states.
+        limits: on contexts and appends.
+        scratch: folder for exports in preparation; leftovers of an earlier run are removed.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class Contexts:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         self._model, self._engine, self._limits = model, engine, limits
-        # A copy for this object's one thread: a tokenizer is not safe to use from two at once.
+        # A copy for this object's one thread: tokenizers are not thread-safe.
         self.tokenizer = copy.deepcopy(model.tokenizer)
         self._text_thread = ThreadPoolExecutor(1, "gakernels-text")
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._creating = asyncio.Lock()
-        self._exporting = asyncio.Semaphore(2)  # whole files are in memory
+        self._exporting = asyncio.Semaphore(2)  # exports are held in memory
         self._deleted: list[Callable[[Context], Awaitable[None]]] = []
         self.adapter_bytes = _adapter_bytes(model)
 
     def when_deleted(self, callback: Callable[[Context], Awaitable[None]]) -> None:
-        """Have a function called after a context has been deleted."""
+        """Call a function after a context has been deleted."""
         self._deleted.append(callback)
 
     def close(self) -> None:
@@ -90,11 +90,11 @@ class Contexts:
         self._text_thread.shutdown()
 
     async def with_text(self, function: Callable[[], T]) -> T:
-        """Run something that uses the tokenizer."""
+        """Run a function that uses the tokenizer."""
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, function)
 
     def get(self, identifier: str, owner: str) -> Context:
-        """The user's context. Raises: ApiError: there is none of that name, or it is somebody else's."""
+        """The user's context. Raises: ApiError: there is no such context, or it is somebody else's."""
         context = self.store.get(identifier, owner)
         if context is None:
             raise no_such_context(identifier)
@@ -104,7 +104,7 @@ class Contexts:
         """A new context, with a first text if one is given; it is on disk when this returns.
 
         Raises:
-            ApiError: there are as many contexts as there may be, or the text can't be read; then no context is made.
+            ApiError: there are too many contexts, or the text can't be read; then no context is created.
         """
         tokens = None if text is None else await self._encode(text, first=True)
         limits = self._limits
@@ -128,13 +128,13 @@ class Contexts:
             identifier: of the context.
             owner: the user.
             more: text or token ids.
-            revision: the append is refused if the context is not of this revision.
+            revision: the append is refused if the context has another revision.
 
         Raises:
-            ApiError: there is no such context, it is of another revision, or the text can't be read.
+            ApiError: there is no such context, it has another revision, or the text can't be read.
         """
         self.get(identifier, owner)
-        # Once begun it is brought to its end, also if the client goes away.
+        # Once begun, it is completed even if the client goes away.
         return await asyncio.shield(asyncio.create_task(self._append(identifier, owner, more, revision)))
 
     async def _append(self, identifier: str, owner: str, more: str | Sequence[int], revision: int | None) -> Context:
@@ -155,13 +155,13 @@ class Contexts:
             except StaleError as error:  # somebody has changed or removed its file
                 now = self.get(identifier, owner)
                 raise ApiError(409, f"the context is of revision {now.revision}", "wrong_revision") from error
-            for name in (_key(context), _key(new)):  # of the new name there may be one from before a backup came back
+            for name in (_key(context), _key(new)):  # the new key may exist from before a backup was restored
                 await asyncio.to_thread(self.cache.drop, name)
-            self.adapter(new)  # ahead of need
+            self.adapter(new)  # ahead of time
         return new
 
     async def delete(self, identifier: str, owner: str) -> None:
-        """Remove a context and what was made of it. Raises: ApiError: there is none of that name."""
+        """Remove a context and everything made from it. Raises: ApiError: there is no such context."""
         self.get(
             identifier, owner
         )  # before the lock: nobody may learn that somebody else's context is being appended to
@@ -196,7 +196,7 @@ class Contexts:
                 raise no_such_context(identifier) from None
 
     def adapter(self, context: Context) -> Future[CompactAdapter]:
-        """Begin to bring the context's adapter, as it is now, to the device.
+        """Start bringing the context's present adapter to the device.
 
         The future raises StaleError if the context has been deleted.
         """
@@ -226,7 +226,7 @@ class Contexts:
             outcome.set_result(found.result())
 
     def _lock(self, identifier: str) -> asyncio.Lock:
-        """One for each context in use; it goes when nobody holds it."""
+        """One lock for each context in use; removed when nobody holds it."""
         lock = self._locks.get(identifier)
         if lock is None:
             lock = self._locks[identifier] = asyncio.Lock()
@@ -247,7 +247,7 @@ class Contexts:
         return tokens
 
     def _states(self, context: Context) -> dict[str, Tensor]:
-        """The context's states, where its generators are."""
+        """The context's states, on the devices of its generators."""
         return {
             name: state.to(self._model.generator(name).sketch.device)
             for name, state in self.store.states(context).items()
@@ -257,7 +257,7 @@ class Contexts:
         return self._model.passes([tokens], before or None)
 
     def _make(self, context: Context) -> CompactAdapter:
-        """The compact adapter in the base model's dtype; of one context at a time, so that it is the same each time."""
+        """The compact adapter in the base model's dtype; one context at a time, for reproducible results."""
         states = self._states(context)
         return self._model.compact_adapters(states, [context.tokens_seen], self._model.base.dtype)[0]
 
@@ -278,7 +278,7 @@ class Contexts:
 
 @contextmanager
 def _storage(what: str) -> Iterator[None]:
-    """A disk that can't be read or written is not a defect of the server."""
+    """Turn disk errors into answers: they are not defects of the server."""
     try:
         yield
     except OSError as error:
@@ -290,13 +290,13 @@ def _key(context: Context) -> str:
 
 
 def _adapter_bytes(model: GenerativeAdapter) -> int:
-    """Size of a compact adapter: U and V of every layer, in the base model's dtype."""
+    """The size of a compact adapter: U and V of every layer, in the base model's dtype."""
     settings = model.config
     return 2 * settings.state_size * settings.rank * len(model.adapted_names) * model.base.dtype.itemsize
 
 
 def _zipped(folder: Path) -> bytes:
-    """An archive of a folder's files, not compressed: noise does not get smaller."""
+    """An archive of a folder's files, not compressed: the factors would not get smaller."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(folder.iterdir()):
@@ -305,12 +305,12 @@ def _zipped(folder: Path) -> bytes:
 
 
 def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> APIRouter:
-    """Create, list, read, append, export and delete.
+    """The routes to create, list, read, append to, export and delete contexts.
 
     Args:
-        contexts: does it.
-        metrics: where tokens are counted.
-        owner: dependency that tells who sends a request.
+        contexts: carries them out.
+        metrics: counts tokens.
+        owner: dependency that returns the sender of a request.
     """
     router = APIRouter(prefix="/v1/contexts", tags=["contexts"], responses=RESPONSES)
 
@@ -343,7 +343,7 @@ def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> A
 
     @router.post("/{identifier}/append", responses=NOT_FOUND | CONFLICT)
     async def append(identifier: str, body: AppendText, owner: Annotated[str, owner]) -> ContextInfo:
-        """Read more of a context. When the answer comes, it is on disk."""
+        """Read more of a context. It is on disk before the answer is sent."""
         more = body.text if body.tokens is None else body.tokens
         if more is None or (body.text is not None and body.tokens is not None):
             raise bad_request("give exactly one of text and tokens", "text")
@@ -371,6 +371,6 @@ def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> A
 
 
 def depends(function: Any) -> Dependency:
-    """A dependency, as the routes take it."""
+    """A dependency in the form that routes accept."""
     dependency: Dependency = Depends(function)
     return dependency

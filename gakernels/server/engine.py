@@ -1,4 +1,4 @@
-"""Engine: the one thread that uses the model. Between the steps of decoding it does other work, a piece at a time."""
+"""Engine: the single thread that uses the model. Between decoding steps it does other work, one piece at a time."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WAIT_FOR_ADAPTERS = 0.002  # seconds
 
 
 class BusyError(RuntimeError):
-    """There is as much waiting as may wait; try again later."""
+    """The queue is full; try again later."""
 
 
 @dataclass
 class _Work(Generic[T]):
-    """Work in pieces: the last value that the iterator yields, at least one, is the result."""
+    """Work in pieces: the result is the last value that the iterator yields; it must yield at least one."""
 
     pieces: Iterator[T]
     future: Future[T] = field(default_factory=Future)
@@ -41,7 +41,7 @@ class _Work(Generic[T]):
             return False
         except StopIteration:
             self.future.set_result(self.last[0])
-        except Exception as error:  # belongs to whoever waits for the result
+        except Exception as error:  # for those who wait for the result
             self.future.set_exception(error)
         return True
 
@@ -54,7 +54,7 @@ class Engine:
 
     Args:
         model: only this engine may use it for forward passes until `close`.
-        limits: of rows, of the key-value cache, and of what waits.
+        limits: on rows, the key-value cache, and the queue.
         threads: of the CPU operations; None for PyTorch's default.
     """
 
@@ -74,16 +74,16 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Generations that wait for a row, and other work."""
+        """The number of generations that wait for a row, and of other work."""
         return len(self.scheduler.waiting) + len(self._work) + self._inbox.qsize()
 
     @property
     def running(self) -> int:
-        """Rows in the batch."""
+        """The number of rows in the batch."""
         return len(self.scheduler.running)
 
     def submit(self, generation: Generation) -> None:
-        """Have a prompt continued; its pieces come through its own callback.
+        """Continue a prompt; its pieces arrive through its own callback.
 
         Raises:
             BusyError: too much is waiting.
@@ -92,7 +92,7 @@ class Engine:
         self._admit(generation)
 
     def work(self, make: Callable[[], Iterator[T]]) -> Future[T]:
-        """Have an iterator run through in the engine's thread; the result is the last value that it yields.
+        """Exhaust an iterator in the engine's thread; the result is the last value that it yields.
 
         Raises:
             BusyError: too much is waiting.
@@ -107,7 +107,7 @@ class Engine:
         return work.future
 
     def close(self) -> None:
-        """End the thread; what is not finished is cancelled."""
+        """End the thread; unfinished work is cancelled."""
         with self._lock:
             self._stopping = True
         self._inbox.put(None)
@@ -120,7 +120,7 @@ class Engine:
             if self._open >= self._max_waiting:
                 raise BusyError(f"{self._open} requests are waiting or running already; try again later")
             self._open += 1
-            self._inbox.put(item)  # under the lock: whatever is let in comes before the end
+            self._inbox.put(item)  # under the lock: whatever is accepted comes before the end
 
     def _release(self) -> None:
         with self._lock:
@@ -134,7 +134,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._turn()
-        finally:  # also after a defect: nobody must wait for an answer that does not come
+        finally:  # even after a defect: nobody must wait for an answer that never comes
             with self._lock:
                 self._stopping = True
             self._cancel_all()
@@ -150,7 +150,7 @@ class Engine:
             self._receive(_WAIT_FOR_ADAPTERS)  # nothing to do until one is loaded
 
     def _receive(self, timeout: float | None = None) -> None:
-        """Take what has come in; with nothing else to do, wait for it."""
+        """Take what has arrived; wait for it if there is nothing else to do."""
         block = timeout is not None or (self.scheduler.idle and not self._work)
         while not self._stopping:
             try:
@@ -171,7 +171,7 @@ class Engine:
             return 0
         try:
             return self.scheduler.step()
-        except Exception:  # the rows have been told; the engine goes on
+        except Exception:  # the rows have the error; the engine continues
             logger.exception("a step of decoding failed")
             return 0
 

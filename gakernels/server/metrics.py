@@ -1,4 +1,4 @@
-"""What a server counts, as Prometheus reads it."""
+"""The counts of a server, in Prometheus's format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  
 
 
 class Metrics:
-    """All metrics of a server, and of this server alone."""
+    """All metrics of one server; not shared between servers."""
 
     def __init__(self) -> None:
         self._own = CollectorRegistry()
@@ -37,13 +37,13 @@ class Metrics:
     def watch(
         self, name: str, help: str, read: Callable[[], float | Mapping[str, float]], label: str | None = None
     ) -> None:
-        """Show what a function gives at the time; a name in `_total` is that of a number that only grows.
+        """Show the present value of a function; a name that ends in `_total` belongs to a number that only grows.
 
         Args:
-            name: of the metric.
-            help: what it is.
-            read: gives a number, or numbers by the values of the label.
-            label: its name, if there is one.
+            name: name of the metric.
+            help: its description.
+            read: returns a number, or numbers by the values of the label.
+            label: name of the label, if there is one.
         """
         kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
 
@@ -56,7 +56,7 @@ class Metrics:
         self._watched.append(family)
 
     def collect(self) -> Iterator[Metric]:
-        """All of them; without the times since when each is counted, which would double their number."""
+        """All metrics, without their `_created` times, which would double their number."""
         for metric in self._own.collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric

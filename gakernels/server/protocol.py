@@ -1,4 +1,4 @@
-"""What goes in and out of the server, as its OpenAPI schema shows it. Unknown fields are refused, not passed over."""
+"""The requests and answers of the server, as in its OpenAPI schema. Unknown fields are refused, not ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_STOPS = 8
 
 
 def _whole(text: str) -> str:
-    """JSON can name half of a surrogate pair, which is no character."""
+    """Refuse half a surrogate pair, which JSON can contain but which is not a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -25,7 +25,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _may_be_null(schema: dict[str, Any]) -> None:
-    """Tell in the schema of a body that its optional fields may be null."""
+    """Say in the schema of a body that its optional fields may be null."""
     for name, field in schema["properties"].items():
         if name not in schema.get("required", ()):
             kinds = {key: field.pop(key) for key in list(field) if key not in ("title", "description", "default")}
@@ -34,7 +34,7 @@ def _may_be_null(schema: dict[str, Any]) -> None:
 
 
 class Request(BaseModel):
-    """A request's body. A field that is null is one that is not given, whether it is known here or not."""
+    """A request's body. A field that is null counts as missing, whether or not it is known here."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=_may_be_null)
 
@@ -50,7 +50,7 @@ class Request(BaseModel):
 
 
 class CreateContext(Request):
-    """A new context, with a label for people and a first text, if wanted."""
+    """A new context, optionally with a label for people and a first text."""
 
     label: Text = Field("", max_length=200)
     text: Text | None = Field(None, description="read at once, as an append would")
@@ -120,7 +120,7 @@ class StreamOptions(Request):
 
 
 class SamplingRequest(Request):
-    """What completions and chat completions have in common."""
+    """The common fields of completions and chat completions."""
 
     model: Text = Field(min_length=1, max_length=200, description="the base model, or the id of a context")
     temperature: Number = Field(1.0, ge=0, le=100)
@@ -159,7 +159,7 @@ class CompletionRequest(SamplingRequest):
     max_tokens: int = Field(16, ge=1, lt=2**31)
 
     def prompts(self) -> list[str | list[int]]:
-        """One or several."""
+        """One or several prompts."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         tokens = [item for item in self.prompt if isinstance(item, int)]
@@ -167,7 +167,7 @@ class CompletionRequest(SamplingRequest):
 
 
 def _known_role(role: str) -> str:
-    """OpenAI's newer name for the system is in no template."""
+    """Replace OpenAI's newer name for the system role, which is in no template."""
     return "system" if role == "developer" else role
 
 
@@ -179,7 +179,7 @@ class TextPart(Request):
 
 
 def _joined(content: str | list[TextPart]) -> str:
-    """The text of a turn; its parts are lines, as in vLLM."""
+    """The text of a turn; its parts become lines, as in vLLM."""
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
@@ -192,7 +192,7 @@ class Message(Request):
     @model_validator(mode="before")
     @classmethod
     def _without_empty_lists(cls, given: Any) -> Any:
-        """A turn that is sent back as it came may have a list of no tool calls, or of no annotations."""
+        """Accept a turn that is sent back unchanged, with empty lists of tool calls or annotations."""
         return {name: value for name, value in given.items() if value != []} if isinstance(given, dict) else given
 
 
@@ -213,7 +213,7 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, prompt: int, completion: int) -> Usage:
-        """With the sum."""
+        """The usage with its total."""
         return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
@@ -287,7 +287,7 @@ class ChatChunk(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server does its work."""
+    """Whether the server works."""
 
     status: Literal["ok"] = "ok"
     model: str

@@ -1,4 +1,4 @@
-"""The web application, put together from its parts and run."""
+"""The web application: assembled from its parts, and run."""
 
 import asyncio
 import socket
@@ -45,17 +45,17 @@ _MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Parts:
-    """What a server is made of.
+    """The parts of a server.
 
     Attributes:
         base_name: name of the base model in requests.
         contexts: of the users.
-        completions: what answers.
+        completions: computes the answers.
         engine: runs the model.
         keys: who may use it.
-        limits: how much it takes on.
-        metrics: what it counts.
-        cors_origins: web pages of these may use it from a browser; `*` for all.
+        limits: limits on what it accepts.
+        metrics: its counts.
+        cors_origins: origins whose web pages may use it from a browser; `*` for all.
         close: called when the server ends.
     """
 
@@ -73,7 +73,7 @@ class Parts:
 def create_app(parts: Parts) -> FastAPI:
     """The application of a server.
 
-    /health, /metrics and /openapi.json need no key: they show no content and no names.
+    /health, /metrics and /openapi.json need no key: they reveal no content and no names.
     """
 
     @asynccontextmanager
@@ -87,7 +87,7 @@ def create_app(parts: Parts) -> FastAPI:
     bearer = HTTPBearer(auto_error=False)
 
     def owner(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, depends(bearer)]) -> str:
-        return str(request.scope[OWNER])  # the bearer itself is for the schema
+        return str(request.scope[OWNER])  # the bearer dependency is only for the schema
 
     store = parts.contexts.store
     app.include_router(context_routes(parts.contexts, parts.metrics, depends(owner)))
@@ -95,14 +95,14 @@ def create_app(parts: Parts) -> FastAPI:
 
     @app.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Health:
-        """Whether the server does its work."""
+        """Whether the server works."""
         if not parts.engine.alive:
             raise ApiError(503, "the engine has ended", "engine_ended")
         return Health(model=parts.base_name, contexts=len(store), damaged_contexts=len(store.damaged))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """In the text format of Prometheus."""
+        """The metrics in the text format of Prometheus."""
         return PlainTextResponse(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     add_handlers(app)
@@ -124,11 +124,11 @@ def create_app(parts: Parts) -> FastAPI:
 
 
 def assemble(model: GenerativeAdapter, settings: Settings) -> Parts:
-    """The parts of a server. Called in the event loop that they will run in.
+    """The parts of a server. Call it in the event loop in which they will run.
 
     Raises:
         InputError: the folder is in use by another process, or the base model can't be decoded in batches.
-        FormatError: the folder holds contexts of another generator.
+        FormatError: the folder holds contexts made with another generator.
     """
     folder, metrics = settings.folder, Metrics()
     store = ContextStore(folder / "contexts", model.base_fingerprint(), model.generator_fingerprint())
@@ -184,13 +184,13 @@ async def serve(
     ready: Callable[[str], object] = print,
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Run a server until it is told to end, by SIGINT or SIGTERM or `stop`: what has begun is finished first.
+    """Run a server until SIGINT, SIGTERM or `stop` ends it; requests that have begun are finished first.
 
     Args:
         model: the generator with its base model.
-        settings: how it is set up.
+        settings: its settings.
         host: address to listen on.
-        port: 0 for any that is free.
+        port: 0 for any free one.
         ready: called with the server's address once it listens.
         stop: ends the server when it is set.
 

@@ -1,4 +1,4 @@
-"""How a server is set up: how much it takes on, and who may use it. Needs no web framework."""
+"""How a server is set up: what it accepts, and who may use it. Needs no web framework."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from gakernels.errors import InputError
 from gakernels.user_text import read_user_text
 
-ANYONE = ""  # the owner of everything where there are no keys
+ANYONE = ""  # the owner of everything if there are no keys
 _SHORTEST = 16  # characters
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a server; what exceeds one is refused with a message that names it.
+    """Limits of a server; a request that exceeds one is refused with a message that names it.
 
     Attributes:
         contexts: contexts on disk, all users together.
@@ -29,10 +29,10 @@ class Limits:
         new_tokens: tokens generated for a prompt.
         rows: prompts decoded together.
         cache_tokens: key-value cache: rows times the tokens that the longest of them may reach.
-        waiting: prompts and appends that wait or run at the same time.
+        waiting: prompts and appends that wait or run at once.
 
     Raises:
-        InputError: a bound is below 1.
+        InputError: a limit is below 1.
     """
 
     contexts: int = 10_000
@@ -53,7 +53,7 @@ class Limits:
 
 
 class ApiKeys:
-    """The keys that are let in; without any, everybody is, and all are the same user.
+    """The accepted keys; without any, everybody is accepted and counts as the same user.
 
     Args:
         keys: at least 16 characters each, with no space in them.
@@ -71,10 +71,10 @@ class ApiKeys:
 
     @classmethod
     def read(cls, path: Path) -> ApiKeys:
-        """One key a line; empty lines and lines that begin with `#` don't count.
+        """One key per line; empty lines and lines that begin with `#` are ignored.
 
         Raises:
-            InputError: the file is missing or no text, or has no key, or one of them is too short.
+            InputError: the file is missing, not text or without a key, or a key is too short.
         """
         lines = [line.strip() for line in read_user_text(path).splitlines()]
         keys = [line for line in lines if line and not line.startswith("#")]
@@ -83,9 +83,9 @@ class ApiKeys:
         return cls(keys)
 
     def owner(self, key: str | None) -> str | None:
-        """The user that a key belongs to, or None: it is not let in.
+        """The user that a key belongs to; None if it is not accepted.
 
-        Every key is compared, each in constant time, so the time tells nothing about them.
+        Every key is compared, each in constant time, so the time reveals nothing about them.
         """
         if not self._hashes:
             return ANYONE
@@ -101,18 +101,18 @@ class Settings:
     Attributes:
         folder: for contexts, cached adapters and, with vLLM, PEFT folders.
         base_name: name of the base model in requests; with vLLM, the name that vLLM serves it under.
-        limits: how much it takes on.
+        limits: limits on what it accepts.
         keys: who may use it.
         gpu_mebibytes: of cached adapters on the GPU.
         cpu_mebibytes: of cached adapters in main memory.
         disk_mebibytes: of cached adapters on disk.
         threads: of the CPU operations; None for PyTorch's default.
-        chat_template: Jinja template of a conversation; the tokenizer's own if not given.
+        chat_template: Jinja template of a conversation; by default the tokenizer's own.
         cors_origins: origins (`https://example.org`) whose web pages may use it from a browser; `*` for all.
-        patience: seconds for a request to come in, see `PatientProtocol`.
-        vllm_url: where a vLLM server that decodes is; None: this process decodes.
+        patience: seconds in which a request must arrive, see `PatientProtocol`.
+        vllm_url: URL of the vLLM server that decodes; None: this process decodes.
         vllm_key: API key of that server.
-        vllm_adapters: most adapters registered with it at a time.
+        vllm_adapters: most adapters registered with it at once.
     """
 
     folder: Path

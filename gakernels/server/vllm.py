@@ -1,8 +1,8 @@
 """A bridge to a running vLLM server: adapters are made here, decoding is done there.
 
 vLLM is started with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; its documentation (features/lora)
-describes the two calls that are used: /v1/load_lora_adapter and /v1/unload_lora_adapter. It reads the adapters from the
-file system, so it must see this server's folder under the same path. Each revision of a context has a name of its own:
+describes the two calls used here: /v1/load_lora_adapter and /v1/unload_lora_adapter. It reads the adapters from the
+file system, so it must see this server's folder under the same path. Each revision of a context has its own name:
 a name never changes its meaning, so nothing that vLLM has cached under it (such as the key-value blocks of a prompt)
 can belong to an older state.
 """
@@ -33,11 +33,11 @@ _TIMEOUT = httpx2.Timeout(600, connect=10)
 
 
 class VllmClient:
-    """The calls to a vLLM server.
+    """A client for a vLLM server.
 
     Args:
         url: of the server, without /v1.
-        key: its API key, where it has one.
+        key: its API key, if it has one.
         transport: for tests.
     """
 
@@ -52,19 +52,19 @@ class VllmClient:
         await self._http.aclose()
 
     async def load(self, name: str, path: Path) -> None:
-        """Register an adapter. One of that name that is there already is the same one. Raises: ApiError."""
+        """Register an adapter. If vLLM has one of that name already, it is the same. Raises: ApiError."""
         response = await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
         if response.is_error and "already been loaded" not in response.text:
             raise _refused(response, "vLLM did not load the adapter")
 
     async def unload(self, name: str) -> None:
-        """Take an adapter back; nothing happens if vLLM does not have it. Raises: ApiError."""
+        """Unregister an adapter; does nothing if vLLM does not have it. Raises: ApiError."""
         response = await self._post("/v1/unload_lora_adapter", {"lora_name": name})
         if response.is_error and response.status_code != 404:
             raise _refused(response, "vLLM did not unload the adapter")
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A request's answer. Raises: ApiError: with vLLM's own message where the request is to blame."""
+        """The answer to a request. Raises: ApiError: with vLLM's own message if the request is at fault."""
         response = await self._post(path, body)
         if response.is_error:
             raise _refused(response, "vLLM did not answer")
@@ -91,15 +91,15 @@ class VllmClient:
 
 
 class VllmCompletions:
-    """Answers requests by a vLLM server that has been given the context's adapter.
+    """Answers requests through a vLLM server on which the context's adapter is registered.
 
     Args:
         model: expands compact adapters.
-        contexts: where they come from.
+        contexts: supplies the adapters.
         client: of the vLLM server.
-        base_name: name under which that serves the base model.
-        folder: for PEFT folders, one for each registered adapter; what an earlier run left there is removed.
-        most: adapters registered at a time; the least recently used one that is not in use is taken back first.
+        base_name: name under which vLLM serves the base model.
+        folder: for PEFT folders, one for each registered adapter; leftovers of an earlier run are removed.
+        most: most adapters registered at once; the least recently used one that is not in use goes first.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class VllmCompletions:
         self._base_name, self._folder, self._most = base_name, folder.resolve(), most
         self._registered: OrderedDict[str, Context] = OrderedDict()
         self._in_use: dict[str, int] = {}
-        self._lock = asyncio.Lock()  # registering, one at a time
+        self._lock = asyncio.Lock()  # adapters are registered one at a time
         shutil.rmtree(self._folder, ignore_errors=True)
         contexts.when_deleted(self._forget)
 
@@ -128,11 +128,11 @@ class VllmCompletions:
         return await self._forward("/v1/chat/completions", request, context)
 
     async def close(self) -> None:
-        """Take all adapters back."""
+        """Unregister all adapters."""
         for name in list(self._registered):
             try:
                 await self._client.unload(name)
-            except ApiError:  # it may have gone first
+            except ApiError:  # vLLM may have ended first
                 break
         await self._client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -149,12 +149,12 @@ class VllmCompletions:
             except ApiError as error:
                 if error.status != 404 or context is None:
                     raise
-                await self._register(name, context)  # vLLM has been started anew
+                await self._register(name, context)  # vLLM was restarted
                 answer = await self._client.post(path, {**body, "model": name})
         return {**answer, "model": request.model}
 
     def _stop_ids(self, request: SamplingRequest) -> dict[str, list[int]]:
-        """The stop texts that are special tokens, as vLLM finds them: by their ids."""
+        """The ids of the stop texts that are special tokens, which vLLM finds by id."""
         tokenizer, stops = self._model.tokenizer, request.stops()
         special = {} if tokenizer is None or not stops else special_tokens(tokenizer)
         found = [number for number, text in special.items() if text in stops]
@@ -163,7 +163,7 @@ class VllmCompletions:
     async def _events(
         self, path: str, body: dict[str, Any], model: str, context: Context | None
     ) -> AsyncGenerator[str, None]:
-        """vLLM's events, with the model's name that the user knows."""
+        """vLLM's events, with the model name that the user knows."""
         try:
             async with self._name(context) as name:
                 for again in (False, True):
@@ -176,13 +176,13 @@ class VllmCompletions:
                     except ApiError as error:
                         if error.status != 404 or context is None or again:
                             raise
-                        await self._register(name, context)  # vLLM has been started anew
+                        await self._register(name, context)  # vLLM was restarted
         except ApiError as error:
             yield f"data: {json.dumps(error.body())}\n\n"
 
     @asynccontextmanager
     async def _name(self, context: Context | None) -> AsyncIterator[str]:
-        """vLLM's name for the context as it is now; its adapter stays there while the block runs."""
+        """vLLM's name for the present revision of a context; its adapter stays registered while the block runs."""
         if context is None or not context.revision:
             yield self._base_name
             return
@@ -207,7 +207,7 @@ class VllmCompletions:
             await asyncio.to_thread(self._write, compact, path)
         except Exception as error:
             raise from_failure(error, context.id) from error
-        self._registered[name] = context  # before it is: if nobody waits any more, it is still taken back some day
+        self._registered[name] = context  # noted in advance: even if nobody waits any more, it is unregistered some day
         try:
             await self._client.load(name, path)
         except ApiError:
@@ -218,7 +218,7 @@ class VllmCompletions:
         self._model.expand(compact).save_peft(path, for_vllm=True)
 
     async def _make_room(self, newest: Context) -> None:
-        """Take back older revisions of a context, and the least recently used adapters beyond the bound."""
+        """Unregister older revisions of a context, and the least recently used adapters beyond the limit."""
         idle = [name for name in self._registered if name not in self._in_use]
         old = [
             name
@@ -230,7 +230,7 @@ class VllmCompletions:
             await self._take_back(name)
 
     async def _forget(self, context: Context) -> None:
-        """A context has been deleted."""
+        """Unregister the adapters of a deleted context."""
         async with self._lock:
             for name in [name for name, known in self._registered.items() if known.id == context.id]:
                 await self._take_back(name)
@@ -242,7 +242,7 @@ class VllmCompletions:
 
 
 def _renamed(line: str, model: str) -> str:
-    """A line of a stream with another name of the model in it."""
+    """A line of a stream with the model name replaced."""
     kind, _, text = line.partition(": ")
     if kind != "data" or text.strip() == "[DONE]":
         return line
@@ -253,7 +253,7 @@ def _renamed(line: str, model: str) -> str:
 
 
 def _refused(response: httpx2.Response, what: str) -> ApiError:
-    """vLLM's refusal: the user's mistake where vLLM says so, otherwise a failure of the server behind this one."""
+    """vLLM's refusal: the user's mistake if vLLM says so, otherwise a failure of the upstream server."""
     try:
         answer = response.json()
         message = str(answer.get("error", answer).get("message"))

@@ -1,6 +1,6 @@
-"""How requests come in and errors go out: keys, sizes, patience with slow clients, and what is counted.
+"""How requests are received and errors are sent: keys, sizes, slow clients, and counts.
 
-Errors are told as in the OpenAI interface: a status and {"error": {"message", "type", "param", "code"}}.
+Errors are reported as in the OpenAI interface: a status and {"error": {"message", "type", "param", "code"}}.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer other than success."""
+    """An error answer."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The body in JSON types."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        message = str(self).encode("utf-8", "replace").decode()  # half a surrogate pair can't be sent
+        message = str(self).encode("utf-8", "replace").decode()  # half a surrogate pair can't be encoded
         return ErrorBody(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code)).model_dump()
 
     def response(self) -> JSONResponse:
-        """As an answer."""
+        """The answer."""
         headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(self.status)
         return JSONResponse(self.body(), self.status, headers)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
-    """The request can't be done, whoever sends it."""
+    """The request is invalid, whoever sends it."""
     return ApiError(400, message, "invalid_value", param)
 
 
 def not_json(content_type: str | None) -> ApiError:
-    """The body is said to be something else."""
+    """The content type says that the body is not JSON."""
     found = "there is none" if content_type is None else f"it is {content_type[:100]!r}"
     return ApiError(415, f"the Content-Type must be application/json, but {found}", "unsupported_media_type")
 
@@ -92,7 +92,7 @@ def no_such_model(name: str) -> ApiError:
 
 
 def hung_up() -> ApiError:
-    """Nobody reads this; the number, which nginx uses for it, is for the metrics."""
+    """Nobody reads this; the status, which is nginx's, is for the metrics."""
     return ApiError(499, "the client hung up before there was an answer", "hung_up")
 
 
@@ -103,7 +103,7 @@ def storage_error(error: OSError, what: str) -> ApiError:
 
 
 def from_failure(error: Exception, model: str) -> ApiError:
-    """What to tell of a failure on the way to an answer."""
+    """The error to report for a failure on the way to an answer."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):
@@ -117,7 +117,7 @@ def from_failure(error: Exception, model: str) -> ApiError:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have every error of an app told this way."""
+    """Make an app report every error this way."""
 
     @app.exception_handler(ApiError)
     async def _(_: Request, error: ApiError) -> JSONResponse:
@@ -162,13 +162,13 @@ CONFLICT: dict[int | str, dict[str, Any]] = {
 
 
 class KeysFirst:
-    """Asks for the key before anything of the body is read: who has none can't fill the memory with bodies."""
+    """Checks the key before reading the body: nobody without a key can fill the memory with bodies."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
             kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             found = self._keys.owner(key if kind.lower() == "bearer" else None)
@@ -180,13 +180,13 @@ class KeysFirst:
 
 
 class ReadAsJson:
-    """A body without a Content-Type is read as JSON, except a web page's, which a browser would send unasked."""
+    """A body without a Content-Type is read as JSON, except from a web page, whose browser might send it unasked."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "http" and not {b"content-type", b"origin"} & {name for name, _ in scope["headers"]}:
             scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]
         await self._app(scope, receive, send)
@@ -199,7 +199,7 @@ class Counted:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, until its last byte is out."""
+        """Handle one request, until its last byte is sent."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -214,7 +214,7 @@ class Counted:
         try:
             await self._app(scope, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "other")  # not the path itself: anybody may invent one
+            route = getattr(scope.get("route"), "path", "other")  # not the path itself: anybody could invent paths
             self._metrics.requests.labels(route, _method(scope), status).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
@@ -225,10 +225,10 @@ def _method(scope: Scope) -> str:
 
 
 class BodyLimit:
-    """Reads the whole request first, as far as the limit, and then lets the app have it.
+    """Reads the whole request first, up to the limit, then passes it to the app.
 
     Args:
-        app: what is behind it.
+        app: the app behind it.
         limit: most bytes of a body.
     """
 
@@ -236,7 +236,7 @@ class BodyLimit:
         self._app, self._limit = app, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -260,7 +260,7 @@ class BodyLimit:
 
 
 def _announced(scope: Scope) -> int:
-    """The content length that the request names; 0 where it names none."""
+    """The content length that the request declares; 0 if none."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
             return int(value)
@@ -268,16 +268,16 @@ def _announced(scope: Scope) -> int:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with an end to its patience.
+    """uvicorn's HTTP/1.1 protocol with time limits for slow clients.
 
-    A request must be there, from its first byte to the last one of its body, within `patience` seconds, and so must the
-    first byte of a new connection. Of an answer the client must take at least 1 KiB a second. What is slower is closed,
-    with status 408 where that can still be told. The most connections that are open are twice uvicorn's
-    `limit_concurrency`, beyond which requests are answered with 503.
+    A request must arrive, from its first byte to the last one of its body, within `patience` seconds, and so must the
+    first byte of a new connection. The client must take at least 1 KiB of an answer per second. Slower ones are closed,
+    with status 408 if it can still be sent. At most twice uvicorn's `limit_concurrency` connections are open; requests
+    beyond `limit_concurrency` are answered with 503.
 
     Args:
-        patience: seconds.
-        options: uvicorn's.
+        patience: the limit in seconds.
+        options: uvicorn's options.
     """
 
     def __init__(self, *, patience: float, **options: Any) -> None:
@@ -293,7 +293,7 @@ class PatientProtocol(H11Protocol):
         if self.limit_concurrency is not None and len(self.connections) > 2 * self.limit_concurrency:
             transport.abort()
             return
-        transport.set_write_buffer_limits(high=0)  # to be told as soon as the client takes less than it is sent
+        transport.set_write_buffer_limits(high=0)  # notifies as soon as the client takes less than it is sent
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -323,11 +323,11 @@ class PatientProtocol(H11Protocol):
         self._reader_timer = _cancelled(self._reader_timer)
 
     def send_400_response(self, msg: str) -> None:
-        """Tell that what came is no request."""
+        """Answer that what arrived is not a request."""
         self._refuse(ApiError(400, "this is no HTTP/1.1 request, or its headers are too large", "malformed_request"))
 
     def _await_request(self) -> None:
-        """Have the time run while a request is not complete, and not while it is being answered."""
+        """Run the timer while a request is incomplete, not while it is being answered."""
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._request_timer = _cancelled(self._request_timer)
         elif self._request_timer is None and not self.transport.is_closing():
@@ -360,7 +360,7 @@ class PatientProtocol(H11Protocol):
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """What takes the place of a timer that is not needed any more: none."""
+    """Cancel a timer that is no longer needed; returns None to replace it."""
     if timer is not None:
         timer.cancel()
     return None

@@ -1,4 +1,4 @@
-"""The base model of a run: what a recipe says about it, loading it, and its sizes without loading it."""
+"""The base model of a run: its part of a recipe, loading it, and its sizes without loading it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,12 +24,12 @@ class LlamaSizes:
     Attributes:
         hidden: d_h.
         ffn: width of the feed-forward part.
-        layers: decoder layers.
-        heads: of attention.
-        kv_heads: of keys and values.
+        layers: number of decoder layers.
+        heads: attention heads.
+        kv_heads: heads of keys and values.
         head_dim: size of a head.
         vocabulary: rows of the embedding.
-        tied: whether the head is the embedding.
+        tied: whether the output head is the embedding.
     """
 
     hidden: Count
@@ -65,14 +65,14 @@ class BaseConfig:
     """Which base model.
 
     Attributes:
-        name: a folder or a hub name; for a plan a folder with only a config.json will do.
+        name: a folder or a hub name; for a plan, a folder with only a config.json suffices.
         dtype: of its weights: `float32`, `bfloat16` or `float16`.
         quantization: of its linear layers: `fp8`, `int8` or `nf4`; None leaves them as they are.
-        shape: its sizes, for a plan where the model is not at hand: a name out of `cost.shapes.SHAPES`, or the
-            sizes themselves. A run does not look at them.
+        shape: its sizes, for a plan without the model: a name from `cost.shapes.SHAPES`, or the
+            sizes themselves. A run ignores them.
 
     Raises:
-        InputError: a value is none of those.
+        InputError: a value is not one of those.
     """
 
     name: PathText
@@ -87,8 +87,8 @@ def load_base_model(
     """The base model on a device, and its tokenizer if it has one.
 
     Raises:
-        InputError: there is no such model, a file of it is damaged, or the tokenizer is that of another model.
-        BackendError: the device can't compute with weights that are quantised so.
+        InputError: there is no such model, one of its files is damaged, or the tokenizer belongs to another model.
+        BackendError: the device can't compute with weights of this quantization.
     """
     base, tokenizer = load_base(config.name, dtype=DTYPES[config.dtype])
     if tokenizer is not None:
@@ -98,7 +98,7 @@ def load_base_model(
 
 
 def check_tokenizer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether a tokenizer fits its model. Tokens that were added to it count where a text has them (`check_tokens`).
+    """Check that a tokenizer fits its model. Tokens added to it count only if a text contains them (`check_tokens`).
 
     Raises:
         InputError: the vocabulary of the tokenizer is larger than the base model's embedding.
@@ -117,7 +117,7 @@ def base_shape(config: BaseConfig) -> ModelShape:
     """The sizes that a recipe names, or else those of the model's configuration; no weights are loaded.
 
     Raises:
-        InputError: there is no such configuration, or it is of a kind whose costs can't be told from its shape.
+        InputError: there is no such configuration, or the costs of such a model don't follow from its shape.
     """
     if isinstance(config.shape, LlamaSizes):
         return config.shape.shape(config.name)

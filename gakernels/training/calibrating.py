@@ -1,7 +1,7 @@
-"""Check the kernels on the GPU at hand and time them, for the record that `dispatch.choose` goes by here.
+"""Check the kernels on the GPU at hand and time them, for the record that `dispatch.choose` uses on it.
 
-First every kernel is compared with the definitions in float64, values and gradients, at sizes cut down from the calls
-that it would run; then the calls themselves are timed with every backend that is right, until the time is up.
+First every kernel is compared with the definitions in float64, values and gradients, at reduced sizes of the calls
+that it would run; then the calls themselves are timed with every correct backend, until the time is up.
 """
 
 import datetime
@@ -23,9 +23,9 @@ from gakernels.ops.lowrank_linear import lowrank_linear
 from gakernels.ops.measured import calibration
 from gakernels.training.planned_calls import Call
 
-MOST_CHECKED = {"batch": 2, "tokens": 160, "hidden": 2048, "state": 512, "in": 2048, "out": 2048}  # sizes of a check
-LOOSE = 3.0  # times the error of plain PyTorch in the same dtype that a kernel may have
-MOST = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # and no more, whatever plain PyTorch does
+MOST_CHECKED = {"batch": 2, "tokens": 160, "hidden": 2048, "state": 512, "in": 2048, "out": 2048}  # limits of a check
+LOOSE = 3.0  # a kernel's error may be that many times the error of plain PyTorch in the same dtype
+MOST = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # and never more than this
 REPETITIONS = 15
 
 
@@ -35,10 +35,10 @@ class Device(Protocol):
     device: torch.device
 
     def seconds(self) -> float:
-        """A clock for the time that is left."""
+        """A clock that measures the remaining time."""
 
     def milliseconds(self, run: Callable[[], object]) -> float:
-        """The median time of a function that was run before."""
+        """The median time of a function; it has already run once."""
 
 
 class GpuDevice:
@@ -52,7 +52,7 @@ class GpuDevice:
         return time.monotonic()
 
     def milliseconds(self, run: Callable[[], object]) -> float:
-        """See `Device`; the second-level cache is written over in between."""
+        """See `Device`; overwrites the L2 cache between runs."""
         evict = torch.empty(2**28, dtype=torch.uint8, device=self.device)
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPETITIONS)]
         for start, end in pairs:
@@ -65,7 +65,7 @@ class GpuDevice:
 
 
 class CpuDevice:
-    """A CPU, for a rehearsal through Triton's interpreter."""
+    """A CPU, for a rehearsal with Triton's interpreter."""
 
     device = torch.device("cpu")
 
@@ -82,13 +82,13 @@ class CpuDevice:
 
 @dataclass
 class Findings:
-    """What a calibration found; `record` is the form that is stored.
+    """What a calibration found; `record` gives the stored form.
 
     Attributes:
-        checks: by `operation.kernel` what was wrong, empty for nothing; one that was not reached is not there.
-        unchecked: kernels that the time did not suffice for.
-        rows: measurements, as `measured.measurements` reads them.
-        unmeasured: how many calls the time did not suffice for.
+        checks: what was wrong, by `operation.kernel`; empty if nothing. Kernels that were not reached are missing.
+        unchecked: kernels that there was no time for.
+        rows: measurements, in the form that `measured.measurements` reads.
+        unmeasured: number of calls that there was no time for.
         gemm_flops, copy_bytes: rates of a large GEMM by dtype, and of a copy.
     """
 
@@ -120,10 +120,10 @@ def calibrate(
     """Check and time the kernels for some calls.
 
     Args:
-        calls: what to check and time, the most important first.
-        target: what it runs on.
-        seconds: how long it may take; a kernel or call that was begun is finished.
-        tell: gets lines about the progress.
+        calls: what to check and time, most important first.
+        target: the device.
+        seconds: time limit; a kernel or call that has begun is finished.
+        tell: receives lines about the progress.
     """
     end = target.seconds() + seconds
     findings = Findings()
@@ -142,7 +142,7 @@ def calibrate(
 
 
 def _different(calls: Sequence[Call]) -> list[Call]:
-    """One call of each operation, dtype and sizes; with a backward where one of them has it."""
+    """One call of each operation, dtype and sizes; with a backward if one of them has it."""
     found: dict[tuple[Any, ...], Call] = {}
     for call in calls:
         found.setdefault((call.operation, call.dtype, call.sizes), call)
@@ -150,7 +150,7 @@ def _different(calls: Sequence[Call]) -> list[Call]:
 
 
 def _checked_sizes(calls: Sequence[Call]) -> Iterator[tuple[str, torch.dtype, dict[str, int]]]:
-    """For each operation and dtype the smallest and the largest of its calls, cut down."""
+    """For each operation and dtype the sizes of its smallest and largest call, reduced."""
     groups: dict[tuple[str, torch.dtype], dict[tuple[tuple[str, int], ...], None]] = {}
     for call in calls:
         cut = tuple((name, min(size, MOST_CHECKED.get(name, size))) for name, size in call.sizes)
@@ -178,7 +178,7 @@ def _check(
         name = f"{operation}.{kernel}"
         if target.seconds() >= end:
             findings.unchecked.append(name)
-            findings.checks.pop(name, None)  # right so far is not right
+            findings.checks.pop(name, None)  # correct so far is not correct
             continue
         if findings.checks.get(name) or name in findings.unchecked:
             continue
@@ -261,7 +261,7 @@ def _draw(operation: str, dtype: torch.dtype, sizes: dict[str, int], device: tor
 
 
 def _measured(call: Call, target: Device, findings: Findings) -> dict[str, Any] | None:
-    """A row of measurements of a call; None where there is nothing to compare or no memory for it."""
+    """A row of measurements of a call; None if there is nothing to compare or not enough memory."""
     milliseconds: dict[str, list[float]] = {}
     try:
         arguments = _draw(call.operation, call.dtype, dict(call.sizes), target.device)

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: everything that is needed to go on exactly, with any number of processes.
+"""Checkpoints of a training run: everything that is needed to resume exactly, with any number of processes.
 
 A checkpoint is a folder of safetensors files (every process writes its part, by PyTorch's distributed checkpoint), and
-`manifest.json` with the settings of the run and a checksum of every file. It gets its name when all of it is on the
-disk. Nothing in it is a pickle: reading one runs no code. Up to format version 2 there was one, see `convert`.
+`manifest.json` with the settings of the run and a checksum of every file. It gets its name once all of it is on
+disk. It contains no pickle: reading one runs no code. Format versions up to 2 did, see `convert`.
 """
 
 import hashlib
@@ -33,25 +33,25 @@ FORMAT_VERSION = 3  # 1: a safetensors file; 2: PyTorch's own files, one of whic
 LAST_WITH_PICKLE = 2
 MANIFEST = "manifest.json"
 TENSORS = "*.safetensors"
-FILE_BYTES = 2**30  # about the size of a file; a larger tensor has one of its own
+FILE_BYTES = 2**30  # about the size of a file; a larger tensor has its own file
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
 _PIECE = 1 << 20
 
 
 class _DamagedError(FormatError):
-    """A checkpoint that is not as it was written, unlike one that this version or this run can't use."""
+    """A checkpoint that is not as it was written, as opposed to one that this version or run can't use."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What of a run is kept.
+    """The part of a run that is kept.
 
     Attributes:
         parameters: what is trained, by name; plain tensors or `DTensor`s.
         optimizer: AdamW over them.
-        tensors: of the run itself, the same on all processes; they are written into when a checkpoint is loaded.
-        settings: what the run depends on, JSON types.
+        tensors: other tensors of the run, the same on all processes; loading a checkpoint writes into them.
+        settings: what the run depends on, in JSON types.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -60,7 +60,7 @@ class RunState:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def by_name(self) -> dict[str, Tensor]:
-        """All tensors, those of an optimizer that has taken no step yet with zeros."""
+        """All tensors by name; those of an optimizer that has not taken a step yet are zeros."""
         found = {f"run/{name}": tensor for name, tensor in self.tensors.items()}
         for name, parameter in self.parameters.items():
             found[f"parameter/{name}"] = parameter.detach()
@@ -85,15 +85,15 @@ def save_checkpoint(
     All processes call this together; each writes its part.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
         step: number of steps taken.
         state: what is kept.
-        notes: JSON types that `load_checkpoint` hands back.
+        notes: values of JSON types that `load_checkpoint` returns.
         parallel: the processes.
-        keep: how many stay, this one included.
+        keep: how many to keep, including this one.
 
     Raises:
-        OSError: it could not be written; the earlier checkpoints are unharmed.
+        OSError: it could not be written; the earlier checkpoints are intact.
     """
     path = folder / f"step-{step:08d}"
     with _one_writes(path, parallel) as temporary:
@@ -109,7 +109,7 @@ def save_checkpoint(
 
 
 def write_whole(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint of one process to a folder that is there, with the entries of another one's manifest."""
+    """Write a checkpoint of one process to an existing folder, with the entries of another checkpoint's manifest."""
     alone = Parallel()
     _save(folder, tensors, alone)
     entries = {name: manifest[name] for name in ("step", "settings", "notes")}
@@ -122,12 +122,12 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_good(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole; damaged ones are put aside under the ending `.damaged`.
+    """The newest intact checkpoint; damaged ones are renamed to end in `.damaged`.
 
-    What a killed process left unfinished is deleted.
+    Unfinished checkpoints of a killed process are deleted.
 
     Returns:
-        It, or None where there is no checkpoint; and what was found damaged, in words.
+        The checkpoint, or None if there is none; and descriptions of what was damaged.
 
     Raises:
         FormatError: it belongs to a run with other settings or was written by a newer version, or all checkpoints are
@@ -152,7 +152,7 @@ def newest_good(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
 
 
 def saved_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings in the newest checkpoint whose manifest is whole; None where there is none."""
+    """The settings in the newest checkpoint with an intact manifest; None if there is none."""
     for path in reversed(find_checkpoints(folder)):
         try:
             settings: dict[str, Any] = read_any_manifest(path)["settings"]
@@ -163,13 +163,13 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[int, dict[str, Any]]:
-    """Restore what `save_checkpoint` kept, into the tensors that are there. All processes call this together.
+    """Restore what `save_checkpoint` kept, into the existing tensors. All processes call this together.
 
     Returns:
         The number of steps taken, and the notes.
 
     Raises:
-        FormatError: it holds other parameters than `state`.
+        FormatError: its parameters are not those of `state`.
     """
     tensors = state.by_name()
     reader = HuggingFaceStorageReader(str(path))
@@ -188,7 +188,7 @@ def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[in
 
 @contextmanager
 def _one_writes(path: Path, parallel: Parallel) -> Iterator[Path]:
-    """A temporary folder for all processes, which takes the name `path` when all have written (`replacing_folder`)."""
+    """A temporary folder for all processes, renamed to `path` once all have written (`replacing_folder`)."""
     if parallel.ranks.rank > 0:
         yield parallel.broadcast(path)
         parallel.gather(None)
@@ -196,7 +196,7 @@ def _one_writes(path: Path, parallel: Parallel) -> Iterator[Path]:
     with replacing_folder(path) as temporary:
         parallel.broadcast(temporary)
         yield temporary
-    parallel.gather(None)  # nobody goes on before it has its name
+    parallel.gather(None)  # no process continues before it has its name
 
 
 def _save(folder: Path, tensors: Mapping[str, Tensor], parallel: Parallel) -> None:
@@ -211,7 +211,7 @@ def _save(folder: Path, tensors: Mapping[str, Tensor], parallel: Parallel) -> No
 
 
 def _file_of_each(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of the file, from 1, that holds each tensor or a process's part of it; the same on all processes."""
+    """The number of the file, from 1, for each tensor or a process's part of it; the same on all processes."""
     numbers, size, number = {}, 0, 1
     for name, tensor in tensors.items():
         count = tensor.numel() * tensor.element_size()
@@ -224,14 +224,14 @@ def _file_of_each(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that a single process saves alone."""
+    """Suppress the warning that a single process saves alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _own_sums(folder: Path, parallel: Parallel) -> dict[str, str]:
-    """Checksums of the files that this process wrote."""
+    """The checksums of the files that this process wrote."""
     return {path.name: _sha256(path) for path in sorted(folder.glob(f"shard-{parallel.ranks.rank + 1:05d}-*"))}
 
 
@@ -282,7 +282,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _verified(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there and as they were written."""
+    """The manifest of a checkpoint, after checking that all files are present and as written."""
     manifest = _read_manifest(path)
     strange = {file.name for file in path.glob(TENSORS)} - set(manifest["files"])
     if strange:
@@ -292,7 +292,7 @@ def _verified(path: Path) -> dict[str, Any]:
 
 
 def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises: FormatError: a file that the manifest names is missing or not as it was written."""
+    """Raises: FormatError: a file that the manifest names is missing or not as written."""
     for name, expected in manifest["files"].items():
         if not (path / name).is_file():
             raise _DamagedError(f"{path} is damaged: {name} is missing")

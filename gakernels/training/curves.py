@@ -1,4 +1,4 @@
-"""What the logs of training runs say about each quantity, step by step, and curves of it."""
+"""The quantities in the logs of training runs, step by step, and curves of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Series:
     values: tuple[float, ...]
 
     def smoothed(self, share: float = 0.05) -> "Series":
-        """An exponential moving average, unbiased at the start, whose memory is that share of the steps."""
+        """An exponential moving average, unbiased at the start, with a memory of that share of the steps."""
         memory = max(1.0, share * (self.steps[-1] - self.steps[0]))
         mean = weight = 0.0
         values, before = [], self.steps[0]
@@ -33,11 +33,11 @@ class Series:
 
 @dataclass(frozen=True)
 class RunSeries:
-    """A run.
+    """The series of one run.
 
     Attributes:
         name: for the legend.
-        series: by the name of the quantity, as `flat_numbers` gives it: `loss/completion`, `learning_rate`, ...
+        series: by name of the quantity, as in `flat_numbers`: `loss/completion`, `learning_rate`, ...
         skipped: the steps that the guard skipped.
         is_control: whether it is the static LoRA of the run before it.
     """
@@ -49,10 +49,10 @@ class RunSeries:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunSeries]:
-    """The runs of some folders, each followed by its static LoRA where there is one; also of log files themselves.
+    """The runs of some folders, each followed by its static LoRA if there is one; paths may also be log files.
 
     Raises:
-        InputError: there is no log, or no whole line in it.
+        InputError: there is no log, or it has no complete line.
     """
     runs = []
     for path, name in zip(paths, _names(paths), strict=True):
@@ -77,7 +77,7 @@ def _read_run(path: Path, name: str, is_control: bool = False) -> RunSeries:
 
 
 def _by_step(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """The lines by their step. What stands twice was written again by a run that went on from an earlier step."""
+    """The lines by step. Of two lines for a step the later counts: the run was resumed from an earlier step."""
     found: dict[int, Mapping[str, Any]] = {}
     for line in lines:
         step = int(line["step"])
@@ -87,7 +87,7 @@ def _by_step(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that distinguish them."""
     places = [(path if path.is_dir() else path.parent).resolve().parts for path in paths]
     for length in range(1, max(map(len, places), default=1) + 1):
         names = ["/".join(parts[-length:]) for parts in places]
@@ -98,20 +98,20 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 TASKS = ("reconstruction", "completion")
-ADAPTERS = {"own": "-", "other": "--", "empty": "-.", "none": ":"}  # those of a report, and their lines
+ADAPTERS = {"own": "-", "other": "--", "empty": "-.", "none": ":"}  # the adapters of a report, and their line styles
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
 GRID = {"color": "#dddddd", "linewidth": 0.6}
 
 
 def plot_runs(runs: Sequence[RunSeries], output: Path) -> None:
-    """Draw runs into a file, one panel a quantity, one colour a run (its static LoRA lighter).
+    """Draw runs into a file, one panel per quantity, one colour per run (its static LoRA lighter).
 
     Args:
-        runs: of `read_runs`.
+        runs: as `read_runs` returns them.
         output: ends in .png, .svg or .pdf.
 
     Raises:
-        InputError: the file would be of another kind, or matplotlib is not installed.
+        InputError: the output has another suffix, or matplotlib is not installed.
         OSError: it can't be written.
     """
     if output.suffix not in SUFFIXES:
@@ -154,7 +154,7 @@ Panel = tuple[str, Callable[[Any], None]]
 
 
 def _panels(runs: Sequence[RunSeries]) -> list[Panel]:
-    """Title and drawing of each panel for which some run has values."""
+    """Title and drawing function of each panel for which some run has values."""
     quantities = list(dict.fromkeys(name for run in runs for name in run.series))
     losses = [name for name in quantities if name.startswith("loss/")]
     panels: list[Panel] = [
@@ -190,7 +190,7 @@ def _losses(runs: Sequence[RunSeries], name: str) -> Callable[[Any], None]:
 
 
 def _range(losses: Sequence[Series]) -> tuple[float, float]:
-    """From a little below the least to a little above nearly all: single spikes are cut off."""
+    """From a little below the smallest value to a little above nearly all: single spikes are cut off."""
     values = sorted(value for found in losses for value in found.values)
     low, high = values[0], values[min(len(values) - 1, int(0.99 * len(values)))]
     high = max(high, max(found.values[0] for found in losses))
@@ -214,7 +214,7 @@ def _perplexities(runs: Sequence[RunSeries], task: str) -> Callable[[Any], None]
             for adapter, line in ADAPTERS.items()
             if adapter in drawn
         ]
-        # Beside the title: no corner is sure to be free.
+        # Next to the title: no corner is sure to be free.
         place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0, "frameon": False}
         spacing = {"fontsize": 7.5, "columnspacing": 0.8, "handlelength": 1.7, "handletextpad": 0.4}
         axis.legend(handles=lines, ncols=len(lines), **place, **spacing)
@@ -223,7 +223,7 @@ def _perplexities(runs: Sequence[RunSeries], task: str) -> Callable[[Any], None]
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Numbers as 12 and 150 on a logarithmic axis, also where it covers less than a decade."""
+    """Label ticks 12 and 150 rather than as powers, even if a logarithmic axis covers less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_ylim()

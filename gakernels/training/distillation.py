@@ -15,7 +15,7 @@ from gakernels.nn.token_loss import by_autograd, loss_in_blocks, wide
 from gakernels.settings import Count, Positive, settings
 
 NAME = "distillation"
-TOKENS_AT_ONCE = 1 << 14  # of the teacher's pass, which keeps nothing
+TOKENS_AT_ONCE = 1 << 14  # in the teacher's pass, which keeps no activations
 
 
 @settings
@@ -23,12 +23,12 @@ class Distillation:
     """The loss `distillation`: KL(teacher || student) of the next token, in nats, times the square of the temperature.
 
     The student is the model with a window's adapter, without the context. The teacher is its base model without any
-    adapter, on the context that the window's adapter has seen and then the window. It runs along, without gradients.
+    adapter, on the context that the window's adapter has seen followed by the window. It runs without gradients.
 
     Attributes:
         of: names of the losses whose target tokens are distilled.
-        top_k: so many of the teacher's most likely tokens count one by one, and the rest as one; from the size of the
-            vocabulary on, the divergence is exact, and with fewer it is at most that.
+        top_k: so many of the teacher's most likely tokens count separately, and the rest as one; from the size of the
+            vocabulary on, the divergence is exact; below, it is a lower bound.
         temperature: both distributions are softmax(logits / temperature).
 
     Raises:
@@ -44,10 +44,10 @@ class Distillation:
             raise InputError(f"of must name other losses whose tokens are distilled, but it is {self.of}")
 
     def windows(self, batch: WindowBatch) -> WindowBatch:
-        """The batch with the tokens to distil as one more set of targets.
+        """The batch with the tokens to distil as an additional set of targets.
 
         Raises:
-            InputError: the batch has no loss of a name in `of`.
+            InputError: the batch lacks a loss named in `of`.
         """
         missing = [name for name in self.of if name not in batch.targets]
         if missing:
@@ -56,10 +56,10 @@ class Distillation:
         return replace(batch, targets={**batch.targets, NAME: chosen})
 
     def losses(self, model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
-        """The losses of a batch that `windows` gave: `distillation`, and those on the next token itself.
+        """The losses of a batch from `windows`: `distillation`, and those on the next token itself.
 
         Raises:
-            InputError: a context and its window are longer than the base model reads.
+            InputError: a context and its window together are longer than the base model can read.
         """
         teacher = teacher_states(model, batch, batch.targets[NAME])
         batch = to_device(batch, model.device)
@@ -71,7 +71,7 @@ class Distillation:
         return {**losses, NAME: Loss(divergences.sum(), batch.targets[NAME][..., 1:].sum())}
 
     def divergences(self, model: GenerativeAdapter, student: Tensor, teacher: Tensor) -> Tensor:
-        """Of each token (N,), from last hidden states (N, d_h), in blocks; the teacher's get no gradient."""
+        """Divergence of each token (N,), from last hidden states (N, d_h), in blocks; the teacher's get no gradient."""
 
         def loss(ours: Tensor, theirs: Tensor) -> Tensor:
             with torch.no_grad():
@@ -95,13 +95,13 @@ def divergence(student: Tensor, teacher: Tensor, top_k: int, temperature: float 
 
 
 def _rest(log_probabilities: Tensor, top: Tensor) -> Tensor:
-    """The logarithm (n, 1) of the probability of all tokens but those at the given places."""
+    """The logarithm (n, 1) of the total probability of all tokens but those given."""
     return log_probabilities.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What the teacher reads: windows of one row, one after the other, without their padding."""
+    """What the teacher reads: the windows of one row in order, without padding."""
 
     row: int
     windows: tuple[int, ...]
@@ -109,10 +109,10 @@ class _Sequence:
 
 @torch.no_grad()
 def teacher_states(model: GenerativeAdapter, batch: WindowBatch, targets: Tensor) -> Tensor:
-    """The last hidden states (N, d_h) of the plain base model in front of each target token.
+    """The last hidden states (N, d_h) of the plain base model before each target token.
 
-    A context chunk whose adapter has seen all chunks before it is read in its place in the context: one sequence serves
-    all such windows of a row. Every other window is a sequence of its own, behind the chunks that it has seen.
+    A context chunk whose adapter has seen all chunks before it is read at its place in the context: one sequence serves
+    all such windows of a row. Every other window is a separate sequence, after the chunks that it has seen.
 
     Args:
         model: its base model is the teacher.
@@ -123,7 +123,7 @@ def teacher_states(model: GenerativeAdapter, batch: WindowBatch, targets: Tensor
         In the order of `hidden[..., :-1, :][targets[..., 1:]]`.
 
     Raises:
-        InputError: a sequence is longer than the base model reads.
+        InputError: a sequence is longer than the base model can read.
     """
     lengths, targets = batch.mask.sum(-1).tolist(), targets[..., 1:].cpu()
     numbers: dict[_Sequence, int] = {}
@@ -172,7 +172,7 @@ def _check_length(model: GenerativeAdapter, longest: int) -> None:
 
 
 def _passes(model: GenerativeAdapter, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The plain base model's last hidden states of sequences, some at a time, with the number of the first of them."""
+    """The plain base model's last hidden states of sequences, in groups, with the number of each group's first one."""
     at_once = max(1, TOKENS_AT_ONCE // max(map(len, rows)))
     for start in range(0, len(rows), at_once):
         # Padding is on the right and attention is causal, so no token sees it.

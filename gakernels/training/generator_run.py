@@ -1,4 +1,4 @@
-"""A run that trains the generators of a model in a folder: what pretraining and instruction tuning share."""
+"""A training run for the generators of a model, in a folder: shared by pretraining and instruction tuning."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
 
 
 class RunRecipe(Protocol):
-    """What all recipes of such runs have."""
+    """The common part of the recipes of such runs."""
 
     @property
     def parallel(self) -> str: ...
@@ -32,14 +32,14 @@ Recipe = TypeVar("Recipe", bound=RunRecipe)
 
 @dataclass(frozen=True)
 class GeneratorRun(Generic[Recipe]):
-    """One run, with where it writes.
+    """One run and its folder.
 
     Attributes:
-        model: generators with their base.
-        recipe: everything else that it depends on.
-        folder: gets `recipe.yaml`, `log.jsonl`, `checkpoints/`, the generator and `report.json`.
+        model: the base model with its generators.
+        recipe: everything else that the run depends on.
+        folder: receives `recipe.yaml`, `log.jsonl`, `checkpoints/`, the generator and `report.json`.
         progress: whether this process shows progress bars.
-        ranks: this process among all of the run.
+        ranks: this process among all processes of the run.
     """
 
     model: GenerativeAdapter
@@ -50,7 +50,7 @@ class GeneratorRun(Generic[Recipe]):
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes the files."""
         return self.ranks.rank == 0
 
     def train_generators(
@@ -61,18 +61,18 @@ class GeneratorRun(Generic[Recipe]):
         evaluate: Callable[[], Mapping[str, Any]],
         cost: StepCost,
     ) -> None:
-        """Train the generators from the newest checkpoint on, and write them; see `Trainer` for the arguments."""
-        parallel = self._processes()  # before the parameters are asked for: it may shard them
+        """Train the generators, from the newest checkpoint if any, and write them; see `Trainer` for the arguments."""
+        parallel = self._processes()  # before the parameters are read: it may shard them
         parameters = dict(self.model.generators.named_parameters())
         trainer = Trainer(config, parameters, objective, self.folder, settings, self.progress, parallel, evaluate, cost)
         if not find_checkpoints(self.folder / "checkpoints"):
             self._write(RECIPE_FILE, recipe_text(self.recipe))
         trainer.run()
         self._save_generators()
-        self._write(RECIPE_FILE, recipe_text(self.recipe))  # again: some settings may change when a run is resumed
+        self._write(RECIPE_FILE, recipe_text(self.recipe))  # again: a resumed run may have some other settings
 
     def write_report(self, values: Mapping[str, Any]) -> None:
-        """`report.json`, of JSON types."""
+        """Write `report.json` from values of JSON types."""
         self._write(REPORT_FILE, json.dumps(values, indent=2) + "\n")
 
     def _processes(self) -> Parallel:
@@ -81,7 +81,7 @@ class GeneratorRun(Generic[Recipe]):
         return Shards(self.ranks, self.model) if self.recipe.parallel == "shards" else Replicas(self.ranks)
 
     def _save_generators(self) -> None:
-        """The first process writes; where the generators are sharded, all of them take part in gathering."""
+        """The first process writes; if the generators are sharded, all processes take part in gathering."""
         if self.leads:
             self.model.save_pretrained(self.folder)
         elif self.recipe.parallel == "shards":

@@ -1,4 +1,4 @@
-"""What a run trains on: micro-batches of a step, how much each of them counts, and their losses."""
+"""The objective of a run: the micro-batches of a step, their weights, and their losses."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Objective(Protocol[Batch]):
     def batches(self, step: int) -> Sequence[Batch]:
         """The micro-batches of this process for an optimizer step, counted from 0.
 
-        Every process must return equally many where the model is sharded.
+        If the model is sharded, every process must return the same number.
         """
         ...
 
@@ -39,8 +39,8 @@ class WindowObjective:
     """Windows of a model with adapters.
 
     Attributes:
-        windows: from the number of a step to its micro-batches.
-        take: the losses of one, for instance `window_losses` of a model.
+        windows: a function from the number of a step to its micro-batches.
+        take: a function from a micro-batch to its losses, for instance `window_losses` of a model.
     """
 
     windows: Callable[[int], Sequence[WindowBatch]]
@@ -61,9 +61,9 @@ class WindowObjective:
 
 @dataclass(frozen=True)
 class StepFunction:
-    """An objective that is one function from a step's number to the losses of its only micro-batch.
+    """An objective given by a function from the number of a step to the losses of its only micro-batch.
 
-    The losses themselves stand for the batch, so the forward pass has run when the targets are counted.
+    The losses serve as the batch, so the forward pass has run before the targets are counted.
     """
 
     function: Callable[[int], Mapping[str, Loss]]

@@ -1,4 +1,4 @@
-"""Checkpoints of format version 2, with a pickle in them, made ones of the present version."""
+"""Conversion of checkpoints of format version 2, which contain a pickle, to the present version."""
 
 import shutil
 from pathlib import Path
@@ -21,13 +21,13 @@ from gakernels.training.checkpoint import (
 
 
 def convert(folder: Path) -> list[Path]:
-    """Rewrite the checkpoints of version 2 in a folder. **Reading them runs what their pickles say.**
+    """Rewrite the checkpoints of version 2 in a folder. **Reading them runs the code in their pickles.**
 
     Args:
         folder: a checkpoint, the folder `checkpoints` of a run, or the run's folder.
 
     Returns:
-        Those that were rewritten; newer ones are left alone.
+        The rewritten checkpoints; newer ones are left alone.
 
     Raises:
         InputError: there is no checkpoint.

@@ -1,4 +1,4 @@
-"""Reconstruction and completion perplexity under the adapter of a context's own, of another one, none, a control.
+"""Reconstruction and completion perplexity under the context's own adapter, another one, none, or a control.
 
 The paper's two measures: a context of n tokens becomes an adapter, which then scores the same n tokens (reconstruction)
 and the tokens that follow them (completion), closed-book.
@@ -20,15 +20,15 @@ from gakernels.nn import LowRankFactors
 
 @dataclass(frozen=True)
 class HeldOutContexts:
-    """Token ids to make adapters from and to score.
+    """Token ids from which adapters are made, and which are scored.
 
     Attributes:
         contexts: (n, T * M), n >= 2.
-        continuations: (n, T' * M), what follows each context; None where only reconstruction is asked for.
-        documents: (n,) the document that each context comes from; None where that is not known.
+        continuations: (n, T' * M), what follows each context; None if only reconstruction is scored.
+        documents: (n,) the document that each context comes from; None if unknown.
 
     Raises:
-        InputError: there are fewer than two contexts, the parts differ in number, or all contexts are of one document.
+        InputError: there are fewer than two contexts, the numbers of parts differ, or all contexts are of one document.
     """
 
     contexts: Tensor
@@ -46,7 +46,7 @@ class HeldOutContexts:
             raise InputError("documents must be at least two, so that there is another, but all contexts are of one")
 
     def others(self) -> list[int]:
-        """For each context the number of the next one, round and round, that is of another document."""
+        """For each context, the number of the next one (cyclically) that comes from another document."""
         count, documents = len(self.contexts), self.documents or range(len(self.contexts))
         return [
             next((row + step) % count for step in range(1, count) if documents[(row + step) % count] != documents[row])
@@ -69,8 +69,8 @@ class TaskPerplexity:
 
     Attributes:
         perplexity: by adapter: `none` (the base model alone), `empty` (the adapter of an empty context, which is the
-            static term; only where the generators have one), `own`, `other`, and the names of the controls. Every
-            context has as many tokens, so it is the exponential both of the mean over tokens and of the mean over
+            static term; only if the generators have one), `own`, `other`, and the names of the controls. Every
+            context has the same number of tokens, so it is the exponential of both the mean over tokens and that over
             contexts.
         own_over: the perplexity of `own` over that of every other adapter.
         tokens: number of scored tokens.
@@ -83,14 +83,14 @@ class TaskPerplexity:
 
 @dataclass(frozen=True)
 class PerplexityReport:
-    """What `context_perplexity` found.
+    """The result of `context_perplexity`.
 
     Attributes:
         contexts: their number.
         context_tokens: tokens of each.
-        other_documents: whether the other context is known to be of another document.
-        reconstruction: of the context's own tokens.
-        completion: of the tokens after it, if there are any.
+        other_documents: whether the other context is known to come from another document.
+        reconstruction: perplexities of the context's own tokens.
+        completion: perplexities of the tokens after it, if there are any.
     """
 
     contexts: int
@@ -113,13 +113,13 @@ def context_perplexity(
     batch_size: int = 4,
     progress: bool = False,
 ) -> PerplexityReport:
-    """Score contexts and what follows them, closed-book, under different adapters.
+    """Score contexts and their continuations, closed-book, under different adapters.
 
-    Each adapter is made from all T chunks of a context. What is scored are windows of M tokens, each by itself, as in
+    Each adapter is made from all T chunks of a context. The scored windows have M tokens and are read separately, as in
     training; the first token of a window is not predicted.
 
     Args:
-        model: the generator with its base model.
+        model: the base model with its generators.
         held_out: the contexts.
         chunks: T.
         controls: factors by adapted layer, by name of the control (a static LoRA).
@@ -127,7 +127,7 @@ def context_perplexity(
         progress: show a progress bar.
 
     Raises:
-        InputError: the contexts, or what follows them, can't be cut into chunks of one size.
+        InputError: the contexts or their continuations can't be cut into chunks of one size.
     """
     windows = _windows(held_out, chunks)
     others, count = held_out.others(), len(held_out.contexts)
@@ -156,7 +156,7 @@ def context_perplexity(
 
 
 def _windows(held_out: HeldOutContexts, chunks: int) -> dict[str, Tensor]:
-    """What is scored, by task, as windows (n, windows, M)."""
+    """The scored windows (n, windows, M), by task."""
     tokens = held_out.contexts.shape[1]
     if chunks < 1 or tokens % chunks or tokens < 2 * chunks:
         raise InputError(f"chunks must divide the {tokens} tokens of a context into 2 or more, but is {chunks}")
@@ -173,7 +173,7 @@ def _windows(held_out: HeldOutContexts, chunks: int) -> dict[str, Tensor]:
 def _report(windows: Tensor, losses: Mapping[str, Sequence[Tensor]]) -> TaskPerplexity:
     totals = {name: torch.cat(list(parts)) for name, parts in losses.items()}
     tokens = torch.full((len(windows),), windows.shape[1] * (windows.shape[2] - 1))
-    # A model that has diverged completely still gets a number: e^700 is about the largest there is.
+    # A model that has diverged completely still gets a number: e^700 is about the largest float64.
     perplexity = {name: math.exp(min(float(total.sum() / tokens.sum()), 700.0)) for name, total in totals.items()}
     ratios = {
         name: Ratio(
@@ -187,7 +187,7 @@ def _report(windows: Tensor, losses: Mapping[str, Sequence[Tensor]]) -> TaskPerp
 
 
 def _factors(model: GenerativeAdapter, windows: Tensor) -> dict[str, LowRankFactors]:
-    """Factors of each context's final state, one adapter per context (B, T, M)."""
+    """The factors of each context's final state, one adapter per context (B, T, M)."""
     mask = torch.ones(windows.shape, dtype=torch.bool, device=windows.device)
     states = model(windows, mask, windows.shape[1], range(windows.shape[1]))[1]
     scale = model.config.adapter_scale

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts and without its weights: parameters, operations, time, memory or data."""
+"""The plan of a run, made before it starts and without weights: parameters, operations, time, memory or data."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from gakernels.training.instruction.steps import InstructionSteps, StepLoad
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 
-QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # of a weight; fp8 is kept in both layouts
+QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # per weight; fp8 is stored in both layouts
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What both kinds of runs take.
+    """The common part of both kinds of plans.
 
     Attributes:
         name: of the base model.
-        processes: of the run.
+        processes: number of processes of the run.
         steps: optimizer steps.
-        base_parameters: frozen.
-        generator_parameters: trained.
+        base_parameters: number of frozen parameters.
+        generator_parameters: number of trained parameters.
         operations: floating-point operations of a step, all processes together.
     """
 
@@ -54,19 +54,19 @@ class RunPlan:
     operations: float
 
     def seconds(self, tflops: float) -> float:
-        """The time of the run if each process computes so many 10^12 operations a second."""
+        """The time of the run if each process computes so many 10^12 operations per second."""
         return self.steps * self.operations / (tflops * 1e12 * self.processes)
 
 
 @dataclass(frozen=True)
 class PretrainingPlan(RunPlan):
-    """What `plan_pretraining` found.
+    """The result of `plan_pretraining`.
 
     Attributes:
-        segments: in a step, all processes together.
-        segments_at_once: that go through the model together on one process.
+        segments: segments in a step, over all processes.
+        segments_at_once: segments that go through the model together on one process.
         segment_tokens: T * M.
-        windows: of a segment, context and reconstruction together.
+        windows: windows of a segment, context and reconstruction together.
         flops: the operations of a step, by their kind.
         memory: of one process.
     """
@@ -80,21 +80,21 @@ class PretrainingPlan(RunPlan):
 
     @property
     def tokens(self) -> int:
-        """Segment tokens of the whole run."""
+        """The segment tokens of the whole run."""
         return self.steps * self.segments * self.segment_tokens
 
     def tokens_per_second(self, tflops: float) -> float:
-        """Segment tokens a second, all processes together, at that rate."""
+        """Segment tokens per second, over all processes, at that rate."""
         return self.tokens / self.seconds(tflops)
 
 
 @dataclass(frozen=True)
 class FinetuningPlan(RunPlan):
-    """What `plan_finetuning` found; its operations are counted as those of pretraining windows: a little too many.
+    """The result of `plan_finetuning`; operations are counted as for pretraining windows: slightly too many.
 
     Attributes:
-        data: what was read.
-        contexts: in a step, all processes together.
+        data: the data as read.
+        contexts: contexts in a step, over all processes.
         load: tokens, positions and passes of a step.
     """
 
@@ -104,7 +104,7 @@ class FinetuningPlan(RunPlan):
 
     @property
     def rounds(self) -> float:
-        """How often all contexts are gone through."""
+        """The number of passes over all contexts."""
         return self.steps * self.contexts / self.data.contexts
 
 
@@ -149,7 +149,7 @@ def _memory(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, world: i
 
 
 def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, setting: StepSetting) -> StepShape:
-    """The windows of the micro-batch that takes the most memory: segments, or chunks that are contexts of their own."""
+    """The windows of the micro-batch that takes the most memory: segments, or chunks that are separate contexts."""
     size, chunks, slices = recipe.generator.chunk_size, recipe.windows.chunks, recipe.windows.slices
     steps = [StepShape.pretraining(at_once, size, chunks, slices)]
     if recipe.windows.single_share:
@@ -158,7 +158,7 @@ def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, set
 
 
 def step_setting(recipe: PretrainingRecipe, world: int, device: str) -> StepSetting:
-    """How a recipe's step is run, as far as its memory depends on it."""
+    """How a recipe runs a step: what its memory depends on."""
     dtype, quantization = DTYPES[recipe.model.dtype], recipe.model.quantization
     return StepSetting(
         dtype=dtype,
@@ -171,7 +171,7 @@ def step_setting(recipe: PretrainingRecipe, world: int, device: str) -> StepSett
 
 
 def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = True) -> FinetuningPlan:
-    """The plan of a run: its data is read and tokenised, no weights are loaded.
+    """The plan of a run: the data is read and tokenised; no weights are loaded.
 
     Args:
         recipe: of the run.
@@ -179,8 +179,8 @@ def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = T
         progress: show bars.
 
     Raises:
-        InputError: the data can't be used, there is no tokenizer or configuration of the base model, or something in
-            the recipe does not go together.
+        InputError: the data can't be used, there is no tokenizer or configuration of the base model, or settings of
+            the recipe contradict each other.
     """
     base, config = _models(recipe)
     shape = base_shape(base)
@@ -214,7 +214,7 @@ def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = T
 
 
 def _models(recipe: FinetuningRecipe) -> tuple[BaseConfig, GeneratorConfig]:
-    """The base model and the generator's settings, by name or out of the generator that the run starts from."""
+    """The base model and the generator's settings, by name or from the generator that the run starts from."""
     if recipe.start is None:
         assert recipe.model is not None
         return recipe.model, recipe.generator or GeneratorConfig()
@@ -235,6 +235,6 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _trained(shape: ModelShape, config: GeneratorConfig) -> int:
-    """Parameters of the generators."""
+    """The number of parameters of the generators."""
     each = sum(generator_parameters(config, shape.hidden, linear) for linear in flops.adapted_linears(shape, config))
     return each * len(flops.adapted_layers(shape, config))

@@ -1,7 +1,7 @@
-"""Which calls of the operations a model makes, and what would run them: found by running the library without data.
+"""The calls of the operations that a model makes, and their backends: found by running the library without data.
 
-The base model gets the true widths and one decoder layer, all tensors are fakes of PyTorch, and what `dispatch.choose`
-is asked is written down. No list of shapes can get out of step with the code.
+The base model has its true widths and one decoder layer, all tensors are PyTorch fakes, and every question to
+`dispatch.choose` is recorded. So no list of shapes can get out of step with the code.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from gakernels.ops import dispatch
 from gakernels.training.instruction.answers import adapters, encode_windows
 from gakernels.training.instruction.batches import instruction_batch
 
-PASS = 8  # chunks of a context that go through the model at once, as by default
+PASS = 8  # chunks of a context that go through the model at once, the library's default
 
 
 @dataclass(frozen=True)
 class Call:
-    """One kind of call of an operation, and what would run it.
+    """One kind of call of an operation, and the backend that would run it.
 
     Attributes:
         operation: its name.
         dtype: of its first argument.
-        sizes: what its speed depends on, by name.
+        sizes: the sizes that its speed depends on, by name.
         training: whether a backward follows.
-        choice: the backend, and why.
+        choice: the backend, and the reason.
     """
 
     operation: str
@@ -55,13 +55,13 @@ class PlannedCalls:
     """The calls of one model with generators.
 
     Args:
-        base: configuration of the base model; its decoder layers count as alike, and one of them is made.
+        base: configuration of the base model; its decoder layers are assumed to be alike, and only one is created.
         generator: what is adapted, and the generators' sizes.
         dtype: of the base model's weights.
-        autocast: what a training step computes in, None for the dtypes as they are.
+        autocast: dtype in which a training step computes; None to use the dtypes as they are.
 
     Raises:
-        InputError: transformers can't make the model, or it has no such linear layers.
+        InputError: transformers can't create the model, or it has no such linear layers.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PlannedCalls:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"base must be the configuration of a causal language model, but: {reason}") from error
         self._model = GenerativeAdapter(model, replace(generator, layers=None))
-        # Outside of the mode real tensors stay real, so that what the library decides on the host is decided.
+        # Outside the mode real tensors stay real, so that the library can take its decisions on the host.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             self._model.to_empty(device="cpu")
@@ -103,7 +103,7 @@ class PlannedCalls:
         return self._recorded(step, self._autocast())
 
     def contextualizing(self, chunks: int, contexts: int = 1) -> list[Call]:
-        """Contexts become adapters, without gradients; of the passes that are alike only two are run."""
+        """Contexts become adapters, without gradients; of identical passes only two are run."""
         different = chunks if chunks <= 2 * PASS else 2 * PASS + chunks % PASS
         ids = [[0] * (different * self.chunk_size)] * contexts
 
@@ -115,7 +115,7 @@ class PlannedCalls:
         return self._recorded(torch.no_grad()(run))
 
     def decoding(self, users: int, tokens: int = 1) -> list[Call]:
-        """One step for users with an adapter each; of several tokens where a prompt is read."""
+        """One step for users with one adapter each; of several tokens for reading a prompt."""
         return self._recorded(torch.no_grad()(lambda: self._decode(users, tokens)))
 
     def _encode(self, batch: WindowBatch) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class PlannedCalls:
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
     def _recorded(self, run: Callable[[], object], precision: AbstractContextManager[Any] | None = None) -> list[Call]:
-        """The kinds of calls that a function makes, in the order of the first of each."""
+        """The kinds of calls that a function makes, in order of first occurrence."""
         with _recording() as calls, precision or nullcontext():
             run()
         return list(dict.fromkeys(calls))

@@ -37,7 +37,7 @@ def make_model(recipe: PretrainingRecipe, device: torch.device | str) -> Generat
 
     Raises:
         InputError: the base model can't be loaded, or does not have the layers that the recipe adapts.
-        BackendError: the device can't compute with weights that are quantised as the recipe says.
+        BackendError: the device can't compute with weights of the recipe's quantization.
     """
     base, tokenizer = load_base_model(recipe.model, device)
     return GenerativeAdapter(base, recipe.generator, tokenizer)
@@ -46,7 +46,7 @@ def make_model(recipe: PretrainingRecipe, device: torch.device | str) -> Generat
 def pretrain(
     model: GenerativeAdapter, recipe: PretrainingRecipe, folder: Path, progress: bool = True, ranks: Ranks | None = None
 ) -> PerplexityReport:
-    """Train the generators of a model; resumes where an earlier call in the same folder stopped.
+    """Train the generators of a model; resume where an earlier call in the same folder stopped.
 
     Writes to the folder: `recipe.yaml`, `log.jsonl`, `checkpoints/`, the trained generator (see
     `GenerativeAdapter.save_pretrained`) and `report.json`; with `evaluation.static_lora` the control as an adapter in
@@ -64,7 +64,7 @@ def pretrain(
         Perplexities of the held-out contexts.
 
     Raises:
-        InputError: the data can't be used, something in the recipe does not go together, or another run is in the
+        InputError: the data can't be used, settings of the recipe contradict each other, or another run is in the
             folder.
         FormatError: the folder holds a run with other settings.
         FloatingPointError: the run diverged.
@@ -87,7 +87,7 @@ def pretrain(
 
 def _read(model: GenerativeAdapter, recipe: PretrainingRecipe, ranks: Ranks, progress: bool) -> PretrainingData:
     assert model.tokenizer is not None
-    recipe.windows.at_once(ranks.world)  # refuses before anything is read
+    recipe.windows.at_once(ranks.world)  # raises before anything is read
     check_chunk_size(model.base.config, model.config.chunk_size)
     vocabulary = model.base.get_input_embeddings().num_embeddings
     shown = progress and ranks.rank == 0
@@ -139,15 +139,15 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
         controls: Mapping[str, Mapping[str, LowRankFactors]] | None = None,
         progress: bool = False,
     ) -> PerplexityReport:
-        """Perplexities of contexts, in the precision of the run."""
+        """The perplexities of contexts, in the precision of the run."""
         chunks, size = self.recipe.context_chunks, self.recipe.evaluation.batch_size
         with self.recipe.trainer.autocast(self.model.device):
             return context_perplexity(self.model, held_out, chunks, controls, size, progress)
 
     def settings(self) -> dict[str, Any]:
-        """What a run depends on, for its checkpoints. The data counts by its tokens, not by its path."""
+        """Everything that a run depends on, for its checkpoints. Data is identified by its tokens, not its path."""
         windows, distillation = asdict(self.recipe.windows), self.recipe.distillation
-        del windows["segments_at_once"]  # changes rounding only
+        del windows["segments_at_once"]  # changes only rounding
         base = {"fingerprint": self.model.base_fingerprint(), "dtype": self.recipe.model.dtype}
         return {
             "seed": self.recipe.seed,
@@ -162,7 +162,7 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
         }
 
     def windows(self, step: int) -> list[WindowBatch]:
-        """The micro-batches of this process. A segment's slices depend on its place in the run alone."""
+        """The micro-batches of this process. The slices of a segment depend only on its place in the run."""
         windows, ranks = self.recipe.windows, self.ranks
         indices = self.data.order.indices(step, windows.batch_size, self.recipe.seed, ranks.rank, ranks.world)
         first = step * windows.batch_size + ranks.rank * len(indices)
@@ -188,7 +188,7 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
         return self.evaluate(held_out).to_dict()
 
     def _prepare_base(self) -> None:
-        """How the base model is run: recomputation, streams, compilation."""
+        """Set up how the base model runs: recomputation, streams, compilation."""
         if self.recipe.memory_budget is not None:
             world, shape = self.ranks.world, ModelShape.from_config(self.model.base.config)
             setting = step_setting(self.recipe, world, self.model.device.type)
@@ -203,7 +203,7 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
         windows, segments = self.recipe.windows, self.recipe.windows.batch_size
         try:
             shape = ModelShape.from_config(self.model.base.config)
-        except InputError:  # experts, recurrent layers: the operations can't be told from the shapes
+        except InputError:  # experts, recurrent layers: the operations don't follow from the shapes
             return StepCost(tokens=segments * self.recipe.segment_tokens)
         size = self.model.config.chunk_size
         one = pretraining_flops(shape, self.model.config, windows.chunks, size, windows.plain, windows.slices)
@@ -211,9 +211,9 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
 
 
 def segment_windows(segment: Tensor, windows: WindowsConfig, single: bool, generator: torch.Generator) -> WindowBatch:
-    """The windows of a segment (T * M,), or of each of its chunks as one if `single`, under the losses of the recipe.
+    """The windows of a segment (T * M,), or of each chunk as a segment if `single`, under the losses of the recipe.
 
-    The losses are the same ones in every step; what a step has no target for counts nothing.
+    Every step has the same losses; a loss without targets in a step counts nothing.
     """
     rows, chunks = (segment.view(windows.chunks, -1), 1) if single else (segment[None], windows.chunks)
     batch = pretraining_windows(rows, chunks, generator, windows.reconstruction, windows.slices)
@@ -227,7 +227,7 @@ def segment_windows(segment: Tensor, windows: WindowsConfig, single: bool, gener
 
 
 def _joined(batches: Sequence[WindowBatch]) -> WindowBatch:
-    """Batches of segments as one."""
+    """Join batches of segments into one."""
     first = batches[0]
     return WindowBatch(
         torch.cat([batch.input_ids for batch in batches]),

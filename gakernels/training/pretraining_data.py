@@ -36,7 +36,7 @@ class SourceConfig:
 
     Attributes:
         path: a folder, a file, or `hub:` and the name of a data set (docs/pretraining.md).
-        weight: its share of every batch, relative to the others'.
+        weight: share of every batch, relative to the other sources.
         text_key: the entry of a record, or the column, that holds the text.
     """
 
@@ -54,17 +54,17 @@ class DataConfig:
 
     Attributes:
         path: the only source: a folder, a file, or `hub:` and the name of a data set.
-        sources: or several, by name.
-        text_key: the entry of a record, or the column, that holds the text; of `path` and `held_out_path`.
-        within_documents: cut segments within documents, and leave the rest of each out; if not, out of all documents
-            one after the other, as the paper does.
+        sources: or several sources, by name.
+        text_key: the entry of a record, or the column, that holds the text, for `path` and `held_out_path`.
+        within_documents: cut segments within documents, and leave out the rest of each; if not, from all documents
+            in sequence, as the paper does.
         held_out_path: a source for the held-out contexts alone.
         held_out_every: hold out every document whose number is a multiple of it.
-        cache: folder of the token cache; None for one that finds itself. For a single source.
-        strict: a record that can't be used is an error; if not, they are counted and reported.
+        cache: folder of the token cache; None for the automatic folder. For a single source.
+        strict: a record that can't be used is an error; if not, such records are counted and reported.
 
     Raises:
-        InputError: there is neither a path nor sources, or both, or the settings do not go together.
+        InputError: there is neither a path nor sources, or both, or the settings contradict each other.
     """
 
     path: PathText | None = None
@@ -85,13 +85,13 @@ class DataConfig:
             raise InputError("data.cache must not be given with several sources: each has a cache of its own")
 
     def all_sources(self) -> Mapping[str, SourceConfig]:
-        """The sources by name, also where there is only a path."""
+        """The sources by name, even if there is only a path."""
         return self.sources if self.path is None else {"data": SourceConfig(self.path, 1.0, self.text_key)}
 
 
 @dataclass(frozen=True)
 class HeldOutSize:
-    """How much is held out: so many contexts of so many tokens, each with as many tokens behind it."""
+    """How much is held out: the number of contexts and their tokens; each is followed by as many tokens."""
 
     contexts: int
     tokens: int
@@ -99,12 +99,12 @@ class HeldOutSize:
 
 @dataclass(frozen=True)
 class PretrainingData:
-    """What a run sees.
+    """The data of a run.
 
     Attributes:
         segments: to train on.
         order: which of them a step takes.
-        held_out: contexts to score, and as many tokens behind each.
+        held_out: contexts to score, and as many tokens after each.
     """
 
     segments: SegmentSet
@@ -123,14 +123,14 @@ def load_data(
     held_out: HeldOutSize,
     progress: bool = True,
 ) -> PretrainingData:
-    """Read, tokenise and cut the data; tokens that an earlier call made are used again.
+    """Read, tokenise and cut the data; tokens cached by an earlier call are reused.
 
     Args:
         config: what to read.
         tokenizer: of the base model.
         vocabulary: rows of the base model's embedding.
         segment_tokens: T * M.
-        held_out: how much of it.
+        held_out: how much to hold out.
         progress: show a bar.
 
     Raises:
@@ -148,7 +148,7 @@ def load_data(
 
 
 def split(config: DataConfig, read: ReadCorpus, segment_tokens: int, held_out: HeldOutSize) -> PretrainingData:
-    """Cut what `read` gives for each source; see `load_data`."""
+    """Cut the corpus that `read` returns for each source; see `load_data`."""
     sources = config.all_sources()
     each = HeldOutSize(-(-held_out.contexts // len(sources)), held_out.tokens)
     parts, scored = [], []
@@ -167,7 +167,7 @@ def split(config: DataConfig, read: ReadCorpus, segment_tokens: int, held_out: H
 def _split_source(
     config: DataConfig, source: SourceConfig, read: ReadCorpus, segment_tokens: int, held_out: HeldOutSize
 ) -> tuple[Segments, list[Segments]]:
-    """The segments to train on, and those to score, contexts with what follows them, if they come from this source."""
+    """The segments to train on and, if they come from this source, those to score: contexts and continuations."""
     corpus = read(source)
     cut = document_segments if config.within_documents else packed_segments
     if config.held_out_path is not None:
@@ -188,7 +188,7 @@ def _split_source(
 
 
 def _scored(corpus: Corpus, held_out: HeldOutSize) -> Segments:
-    """Contexts with what follows: within documents if there are enough, else out of all documents in one."""
+    """Contexts with their continuations: within documents if there are enough, else from all documents in sequence."""
     length = 2 * held_out.tokens
     if int((np.diff(corpus.offsets) // length).sum()) >= held_out.contexts:
         return document_segments(corpus, length)
@@ -204,7 +204,7 @@ def _only(segments: Segments, kept: "np.ndarray[tuple[int], np.dtype[np.bool_]]"
 
 
 def _contexts(parts: Sequence[Segments], count: int) -> HeldOutContexts:
-    """So many contexts, evenly spread over what is held out, with what follows them and, if known, their documents."""
+    """So many contexts, evenly spread over the held-out text, with continuations and, if known, their documents."""
     joined = JoinedSegments(parts)
     if len(joined) < count:
         raise InputError(
@@ -238,9 +238,9 @@ def few(held_out: HeldOutContexts, count: int) -> HeldOutContexts:
 
 
 def cached_segments(config: DataConfig, tokenizer: PreTrainedTokenizerBase, segment_tokens: int) -> int | None:
-    """About how many segments the data has (the held-out ones included), from token caches that are there already.
+    """About how many segments the data has (including held-out ones), from token caches that already exist.
 
-    None if one of them is not.
+    None if one of the caches does not exist.
     """
     tokens = 0
     for name in config.all_sources().values():

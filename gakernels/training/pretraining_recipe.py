@@ -24,12 +24,12 @@ class WindowsConfig:
         chunks: T, context chunks in a segment (8 in the paper).
         reconstruction: see `window_losses.pretraining_windows`.
         slices: reconstruction windows for each adapter; 0 for completion alone.
-        batch_size: segments in a step, on all processes together.
-        single_share: in that share of the steps, the first ones, every chunk is a segment of its own (T = 1, as many
-            tokens in a step): what a chunk says is learned before how to keep many apart.
+        batch_size: segments in a step, over all processes.
+        single_share: in that share of the steps, at the start, every chunk is its own segment (T = 1, as many
+            tokens in a step): the content of one chunk is learned before how to keep many apart.
         plain: the first chunk, which has no context, carries a loss too, named `plain`; it teaches the static term.
-        segments_at_once: segments that go through the model together on one process; gradients of the others are
-            added. None: all of a process's part of the batch.
+        segments_at_once: segments that go through the model together on one process; gradients of several groups are
+            added. None: a process's whole share of the batch.
 
     Raises:
         InputError: a value is out of range.
@@ -50,7 +50,7 @@ class WindowsConfig:
         """Segments of a micro-batch.
 
         Raises:
-            InputError: the processes do not divide the batch, or the micro-batches not a process's part of it.
+            InputError: the processes do not divide the batch, or the micro-batches do not divide a process's share.
         """
         if self.batch_size % world:
             raise InputError(
@@ -70,11 +70,11 @@ class EvaluationConfig:
     """What is scored during a run and at its end (`training.perplexity`).
 
     Attributes:
-        contexts: held-out contexts of the report at the end; what follows each has as many tokens.
+        contexts: held-out contexts of the report at the end; the continuation of each has as many tokens.
         context_chunks: chunks of a context; None for as many as a segment has.
         contexts_at_intervals: how many of them are scored every `trainer.evaluate_every` steps.
         batch_size: contexts in one pass.
-        static_lora: also train the control that knows no context, with the same budget.
+        static_lora: also train the control that sees no context, with the same budget.
 
     Raises:
         InputError: a value is out of range.
@@ -89,7 +89,7 @@ class EvaluationConfig:
 
 @settings
 class PretrainingRecipe:
-    """Everything that a pretraining run depends on; what it is called in a file is in docs/training.md.
+    """Everything that a pretraining run depends on; docs/training.md has the names in a file.
 
     Attributes:
         model: the base model.
@@ -100,8 +100,8 @@ class PretrainingRecipe:
         evaluation: what is scored.
         seed: of the order of the segments and of the slices.
         parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
-        distillation: also distil the base model that sees the context (docs/training.md); None for not.
-        memory_budget: of a GPU, as `80GB`: gate and up projections are computed again in as many layers as it takes to
+        distillation: also distil from the base model that sees the context (docs/training.md); None turns it off.
+        memory_budget: of a GPU, as `80GB`: gate and up projections are recomputed in as many layers as needed to
             stay below; None for no limit.
         overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
             not with `shards`.
@@ -152,5 +152,5 @@ class PretrainingRecipe:
 
     @property
     def context_chunks(self) -> int:
-        """Chunks of a held-out context."""
+        """The number of chunks of a held-out context."""
         return self.evaluation.context_chunks or self.windows.chunks

@@ -1,4 +1,4 @@
-"""Recipes: what a run is made of, as nested classes of settings, read from YAML with overrides from the command line.
+"""Recipes: the settings of a run as nested classes, read from YAML with overrides from the command line.
 
 In a file a recipe is a mapping of the names of its class's fields; `section.name=value` overrides one entry
 (docs/training.md).
@@ -27,16 +27,16 @@ def load_recipe(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """A recipe of a class, from a file (`recipe_file`), then flags, then overrides, the last of which wins.
+    """A recipe of a class, from a file (`recipe_file`), then flags, then overrides; later ones win.
 
     Args:
         kind: made by `settings`.
         path: YAML file, or the name of a recipe that comes with the package; None for the defaults alone.
         overrides: `section.name=value`; the value is YAML, and a list may be written with commas alone.
-        flags: values by `section.name`; texts count as those of overrides.
+        flags: values by `section.name`; texts are parsed like overrides.
 
     Raises:
-        InputError: there is no such file, it is no YAML, a key is unknown, one that is needed is missing, or a value is
+        InputError: there is no such file, it is not YAML, a key is unknown, a required key is missing, or a value is
             of the wrong type or out of range.
     """
     values: dict[str, Any] = {} if path is None else _read(recipe_file(path))
@@ -56,12 +56,12 @@ def load_recipe(
 
 
 def recipe_file(path: Path) -> Path:
-    """The file itself, or `name.yaml` of the recipes that come with the package if there is no such file.
+    """The file itself, or, if it does not exist, the recipe `name.yaml` that comes with the package.
 
     Raises:
-        InputError: there is neither.
+        InputError: neither exists.
     """
-    if path.exists() and not path.is_dir():  # a file, or what a shell makes of <(...)
+    if path.exists() and not path.is_dir():  # a file, or a shell's process substitution <(...)
         return path
     ours = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
     if len(path.parts) == 1 and ours.is_file():
@@ -71,7 +71,7 @@ def recipe_file(path: Path) -> Path:
 
 
 def recipe_values(recipe: Any) -> dict[str, Any]:
-    """All settings of a recipe in plain YAML types, defaults included; what `load_recipe` reads back."""
+    """All settings of a recipe in plain YAML types, including defaults; `load_recipe` reads them back."""
     return {field.name: _plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
 
 
@@ -82,7 +82,7 @@ def recipe_text(recipe: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, in which a key stands only once."""
+    """YAML that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -92,7 +92,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_timestamp(self, node: yaml.ScalarNode) -> str:
-        """The text that stands for a time: 2026-01-31 is no text to YAML."""
+        """Keep dates as text: YAML would read 2026-01-31 as a date."""
         return super().construct_yaml_timestamp(node).isoformat()
 
 
@@ -108,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.load(text, _Loader)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date like 2024-13-01
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2024-13-01
         raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
         raise InputError(f"config: {path} must be a mapping of sections, but it is {shown(values)}")
@@ -137,7 +137,7 @@ def _put(values: dict[str, Any], place: Place, value: Any) -> None:
 
 
 def _add_sections(values: dict[str, Any], kind: Any) -> None:
-    """Sections that must be there may still be complete with the defaults of their own fields."""
+    """Add required sections that are missing; the defaults of their fields may make them complete."""
     for name, info in kind.__pydantic_fields__.items():
         is_section = hasattr(info.annotation, "__pydantic_fields__")
         if is_section and values.get(name) is None and (info.is_required() or name in values):
@@ -145,7 +145,7 @@ def _add_sections(values: dict[str, Any], kind: Any) -> None:
 
 
 def _validated(kind: type[Recipe], values: dict[str, Any], texts: dict[Place, str]) -> Recipe:
-    """The recipe; an override that YAML reads as something else is read again where text or a list is wanted."""
+    """The recipe; an override that YAML reads as another type is parsed again if text or a list is expected."""
     while True:
         try:
             return TypeAdapter(kind).validate_python(values)

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time writes there."""
+"""The folder of a run: only one run at a time writes to it."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ LOCK = "lock"
 
 @contextmanager
 def only_run(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep every other run out of a folder, which is made if it is not there, and goes if it stays empty.
+    """Keep all other runs out of a folder. It is created if it does not exist, and removed if it stays empty.
 
     Raises:
         InputError: another run is there.
@@ -28,21 +28,21 @@ def only_run(folder: Path, ranks: Ranks) -> Iterator[None]:
         with only_process(folder / LOCK, f"another run writes to {folder}", "name another folder"):
             yield
     finally:
-        with suppress(OSError):  # there is something in it
+        with suppress(OSError):  # it is not empty
             folder.rmdir()
 
 
 @contextmanager
 def only_process(lock: Path, taken: str, instead: str) -> Iterator[None]:
-    """Keep every other process out that asks for the same lock, a file that is made for it and removed in the end.
+    """Keep out all other processes that use the same lock: a file that is created for it and removed at the end.
 
-    The lock is the operating system's, so it goes with its process, however that ends: a file that was left behind
-    means nothing. On network file systems it holds as far as they pass locks on (NFS from version 4).
+    The operating system holds the lock, so it ends with its process, however that ends: a leftover file
+    means nothing. On network file systems it works if they support locks (NFS from version 4).
 
     Args:
         lock: the file.
-        taken: what to say of another process.
-        instead: what the user could do besides waiting for its end.
+        taken: the message about the other process.
+        instead: what the user can do instead of waiting.
 
     Raises:
         InputError: another process has it.
@@ -72,7 +72,7 @@ def _locked(path: Path, taken: str, instead: str) -> IO[str]:
         except OSError as error:
             file.close()
             raise OSError(error.errno, error.strerror, str(path)) from error
-        # Whoever had it until now may have removed the file since it was opened: then it keeps nobody out.
+        # Its last holder may have removed the file since it was opened; then it locks nobody out.
         with suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file

@@ -1,4 +1,4 @@
-"""The log of a run: losses, speed and memory as JSON lines, also to TensorBoard or Weights & Biases."""
+"""The log of a run: losses, speed and memory as JSON lines, optionally also to TensorBoard or Weights & Biases."""
 
 import json
 import math
@@ -19,24 +19,24 @@ LOG_FILE = "log.jsonl"
 
 
 class LogReport(Protocol):
-    """Where numbers of a run go besides the log."""
+    """A destination for the numbers of a run in addition to the log."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of a line, with names like `loss/completion`."""
+        """Write the numbers of a line, with names like `loss/completion`."""
         ...
 
     def close(self) -> None:
-        """Bring all of it to where it goes."""
+        """Flush everything."""
         ...
 
 
 class RunLog:
-    """Appends lines to `log.jsonl` of a folder and hands their numbers to the reports.
+    """Appends lines to `log.jsonl` in a folder and passes their numbers to the reports.
 
     Args:
-        folder: of the run; None keeps nothing.
-        step: the lines after it are dropped: an interrupted run wrote them, and the resumed one will again.
-        reports: names out of REPORTS.
+        folder: of the run; None writes nothing.
+        step: the lines after it are dropped: an interrupted run wrote them, and the resumed one will write them again.
+        reports: names from REPORTS.
         settings: of the run, shown by Weights & Biases.
 
     Raises:
@@ -53,7 +53,7 @@ class RunLog:
         self._reports = [REPORTS[name](folder, step, settings or {}) for name in reports] if folder else []
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """One line, on the disk when this returns."""
+        """Write one line; it is on disk when this returns."""
         if self._path:
             append_line(self._path, json.dumps(finite(line), allow_nan=False))
         for report in self._reports:
@@ -66,7 +66,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that was cut off while it was written is left out.
+    """The lines of a log; a line that was cut off during writing is left out.
 
     Raises:
         InputError: there is no such file.
@@ -89,7 +89,7 @@ def flat_numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def finite(value: Any) -> Any:
-    """JSON types without infinity and NaN, which are no JSON: None takes their place."""
+    """JSON types with None in place of infinity and NaN, which are not JSON."""
     if isinstance(value, Mapping):
         return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -116,7 +116,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run of Weights & Biases that a resumed run goes on with; WANDB_PROJECT, WANDB_MODE, ... say where."""
+    """A run of Weights & Biases that a resumed run continues; WANDB_PROJECT, WANDB_MODE, ... configure it."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         try:
@@ -144,7 +144,7 @@ def _missing(package: str) -> InputError:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop the lines after a step and one that was cut off while it was written."""
+    """Drop the lines after a step, and a line that was cut off during writing."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -160,7 +160,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-# Dense bfloat16 with float32 sums, from the makers' data sheets; a part of the name that PyTorch gives, longer first.
+# Dense bfloat16 with float32 sums, from the vendors' data sheets; keyed by part of PyTorch's device name, longer first.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100": 989.4,
@@ -173,7 +173,7 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class StepCost:
-    """What an optimizer step works on, all processes together; on average where steps differ. 0: not known.
+    """The work of an optimizer step over all processes; an average if steps differ. 0: unknown.
 
     Attributes:
         tokens: segment tokens (for instruction tuning those of contexts and conversations).
@@ -184,7 +184,7 @@ class StepCost:
     flops: float = 0.0
 
     def rates(self, seconds: float, devices: int, peak_tflops: float | None) -> dict[str, float]:
-        """`tokens_per_second` and `mfu`, where they are known, of a step that took so long on so many devices."""
+        """`tokens_per_second` and `mfu`, if known, of a step that took so long on so many devices."""
         rates = {"tokens_per_second": self.tokens / seconds} if self.tokens else {}
         if self.flops and peak_tflops:
             rates["mfu"] = self.flops / seconds / (peak_tflops * 1e12 * devices)
@@ -200,7 +200,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory that this process had at once: tensors on a GPU, all of it on a CPU."""
+    """The peak memory of this process: of tensors on a GPU, of everything on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in kilobytes

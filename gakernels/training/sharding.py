@@ -1,4 +1,4 @@
-"""A model in pieces over the processes, for base models that do not fit one GPU: PyTorch's `fully_shard` (FSDP2)."""
+"""A model sharded over the processes, for base models that do not fit on one GPU: PyTorch's `fully_shard` (FSDP2)."""
 
 from collections.abc import Mapping
 
@@ -14,27 +14,27 @@ from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.attachment import decoder_layers
 
-GENERATOR_METHODS = ("states", "factors")  # what a pass over windows calls
+GENERATOR_METHODS = ("states", "factors")  # the methods that a pass over windows calls
 
 
 class Shards(Parallel):
-    """A model whose decoder layers and generators are sharded; what is outside of the layers stays on every process.
+    """A model whose decoder layers and generators are sharded; everything outside the layers stays on every process.
 
-    Every decoder layer and every generator is gathered when it is needed, in forward and backward, and let go again.
-    Make this before the parameters are handed to a `Trainer`: they become `DTensor`s, under their old names. The
-    generators run in line (see `GenerativeAdapter.overlap_generators`).
+    Every decoder layer and generator is gathered when it is needed, in forward and backward, then freed again.
+    Create this before the parameters are given to a `Trainer`: they become `DTensor`s, under their old names. The
+    generators run on the main stream (see `GenerativeAdapter.overlap_generators`).
 
     Args:
-        ranks: of a process group that is running.
-        model: the same on every process; sharded in place. It may be on the host: each layer goes to the device when
-            its turn has come, so that no device ever holds all of them.
-        device: of this process; that of the model if not given.
+        ranks: of a running process group.
+        model: the same on every process; sharded in place. It may be on the host: each layer moves to the device when
+            its turn comes, so that no device ever holds all of them.
+        device: of this process; by default that of the model.
     """
 
     def __init__(self, ranks: Ranks, model: GenerativeAdapter, device: torch.device | str | None = None) -> None:
         super().__init__(ranks)
         device = torch.device(model.device if device is None else device)
-        model.base_fingerprint(), model.base_layers_fingerprint()  # need the whole base; they are remembered
+        model.base_fingerprint(), model.base_layers_fingerprint()  # these need the whole base; the model caches them
         model.overlap_generators(False)
         mesh = init_device_mesh(device.type, (ranks.world,))
         layers = decoder_layers(model.base)[1]
@@ -60,24 +60,24 @@ class Shards(Parallel):
         """See `Parallel`.
 
         Raises:
-            InputError: a parameter is not of the sharded model.
+            InputError: a parameter does not belong to the sharded model.
         """
         for name, parameter in parameters.items():
             if not isinstance(parameter, DTensor):
                 raise InputError(f"parameters must be those of the model after it was sharded, but {name} is not")
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """See `Parallel`: gradients stay whole on each process until the last micro-batch."""
+        """See `Parallel`: each process keeps full gradients until the last micro-batch."""
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
         loss.backward()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, whole on this process; a call that all processes make together."""
+    """A possibly sharded tensor, whole on this process; all processes must make this call together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be sharded."""
+    """The part of a possibly sharded tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

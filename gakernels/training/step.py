@@ -1,4 +1,4 @@
-"""One optimizer step: rate, random numbers, micro-batches, gradients of all processes, clipping, guard, AdamW."""
+"""One optimizer step: learning rate, random numbers, micro-batches, gradient reduction, clipping, guard, AdamW."""
 
 import fnmatch
 import math
@@ -22,13 +22,13 @@ from gakernels.training.trainer_config import Schedule, TrainerConfig
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, still on the device.
+    """The result of a step, still on the device.
 
     Attributes:
         totals: (losses,) float64, negative log-likelihood over all processes, in the order of the losses' names.
         tokens: (losses,) float64, target tokens.
         norm: of the gradient, before clipping.
-        bad: 1.0 where the guard skipped the step, else 0.0.
+        bad: 1.0 if the guard skipped the step, else 0.0.
     """
 
     totals: Tensor
@@ -37,14 +37,14 @@ class StepResult:
     bad: Tensor
 
     def numbers(self) -> list[float]:
-        """All of it on the host: totals, tokens, norm, bad."""
+        """All values, on the host: totals, tokens, norm, bad."""
         rest = torch.stack([self.norm.double(), self.bad.double()])
         values: list[float] = torch.cat([self.totals, self.tokens, rest]).tolist()
         return values
 
 
 class TrainingStep:
-    """The steps of a run. Nothing in a step waits for the device.
+    """Takes the steps of a run. A step never waits for the device.
 
     Args:
         config: how to optimise.
@@ -74,13 +74,13 @@ class TrainingStep:
         self.device = self._parameters[0].device
         groups = parameter_groups(parameters, config)
         self._factors = [group.pop("factor") for group in groups]
-        # Fused: one pass over the memory, and on the device it can be told to do nothing.
+        # Fused: one pass over the memory, and a tensor on the device can tell it to skip the update.
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         self.guard = StepGuard(self.device, config.spike_factor)
         parallel.prepare(parameters)
 
     def __call__(self, number: int) -> StepResult:
-        """Forward, backward and update of the step of that number, counted from 0.
+        """Run forward, backward and update of a step; `number` counts from 0.
 
         Raises:
             InputError: loss_weights names a loss that the objective does not have, or there is no micro-batch.
@@ -113,14 +113,14 @@ class TrainingStep:
             group["lr"] = self.learning_rate * factor
 
     def _count(self, counts: Sequence[Mapping[str, int | Tensor]], number: int) -> dict[str, Tensor]:
-        """Target tokens of each loss over all micro-batches and processes."""
+        """The target tokens of each loss over all micro-batches and processes."""
         if not counts:
             raise InputError(f"objective must give at least one micro-batch for each step, but step {number} has none")
         if tuple(counts[0]) != self.names:
             self.names = tuple(counts[0])
             self._check_weights()
         sums = [torch.stack([torch.as_tensor(count[name]) for count in counts]).sum() for name in self.names]
-        if self._parallel.ranks.world > 1:  # on the host: no GPU is waited for
+        if self._parallel.ranks.world > 1:  # on the host, so as not to wait for the GPU
             sums = list(self._parallel.sum(torch.stack([value.cpu().long() for value in sums])))
         return dict(zip(self.names, sums, strict=True))
 
@@ -137,7 +137,7 @@ class TrainingStep:
         return dict(self._config.loss_weights).get(name, 1.0)
 
     def _weighted(self, losses: Mapping[str, Loss], divisors: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the losses of a micro-batch, each over its target tokens in the whole step."""
+        """The weighted sum of the losses of a micro-batch, each divided by its target tokens in the whole step."""
         parts = [
             self._weight(name) * (losses[name].total / divisors[name]) for name in self.names if self._weight(name)
         ]
@@ -148,7 +148,7 @@ class TrainingStep:
         weights = torch.tensor([self._weight(name) for name in self.names], dtype=torch.float64).to(
             self.device, non_blocking=True
         )
-        used = torch.where(weights == 0, 0.0, totals)  # a loss that is left out may be anything
+        used = torch.where(weights == 0, 0.0, totals)  # a loss that is left out may have any value
         bad = self.guard.judge((weights * used / tokens.clamp(min=1)).sum(), norm)
         nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip, norm)
         self.optimizer.found_inf = bad  # type: ignore[attr-defined] # as torch.amp.GradScaler tells AdamW
@@ -160,7 +160,7 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], config: TrainerConf
     """Groups for AdamW by weight decay and by factor of the learning rate (`factor`).
 
     Raises:
-        InputError: a pattern fits no parameter.
+        InputError: a pattern matches no parameter.
     """
     for pattern, _ in config.learning_rate_factors:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):
@@ -177,11 +177,11 @@ def _factor(name: str, config: TrainerConfig) -> float:
     return next(fitting, 1.0)
 
 
-RECENT, LEAST = 64, 16  # losses that the median is taken of, and how many there must be
+RECENT, LEAST = 64, 16  # how many losses the median is taken over, and the least number of them
 
 
 class StepGuard:
-    """Decides about each step on the device, where AdamW reads the decision: nothing waits for it.
+    """Decides about each step on the device, where AdamW reads the decision, so that nothing waits for it.
 
     A step is bad if its loss or gradient norm is not finite, or if the loss is above `spike_factor` times the median of
     the last 64 losses of good steps, once there are 16.
@@ -193,7 +193,7 @@ class StepGuard:
         self._good = torch.zeros((), dtype=torch.int64, device=device)
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """1.0 for a bad step and 0.0 for a good one (a tensor), of its loss and gradient norm."""
+        """1.0 for a bad step and 0.0 for a good one (a tensor), judged by its loss and gradient norm."""
         loss = loss.to(self._recent.dtype)
         spike = (loss > self._factor * self._recent.nanmedian()) & (self._good >= LEAST)
         bad = spike | ~(loss.isfinite() & norm.isfinite())
@@ -203,19 +203,19 @@ class StepGuard:
         return bad.float()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; a resumed run writes into these."""
+        """The tensors that a checkpoint keeps; a resumed run writes into them."""
         return {"recent": self._recent, "good": self._good}
 
 
 @dataclass
 class SkippedSteps:
-    """Decisions of the guard on the host: on a GPU those of all steps but the newest, so that nothing waits for it."""
+    """The guard's decisions on the host; on a GPU without that of the newest step, so that nothing waits for it."""
 
     in_a_row: int = 0
     _pending: list[tuple[int, Tensor, "torch.cuda.Event | None"]] = field(default_factory=list)
 
     def add(self, step: int, bad: Tensor) -> None:
-        """The decision about a step is on its way."""
+        """Start fetching the decision about a step."""
         if bad.device.type != "cuda":
             self._pending.append((step, bad, None))
             return
@@ -240,7 +240,7 @@ class SkippedSteps:
 
 
 def culprit(losses: Mapping[str, float], norm: float) -> str:
-    """What was wrong with a bad step, in words."""
+    """A description of what was wrong with a bad step."""
     names = [f"loss {name!r}" for name, value in losses.items() if not math.isfinite(value)]
     if names:
         return f"the {names[0]} is not finite"
@@ -248,7 +248,7 @@ def culprit(losses: Mapping[str, float], norm: float) -> str:
 
 
 def learning_rate_factor(schedule: str, step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor of the learning rate at a step, counted from 0.
+    """The factor of the learning rate at a step, counted from 0.
 
     The first step already learns: its factor is 1 / warmup_steps. After the warm-up the factor falls to zero along a
     straight line (`linear`, the paper's schedule, appendix B) or half a cosine (`cosine`), or stays (`constant`).
@@ -267,7 +267,7 @@ def learning_rate_factor(schedule: str, step: int, warmup_steps: int, total_step
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Whatever a step draws from the global generators follows from these three numbers alone."""
+    """Seed the global generators, so that the draws of a step depend only on these three numbers."""
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
     random.seed(number)
     np.random.seed(number)
@@ -276,7 +276,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 @contextmanager
 def random_kept(device: torch.device) -> Iterator[None]:
-    """The global generators are after the block as they were before it."""
+    """Restore the global generators after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

@@ -38,21 +38,21 @@ class Trainer:
         config: how to optimise.
         parameters: what to train, by name.
         objective: see `Objective`; or a function that takes the number of a step, counted from 0, and returns the
-            losses of its batch. What it does must follow from that number (and seed, rank and number of processes)
-            alone, so that a run that is resumed equals one that was not interrupted.
-        folder: gets `log.jsonl` and `checkpoints/`; None keeps nothing.
-        settings: what else the run depends on (data, seed, ...), JSON types; a checkpoint is resumed only by a run
+            losses of its batch. Its result must follow from that number (and seed, rank and number of processes)
+            alone, so that a resumed run equals an uninterrupted one.
+        folder: receives `log.jsonl` and `checkpoints/`; None writes nothing.
+        settings: what else the run depends on (data, seed, ...), in JSON types; a checkpoint is resumed only by a run
             with equal settings.
-        progress: show a progress bar.
-        parallel: the processes; one alone if not given.
-        evaluate: gives the numbers of an evaluation, JSON types; called on every process.
-        cost: what a step works on, for the rates in the log.
+        progress: whether to show a progress bar.
+        parallel: the processes; a single one by default.
+        evaluate: returns the numbers of an evaluation, in JSON types; called on every process.
+        cost: the work of a step, for the rates in the log.
 
     Attributes:
         step: takes one step by its number, see `TrainingStep`.
 
     Raises:
-        InputError: there is nothing to train, or a pattern of learning_rate_factors fits nothing.
+        InputError: there is nothing to train, or a pattern of learning_rate_factors matches nothing.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Trainer:
 
     @property
     def _leads(self) -> bool:
-        """Whether this process writes the log and talks."""
+        """Whether this process writes the log and messages."""
         return self.parallel.ranks.rank == 0
 
     def run(self) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ class Trainer:
             FormatError: all checkpoints are damaged, or the newest belongs to a run with other settings.
             OSError: the log or a checkpoint could not be written.
             FloatingPointError: too many steps in a row were skipped, or a parameter is not finite.
-            TrainingStopped: SIGTERM or SIGINT came; the step under way is done and in a checkpoint.
+            TrainingStopped: SIGTERM or SIGINT came; the present step is finished and in a checkpoint.
         """
         first = self._resume()
         log = RunLog(self.folder if self._leads else None, first, self.config.reports, self.settings)
@@ -138,7 +138,7 @@ class Trainer:
     # Steps since the last line of the log
 
     def _forget(self) -> None:
-        self._results: list[StepResult | list[float]] = []  # numbers where they come from a checkpoint
+        self._results: list[StepResult | list[float]] = []  # numbers if they come from a checkpoint
         self._skipped_here: list[int] = []
         self._skipped = SkippedSteps()
         self._is_due = False
@@ -149,9 +149,9 @@ class Trainer:
         self._report_skipped(done, self._skipped.read())
 
     def _report_skipped(self, done: int, numbers: list[int]) -> None:
-        """Say which steps were skipped and why; too many in a row end the run.
+        """Report which steps were skipped and why; too many in a row end the run.
 
-        The numbers of steps are counted from 1 here, as in the log.
+        Steps are numbered from 1 here, as in the log.
         """
         for number in numbers:
             self._skipped_here.append(number)
@@ -176,7 +176,7 @@ class Trainer:
         return self.evaluate is not None and _due(done, self.config.evaluate_every)
 
     def _line(self, done: int, clock: _Clock) -> dict[str, Any]:
-        """The line of the log about the steps since the one before; it waits for the device."""
+        """The log line about the steps since the previous line; waits for the device."""
         rows = [_numbers(result) for result in self._results]
         self._report_skipped(done, self._skipped.read(all_of_them=True))
         seconds = clock.seconds_per_step()
@@ -199,7 +199,7 @@ class Trainer:
         return line
 
     def _means(self, rows: list[list[float]]) -> dict[str, float]:
-        """Mean of each loss over the tokens of all good steps; a loss that had none is left out."""
+        """Mean of each loss over the tokens of all good steps; a loss without tokens is left out."""
         if not rows:
             return {}
         sums = [sum(column) for column in zip(*rows, strict=True)]
@@ -213,7 +213,7 @@ class Trainer:
         return RunState(self.parameters, self.optimizer, tensors, self.settings)
 
     def _save_if_due(self, done: int, stops: bool) -> None:
-        """After a bad step the parameters may be bad already: a checkpoint that is due waits for the next good one."""
+        """Save a checkpoint if one is due, but not after a bad step, when the parameters may be bad already."""
         last = done == self.config.steps
         self._is_due |= last or stops or _due(done, self.config.checkpoint_every)
         if not self._is_due:
@@ -275,7 +275,7 @@ class Trainer:
     # Signals
 
     def _asked_to_stop(self, request: StopRequest) -> int:
-        """The number of the signal that reached any of the processes; 0 for none."""
+        """The number of a signal that reached any of the processes; 0 for none."""
         if self.parallel.ranks.world == 1:
             return request.number
         numbers = (signal.SIGTERM, signal.SIGINT)
@@ -310,9 +310,9 @@ def _numbers(result: StepResult | list[float]) -> list[float]:
 
 
 class TrainingStopped(SystemExit):
-    """A run stopped because it was asked to.
+    """A signal stopped the run.
 
-    Uncaught it ends the process with the code that shells give a process ended by that signal: 143 for SIGTERM, 130
+    Uncaught, it ends the process with the exit code that shells report for that signal: 143 for SIGTERM, 130
     for SIGINT.
     """
 
@@ -330,14 +330,14 @@ class StopRequest:
     number: int = 0
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler: a second signal does what it always did."""
+        """The handler; a second signal has its usual effect."""
         self.number = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Signals to stop are noted while the block runs, in the main thread; elsewhere Python can't hear them."""
+    """Note signals to stop while the block runs; only in the main thread, where Python receives signals."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

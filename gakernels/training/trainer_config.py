@@ -1,4 +1,4 @@
-"""TrainerConfig: how a run optimises, and what it writes when."""
+"""TrainerConfig: how a run optimises, and when it writes what."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal
@@ -10,10 +10,10 @@ from gakernels.settings import AtLeastZero, Count, Number, Positive, Seed, Weigh
 from gakernels.training.run_log import REPORTS
 
 Schedule = Literal["linear", "cosine", "constant"]
-Processes = Literal["replicas", "shards"]  # with the whole model each, or with pieces of it (FSDP2)
+Processes = Literal["replicas", "shards"]  # each with the whole model, or with a part of it (FSDP2)
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 Beta = Annotated[Number, Field(ge=0, lt=1)]
-# Settings that change nothing of what is computed: a run may be resumed with others.
+# Settings that do not change the results: a run may be resumed with other values.
 OUTER_SETTINGS = ("keep_checkpoints", "reports", "peak_tflops", "label")
 
 
@@ -23,26 +23,26 @@ class TrainerConfig:
 
     Attributes:
         steps: optimizer steps in all.
-        learning_rate: at the end of the warm-up; AdamW moves every parameter by about that much in a step.
-        warmup_steps: of the schedule.
+        learning_rate: at the end of the warm-up; AdamW moves every parameter by about that much per step.
+        warmup_steps: length of the warm-up.
         schedule: what follows the warm-up: `linear`, `cosine` or `constant`.
         learning_rate_factors: pairs of a pattern of parameter names (`*` for anything) and a factor of their learning
-            rate; the first that fits counts.
+            rate; the first that matches counts.
         weight_decay: of AdamW, on parameters with two or more dimensions.
         clip: largest norm of the gradient.
         betas: of AdamW.
         loss_weights: factor of each loss by name; 1 for those that are not named, and 0 leaves a loss out.
         precision: `bfloat16` runs forward and backward under autocast; parameters and optimizer keep their dtype.
-        spike_factor: a step whose loss is above so many times the median of recent losses is skipped; infinity: none.
+        spike_factor: a step whose loss is above so many times the median of recent losses is skipped; infinity: never.
         most_skipped: so many skipped steps in a row end the run.
-        seed: of what an objective draws from the global random generators.
+        seed: of the draws of an objective from the global random generators.
         log_every: steps between lines of the log.
-        evaluate_every: steps between evaluations, where there is one; None: never.
+        evaluate_every: steps between evaluations, if there are any; None: never.
         checkpoint_every: steps between checkpoints; the last step always writes one.
         keep_checkpoints: how many of the newest stay.
-        reports: `tensorboard`, `wandb`: where the numbers of the log go besides.
-        peak_tflops: of one device, for MFU; known for some GPUs if not given.
-        label: shown in front of the progress bar.
+        reports: `tensorboard`, `wandb`: further destinations for the numbers of the log.
+        peak_tflops: of one device, for MFU; by default known for some GPUs.
+        label: shown before the progress bar.
 
     Raises:
         InputError: a value is out of range.
@@ -70,6 +70,6 @@ class TrainerConfig:
     label: str = "training"
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What forward passes run under."""
+        """The context in which forward passes run."""
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

@@ -1,4 +1,4 @@
-"""`gakernels eval`: what a generator is worth, and what it costs."""
+"""`gakernels eval`: the quality of a generator, and its cost."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "eval",
-        None,  # each task brings its own
+        None,  # each task has its own
         "Evaluate a generator against prompting, retrieval, fine-tuning and controls (docs/evaluation.md).",
         "  gakernels eval docqa --generator my-generator --data dev.json --limit 500 --json results.json\n"
         "  gakernels eval cost --shape mistral-7b --context 1024,8192",

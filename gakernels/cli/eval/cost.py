@@ -1,4 +1,4 @@
-"""`gakernels eval cost`: what a context costs by each method."""
+"""`gakernels eval cost`: the cost of a context with each method."""
 
 import argparse
 import json

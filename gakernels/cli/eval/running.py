@@ -1,4 +1,4 @@
-"""What the evaluations on a model share: options, the run, and the report."""
+"""Shared by all evaluations on a model: options, the run, and the report."""
 
 import argparse
 import sys
@@ -37,7 +37,7 @@ NO_STATIC_LORA = (
 def add_run_options(
     parser: argparse.ArgumentParser, methods: str = DEFAULT_METHODS, generator_required: bool = True
 ) -> None:
-    """Options of every evaluation on a model."""
+    """Add the options of every evaluation on a model."""
     add_model_options(parser, generator_required)
     parser.add_argument(
         "--methods",
@@ -65,7 +65,7 @@ def add_run_options(
 
 
 def add_question_options(parser: argparse.ArgumentParser) -> None:
-    """Options of evaluations that ask questions."""
+    """Add the options of evaluations that ask questions."""
     parser.add_argument(
         "--train", type=user_path, help="questions of the same form to tune on, for the sft and cpt methods"
     )
@@ -84,10 +84,10 @@ def ask_settings(options: argparse.Namespace) -> AskSettings:
 
 
 def numbers(text: str, option: str, least: int = 1) -> list[int]:
-    """Numbers of at least `least`, 0 or 1, with commas between them.
+    """Comma-separated numbers, each at least `least` (0 or 1).
 
     Raises:
-        InputError: they are not.
+        InputError: the text is something else.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= least for part in parts):
@@ -96,7 +96,7 @@ def numbers(text: str, option: str, least: int = 1) -> list[int]:
 
 
 def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Raises: InputError: --methods has one of these, which the evaluation can't use."""
+    """Raises: InputError: --methods names one of these, which the evaluation can't use."""
     for name in _listed(options):
         if name in names:
             raise InputError(f"--methods: {name} can't be used in {options.task}: {why}")
@@ -107,7 +107,7 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
 
     Args:
         options: of the command line.
-        files: data that the answers depend on.
+        files: data files that the answers depend on.
         make: reads them and makes the scenario; called once the model is there.
     """
     if options.json is not None and options.json.suffix != ".json":
@@ -136,7 +136,7 @@ def _only_evaluation(report: Path | None, ranks: Ranks) -> AbstractContextManage
 
 
 def _methods(options: argparse.Namespace) -> tuple[list[str], Path | None, list[str]]:
-    """Names of the methods, with the controls that belong to an adapter; the static LoRA; and remarks."""
+    """The names of the methods, including the controls of an adapter; the static LoRA; and remarks."""
     names = _listed(options)
     beside = options.generator / STATIC_LORA_FILE
     static_lora = options.static_lora or (beside if beside.is_file() else None)
@@ -174,7 +174,7 @@ def _settings(
 
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:
-    """Their names, or where these are not different their paths."""
+    """The files by name, or by path if names occur twice."""
     names = {file.name: file for file in files}
     return names if len(names) == len(files) else {str(file): file for file in files}
 

@@ -59,7 +59,7 @@ def add_docqa(tasks: Any) -> None:
 
 
 def run_docqa(options: argparse.Namespace) -> int:
-    """Evaluate what `docqa` names."""
+    """Run the evaluation `docqa`."""
     lengths = None if options.lengths == "own" else numbers(options.lengths, "--lengths")
     training = None if options.train is None else str(options.train)
     files = [Path(name) for name in (options.data, training) if name and not name.startswith(HUB)]
@@ -107,7 +107,7 @@ def add_dialog(tasks: Any) -> None:
 
 
 def run_dialog(options: argparse.Namespace) -> int:
-    """Evaluate what `dialog` names."""
+    """Run the evaluation `dialog`."""
 
     def make(_: GenerativeAdapter) -> Scenario:
         data, questions = read_conversations(options.data, options.questions)
@@ -118,7 +118,7 @@ def run_dialog(options: argparse.Namespace) -> int:
 
 
 def read_conversations(path: Path, questions: str | None) -> tuple[Dataset, str]:
-    """The conversations of a file of any of the kinds, and which questions are asked.
+    """The conversations of a file of any supported kind, and which questions to ask.
 
     Raises:
         InputError: it can't be read, or does not have such questions.
@@ -155,7 +155,7 @@ def add_icl(tasks: Any) -> None:
 
 
 def run_icl(options: argparse.Namespace) -> int:
-    """Evaluate what `icl` names."""
+    """Run the evaluation `icl`."""
     refuse(options, ("sft_lora", "sft_full"), "it has few_shot in place of supervised tuning on other questions")
     shots, seeds = numbers(options.shots, "--shots"), numbers(options.seeds, "--seeds")
     files = _icl_files(options, seeds)
@@ -172,7 +172,7 @@ def run_icl(options: argparse.Namespace) -> int:
 
 
 def _icl_files(options: argparse.Namespace, seeds: list[int]) -> dict[tuple[str, int], list[Path]]:
-    """Training and test file of each task and seed, and the one for validation where there is one."""
+    """Training and test file of each task and seed, and the validation file if there is one."""
     if not options.data.is_dir():
         if options.train is None:
             raise InputError("--train must name the items to draw demonstrations from, where --data is a file")
@@ -213,7 +213,7 @@ def add_perplexity(tasks: Any) -> None:
 
 
 def run_perplexity(options: argparse.Namespace) -> int:
-    """Evaluate what `perplexity` names."""
+    """Run the evaluation `perplexity`."""
     refuse(options, ONLY_FOR_QUESTIONS, "it has no questions")
 
     def make(model: GenerativeAdapter) -> Scenario:
@@ -271,7 +271,7 @@ _RECALL_NUMBERS = {
 
 
 def run_recall(options: argparse.Namespace) -> int:
-    """Evaluate what `recall` names."""
+    """Run the evaluation `recall`."""
     refuse(options, WITH_TRAINING_QUESTIONS, "it has no training questions")
     settings = RecallSettings(
         tests=tuple(name.strip() for name in options.tests.split(",") if name.strip()),

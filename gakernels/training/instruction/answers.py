@@ -1,4 +1,4 @@
-"""Answers under the adapters of their contexts: their losses, the objective, and the scores of held-out ones."""
+"""Answers under the adapters of their contexts: their losses, the objective, and the scores of held-out answers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from gakernels.training.instruction.batches import InstructionBatch, count_answe
 from gakernels.training.instruction.steps import InstructionSteps
 
 PACKED_ATTENTION = ("sdpa", "eager")
-"""Attention of transformers that keeps the conversations of a window apart by their positions."""
+"""Attention implementations of transformers that separate the conversations of a window by their positions."""
 
 
 def instruction_losses(model: GenerativeAdapter, batch: InstructionBatch) -> dict[str, Loss]:
@@ -32,7 +32,7 @@ def instruction_losses(model: GenerativeAdapter, batch: InstructionBatch) -> dic
 
 
 def adapters(model: GenerativeAdapter, states: Mapping[str, Tensor], owner: Tensor) -> dict[str, LowRankFactors]:
-    """The adapters of states (B, d_r, d_r) by adapted layer, for windows (N,) that belong to them."""
+    """The adapters of states (B, d_r, d_r) by adapted layer, for the windows (N,) that belong to them."""
     factors = {}
     for name, state in states.items():
         lora_a, lora_b = model.generator(name).factors(state)
@@ -43,7 +43,7 @@ def adapters(model: GenerativeAdapter, states: Mapping[str, Tensor], owner: Tens
 def conversation_losses(
     model: GenerativeAdapter, batch: InstructionBatch, factors: Mapping[str, LowRankFactors]
 ) -> dict[str, Loss]:
-    """The loss of the answers of a batch, under the given adapters (none at all for the base model)."""
+    """The loss of the answers of a batch, under the given adapters (empty for the base model)."""
     batch = batch.to(model.device)
     return token_losses(model, encode_windows(model, batch, factors), batch.input_ids, {"answers": batch.answers})
 
@@ -52,14 +52,14 @@ def encode_windows(model: GenerativeAdapter, batch: InstructionBatch, factors: M
     """The last hidden states (N, M, d_h) of the windows of conversations, each under its adapter."""
     batch = batch.to(model.device)
     with model.using(factors):
-        # No attention mask: padding is on the right, and positions that start anew tell conversations apart.
+        # No attention mask: padding is on the right, and restarting positions separate the conversations.
         output = model.base.get_decoder()(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
 def can_pack(model: GenerativeAdapter) -> bool:
-    """Whether several conversations in one window stay apart: not with every kind of attention."""
+    """Whether several conversations in a window stay separate; not every kind of attention does that."""
     return model.base.config.get_text_config()._attn_implementation in PACKED_ATTENTION
 
 
@@ -68,15 +68,15 @@ class InstructionObjective:
     """Losses of conversations about contexts, an `Objective`.
 
     Attributes:
-        model: generators with their base.
-        steps: what each step has.
+        model: the base model with its generators.
+        steps: the batches of each step.
     """
 
     model: GenerativeAdapter
     steps: InstructionSteps
 
     def batches(self, step: int) -> Sequence[InstructionBatch]:
-        """See `Objective`: equally many on every process."""
+        """See `Objective`: the same number on every process."""
         return self.steps.batches(step)
 
     def target_counts(self, batch: InstructionBatch) -> Mapping[str, int | Tensor]:
@@ -92,15 +92,15 @@ class InstructionObjective:
 class AnswerReport:
     """Scores of the answers of held-out conversations, by adapter.
 
-    Adapters: `none` (the base model), `empty` (the adapter of an empty context, only where the generators have a static
+    Adapters: `none` (the base model), `empty` (the adapter of an empty context, only if the generators have a static
     term), `other` (that of another context), `own`.
 
     Attributes:
-        contexts: how many.
-        answers: how many, in all conversations.
-        tokens: scored tokens.
+        contexts: their number.
+        answers: their number, in all conversations.
+        tokens: number of scored tokens.
         perplexity: of the answers' tokens.
-        exact: share of answers that greedy decoding gives token for token, to the end of the turn.
+        exact: share of answers that greedy decoding reproduces token for token, to the end of the turn.
         own_over: perplexity ratio own / other adapter, 95% interval (low, high) by paired bootstrap over contexts.
     """
 
@@ -112,7 +112,7 @@ class AnswerReport:
     own_over: dict[str, tuple[float, float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The report in JSON types."""
         return asdict(self)
 
 
@@ -132,9 +132,9 @@ def score_answers(
     """Score all conversations of some examples.
 
     Args:
-        model: the generator with its base model.
+        model: the base model with its generators.
         examples: at least two, of different contexts.
-        batch_size: contexts in one pass, at least 2; the `other` adapter is that of the next context of a pass.
+        batch_size: contexts in one pass, at least 2; the `other` adapter is that of the next context in the pass.
         progress: show a bar.
 
     Raises:
@@ -162,7 +162,7 @@ def score_answers(
 
 
 def _parts(examples: Sequence[EncodedRecord], size: int) -> Iterator[Sequence[EncodedRecord]]:
-    """Parts of `size`, the last one up to one larger: none of a single example, which would have no other."""
+    """Parts of `size`; the last may have one more, because a single example would have no other context."""
     starts = list(range(0, len(examples), size))
     if len(examples) - starts[-1] == 1:
         starts.pop()
@@ -211,7 +211,7 @@ def _scores(
 
 
 def _tokens(model: GenerativeAdapter, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """On the host, for each token its loss (n,), and whether it is the likeliest (n,)."""
+    """The loss of each token (n,), and whether it is the most likely one (n,); on the host."""
     vocabulary = model.base.config.get_text_config().vocab_size
     size = max(1, LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"]) // vocabulary)
     likeliest = torch.cat([model.logits(block).argmax(-1) for block in hidden.split(size)])

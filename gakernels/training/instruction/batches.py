@@ -1,4 +1,4 @@
-"""What goes through the model at once: contexts in chunks, and windows of packed conversations."""
+"""A micro-batch of instruction tuning: contexts in chunks, and windows of packed conversations."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class InstructionBatch:
     """B contexts, and N windows of conversations about them.
 
     Attributes:
-        context: the chunks of the contexts, and what is repeated or continued of them, with those losses.
-        input_ids: (N, M); a window holds one conversation about a context or several, one behind the other.
+        context: the chunks of the contexts, with the windows and losses that reconstruct or complete them.
+        input_ids: (N, M); a window holds one or more conversations about a context, in sequence.
         mask: (N, M) bool, False for padding on the right.
-        positions: (N, M), each token's place in its own conversation; None where every window holds one conversation.
+        positions: (N, M), the position of each token in its conversation; None if every window holds one conversation.
         owner: (N,), the context that each window is about.
         answers: (N, M) bool, the tokens whose prediction counts; never the first one of a conversation.
     """
@@ -36,12 +36,12 @@ class InstructionBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are no padding."""
+        """The number of tokens, without padding."""
         return int(self.context.mask.sum() + self.mask.sum())
 
     @property
     def size(self) -> int:
-        """Positions that are computed, padding included."""
+        """The number of computed positions, including padding."""
         return self.context.mask.numel() + self.mask.numel()
 
     def to(self, device: torch.device) -> InstructionBatch:
@@ -62,14 +62,14 @@ def instruction_batch(
     """The batch of some contexts, each with at least one conversation.
 
     Args:
-        contexts: token ids of each; cut into even chunks of at most `chunk_size`.
-        conversations: about each of them.
+        contexts: the token ids of each, cut into even chunks of at most `chunk_size`.
+        conversations: the conversations about each context.
         chunk_size: largest number of tokens in a chunk.
         window: largest number of tokens in a window, at least that of the longest conversation; None gives each
-            conversation a window of its own.
-        repeated: number of the chunk of each context that is to be reconstructed, under the adapter of the whole
+            conversation its own window.
+        repeated: number of the chunk of each context to reconstruct, under the adapter of the whole
             context; None for no such loss.
-        completion: whether there is a loss on the chunks but the first, each under the adapter of those before it.
+        completion: whether there is a loss on all chunks but the first, each under the adapter of those before it.
     """
     lengths = [[len(said.tokens) for said in row] for row in conversations]
     packed = [[[n] for n in range(len(row))] for row in lengths] if window is None else pack(lengths, window)
@@ -88,7 +88,7 @@ def instruction_batch(
 
 
 def _conversation_windows(windows: Sequence[Sequence[EncodedConversation]], length: int) -> tuple[Tensor, ...]:
-    """Token ids, mask, places in the conversation, and answers, all (N, length)."""
+    """Token ids, mask, positions in the conversation, and answers, all (N, length)."""
     shape = (len(windows), length)
     ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     mask, answers = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
@@ -122,18 +122,18 @@ def _context_windows(
 
 
 def count_answers(batch: InstructionBatch) -> dict[str, int | Tensor]:
-    """How many tokens count in each loss."""
+    """The number of tokens that count in each loss."""
     return {"answers": batch.answers.sum(), **count_targets(batch.context)}
 
 
 def pack(lengths: Sequence[Sequence[int]], limit: int) -> list[list[list[int]]]:
-    """Windows of conversations for each of several contexts, so that all of them, padded to the longest, are small.
+    """Windows of conversations for each of several contexts, chosen so that they are small when padded to the longest.
 
     Conversations about different contexts never share a window: a window has one adapter.
 
     Args:
         lengths: for each context, the tokens of its conversations.
-        limit: longest window; at least the longest conversation.
+        limit: longest window allowed; at least the longest conversation.
 
     Returns:
         For each context its windows, each a list of numbers of conversations.
@@ -148,7 +148,7 @@ def pack(lengths: Sequence[Sequence[int]], limit: int) -> list[list[list[int]]]:
 
 
 def window_length(windows: Iterable[Sequence[Sequence[int]]], lengths: Sequence[Sequence[int]]) -> int:
-    """Tokens of the longest window."""
+    """The number of tokens in the longest window."""
     return max(sum(row[n] for n in window) for of_row, row in zip(windows, lengths, strict=True) for window in of_row)
 
 
@@ -157,7 +157,7 @@ def _positions(windows: Sequence[Sequence[Sequence[int]]], lengths: Sequence[Seq
 
 
 def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Longest first, each into the first window with room."""
+    """First-fit packing: longest first, each into the first window with room."""
     windows: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):

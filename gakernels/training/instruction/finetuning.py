@@ -35,12 +35,12 @@ _NOT_SAID = (
 
 
 def make_tuned_model(recipe: FinetuningRecipe, device: torch.device | str) -> GenerativeAdapter:
-    """The generators that a recipe starts from, or untrained ones, with their base model.
+    """The base model of a recipe with the generators that it starts from, or untrained ones.
 
     Raises:
         InputError: a model can't be loaded, or does not have the layers that the recipe adapts.
         FormatError: the generator is damaged or belongs to another base model.
-        BackendError: the device can't compute with weights that are quantised as the recipe says.
+        BackendError: the device can't compute with weights of the recipe's quantization.
     """
     if recipe.start is None:
         assert recipe.model is not None
@@ -65,7 +65,7 @@ def _on_base(start: str, config: BaseConfig, device: torch.device | str) -> Gene
 def finetune(
     model: GenerativeAdapter, recipe: FinetuningRecipe, folder: Path, progress: bool = True, ranks: Ranks | None = None
 ) -> AnswerReport:
-    """Tune the generators of a model; resumes where an earlier call in the same folder stopped.
+    """Tune the generators of a model; resume where an earlier call in the same folder stopped.
 
     Writes to the folder: `recipe.yaml`, `log.jsonl`, `checkpoints/`, the tuned generator (see
     `GenerativeAdapter.save_pretrained`) and `report.json`. With several processes every one calls this, and the first
@@ -82,11 +82,11 @@ def finetune(
         Scores of held-out answers.
 
     Raises:
-        InputError: the data can't be used, or too much of it can't, something in the recipe does not go together, or
+        InputError: the data can't be used, or too much of it can't, settings of the recipe contradict each other, or
             another run is in the folder.
         FormatError: the folder holds a run with other settings.
         FloatingPointError: the run diverged.
-        TrainingStopped: a signal came; the same call goes on.
+        TrainingStopped: a signal came; the same call resumes.
     """
     ranks = ranks or Ranks()
     if model.tokenizer is None:
@@ -117,13 +117,13 @@ def finetune(
 def _with_clock(
     recipe: FinetuningRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks
 ) -> FinetuningRecipe:
-    """The recipe with the time that the run's chat template shows: as it says, as the run began, or now."""
+    """The recipe with the time for the chat template: its own, else when the run began, else now."""
     if recipe.clock is not None or not shows_time(template_of(tokenizer)):
         return recipe
     clock = datetime.now().isoformat(timespec="seconds")
     path = folder / RECIPE_FILE
     if ranks.rank == 0 and find_checkpoints(folder / "checkpoints") and path.is_file():
-        # Runs of earlier versions kept no clock, but wrote their recipe just after they had read their data.
+        # Runs of earlier versions stored no clock, but wrote their recipe just after reading their data.
         written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")
         clock = load_recipe(FinetuningRecipe, path).clock or written
     return replace(recipe, clock=Parallel(ranks).broadcast(clock))
@@ -144,14 +144,14 @@ class _Finetuning(GeneratorRun[FinetuningRecipe]):
         self.train_generators(config, objective, self._settings_to_resume(), self._evaluate_some, cost)
 
     def evaluate(self, examples: Sequence[EncodedRecord], progress: bool = False) -> AnswerReport:
-        """Scores of examples, in the precision of the run."""
+        """The scores of examples, in the precision of the run."""
         with self.recipe.trainer.autocast(self.model.device):
             return score_answers(self.model, examples, self.recipe.evaluation.batch_size, progress)
 
     def settings(self) -> dict[str, Any]:
-        """What a run depends on, for its checkpoints."""
+        """Everything that a run depends on, for its checkpoints."""
         batches, base = asdict(self.recipe.batches), self.recipe.model
-        del batches["positions"]  # changes rounding only
+        del batches["positions"]  # changes only rounding
         return {
             "seed": self.recipe.seed,
             "batches": batches,
@@ -170,13 +170,13 @@ class _Finetuning(GeneratorRun[FinetuningRecipe]):
         }
 
     def _settings_to_resume(self) -> dict[str, Any]:
-        """The settings, with the data as the checkpoints in the folder describe it, where it is the same.
+        """The settings, with the data described as in the checkpoints of the folder if it is the same data.
 
-        Data of the same tokens is the same, whatever it was made of; so is data made of the same things, should other
-        versions of the libraries write it otherwise.
+        Data with the same tokens is the same, whatever its origin; so is data made from the same things, even if other
+        versions of the libraries tokenise it differently.
 
         Raises:
-            FormatError: it is not the same; the message says what has changed.
+            FormatError: it is not the same; the message says what changed.
         """
         settings, refusal = self.settings(), None
         saved = saved_settings(self.folder / "checkpoints") if self.leads else None

@@ -28,11 +28,11 @@ class InstructionDataConfig:
 
     Attributes:
         path: the only source: a file or folder of JSON lines, JSON or Parquet, or `hub:` and the name of a data set.
-        sources: or several, by name.
+        sources: or several sources, by name.
         held_out_path: a source for the held-out contexts alone.
         context_tokens: longer contexts are left out.
-        strict: a record that can't be used is an error; if not, they are counted and reported.
-        allow_skipped: train on what is left, also where more than 5% of a source's rows can't be used.
+        strict: a record that can't be used is an error; if not, such records are counted and reported.
+        allow_skipped: train on what is left, even if more than 5% of a source's rows can't be used.
 
     Raises:
         InputError: there is neither a path nor sources, or both, a limit is below 2, or skipped records are both
@@ -53,7 +53,7 @@ class InstructionDataConfig:
             raise InputError("data must have either a path or sources")
 
     def all_sources(self) -> Mapping[str, InstructionSource]:
-        """The sources by name, also where there is only a path."""
+        """The sources by name, even if there is only a path."""
         return self.sources if self.path is None else {"data": InstructionSource(self.path)}
 
 
@@ -70,7 +70,7 @@ class AnswerEvaluationConfig:
 
     Attributes:
         contexts: held-out contexts, with all their conversations.
-        contexts_at_intervals: so many of them at the intervals of `trainer.evaluate_every`.
+        contexts_at_intervals: how many of them are scored every `trainer.evaluate_every` steps.
         batch_size: contexts in one pass.
 
     Raises:
@@ -93,20 +93,20 @@ class FinetuningRecipe:
 
     Attributes:
         data: what it reads.
-        start: folder or hub name of a generator to go on from; None starts with untrained ones.
-        model: the base model; with `start`, None is the one that the generator names.
+        start: folder or hub name of the generator to start from; None starts with untrained ones.
+        model: the base model; with `start`, None means the one that the generator names.
         generator: what is adapted, and the generators' sizes; only without `start`.
         batches: contexts and conversations of a step.
-        epochs: how often all contexts are gone through; the run ends after `trainer.steps` if they are fewer.
+        epochs: passes over all contexts; the run ends after `trainer.steps` if that is earlier.
         trainer: how it optimises, and what it logs and keeps.
         evaluation: what is scored.
-        seed: of everything that is drawn.
+        seed: of all random draws.
         parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
-        clock: the time that the chat template shows, where it shows one, as 2026-01-31T12:00:00; None for the time at
-            which the run begins. The recipe in the run's folder names it, and a resumed run keeps it.
+        clock: the time that the chat template shows, if it shows one, as 2026-01-31T12:00:00; None for the time at
+            which the run begins. The recipe in the run's folder records it, and a resumed run keeps it.
 
     Raises:
-        InputError: a value is out of range, or two do not go together.
+        InputError: a value is out of range, or two contradict each other.
     """
 
     data: InstructionDataConfig
@@ -133,5 +133,5 @@ class FinetuningRecipe:
         return None if self.clock is None else parse_clock(self.clock)
 
     def steps(self, contexts: int) -> int:
-        """Optimizer steps of a run over so many contexts."""
+        """The number of optimizer steps of a run over so many contexts."""
         return min(self.trainer.steps, max(1, math.ceil(self.epochs * contexts / self.batches.batch_size)))

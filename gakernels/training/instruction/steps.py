@@ -1,4 +1,4 @@
-"""Which contexts and conversations each step has, in batches of like size: a function of the step alone."""
+"""The contexts and conversations of each step, in batches of similar size: a function of the step alone."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from gakernels.training.instruction.batches import InstructionBatch, instruction
 
 LOSSES = ("answers", "reconstruction", "completion")
 POOL_STEPS = 128
-PACKED = 4  # a window of several conversations to a single one: what is left over at its end weighs less then
+PACKED = 4  # windows of several conversations may be so many times as long: less of them is padding
 
 
 @settings
@@ -26,15 +26,15 @@ class BatchConfig:
     """How contexts and conversations become batches.
 
     Attributes:
-        batch_size: contexts in a step, on all processes together.
-        conversations: about each context in a step, at most; later rounds take the next ones.
-        group_size: contexts of like size that are drawn together; divides batch_size and is a multiple of the number
-            of processes, each of which gets its part of every group. None for the greatest common divisor of
+        batch_size: contexts in a step, over all processes.
+        conversations: most conversations about each context in a step; later rounds take the next ones.
+        group_size: contexts of similar size that go together; divides batch_size and is a multiple of the number
+            of processes, each of which gets its share of every group. None for the greatest common divisor of
             batch_size and 8.
-        positions: tokens with padding that go through the model at once, about: groups above that are divided.
+        positions: tokens, with padding, that go through the model at once, about; larger groups are divided.
         window: largest number of tokens in a conversation; None for the chunk size. A window of several conversations
             may have four times as many.
-        losses: `answers`, and `reconstruction` and `completion` if they are to be trained beside it.
+        losses: `answers`, and `reconstruction` and `completion` to train them too.
 
     Raises:
         InputError: a value is out of range.
@@ -62,11 +62,11 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class StepLoad:
-    """Averages over steps, all processes together.
+    """Averages over steps, for all processes together.
 
     Attributes:
-        tokens: of contexts and conversations.
-        positions: the same with padding.
+        tokens: tokens of contexts and conversations.
+        positions: tokens with padding.
         batches: passes through the model on one process.
     """
 
@@ -81,23 +81,23 @@ class StepLoad:
 
 
 class InstructionSteps:
-    """The batches of every step.
+    """The batches of each step.
 
-    What is drawn follows from the number of a step and the seed, and is the same for every number of processes.
-    Contexts are drawn many steps ahead (a pool of at most 128 steps, not more than there are contexts) and put in
-    groups of like size, in a drawn order.
+    The draws follow from the number of a step and the seed, and are the same for any number of processes.
+    Contexts are drawn many steps ahead (a pool of at most 128 steps, not more than there are contexts) and grouped by
+    size; the groups come in random order.
 
     Args:
         sources: the examples of each source.
-        weights: share of each source, None for its size.
+        weights: share of each source; None to use its size.
         config: see `BatchConfig`.
         chunk_size: largest number of tokens in a chunk of a context.
         pack: whether several conversations may share a window.
-        seed: of everything that is drawn.
-        ranks: this process among all of the run.
+        seed: of all random draws.
+        ranks: this process among all processes of the run.
 
     Attributes:
-        contexts: how many there are in all sources.
+        contexts: their number in all sources.
 
     Raises:
         InputError: there is no example, or the processes do not divide the groups.
@@ -128,14 +128,14 @@ class InstructionSteps:
         self._pool = lru_cache(maxsize=2)(self._draw_pool)
 
     def batches(self, step: int) -> list[InstructionBatch]:
-        """The micro-batches of this process: equally many on every one."""
+        """The micro-batches of this process; every process has the same number."""
         pool, place = divmod(step, self._steps)
         count = self.config.batch_size // self.config.group
         groups = self._pool(pool)[place * count : (place + 1) * count]
         return [batch for group in groups for batch in self._divided(group)]
 
     def load(self, steps: int = 8) -> "StepLoad":
-        """What a step is on average, from the first ones."""
+        """The average load of a step, from the first steps."""
         batches = [batch for step in range(steps) for batch in self.batches(step)]
         tokens, positions = sum(batch.tokens for batch in batches), sum(batch.size for batch in batches)
         world = self._ranks.world
@@ -151,13 +151,13 @@ class InstructionSteps:
         return groups
 
     def _size(self, draw: Draw) -> tuple[int, int, int]:
-        """Chunks, tokens of a chunk, and tokens of the conversations of a context."""
+        """The number of chunks, the tokens of a chunk, and the tokens of the conversations of a context."""
         tokens = len(self._example(draw).context)
         chunk = math.ceil(tokens / math.ceil(tokens / self._chunk_size))
         return math.ceil(tokens / chunk), chunk, sum(len(said.tokens) for said in self._conversations(draw))
 
     def _divided(self, group: Sequence[Draw]) -> list[InstructionBatch]:
-        """This process's part of a group, in batches of about the wanted number of positions."""
+        """This process's share of a group, in batches of about the configured number of positions."""
         group = sorted(group, key=self._size)
         sizes = np.array([self._size(draw) for draw in group])
         parts = divided(sizes, self.config.positions, self._chunk_size // 8, self._ranks.world)
@@ -174,7 +174,7 @@ class InstructionSteps:
         )
 
     def _repeated(self, draw: Draw) -> int:
-        """The chunk that is to be reconstructed this time."""
+        """The chunk to reconstruct this time."""
         rng = Random(f"{self._seed} chunk {draw.source} {draw.index} {draw.round}")
         return rng.randrange(self._size(draw)[0])
 
@@ -191,10 +191,10 @@ Sizes = npt.NDArray[np.int64]
 
 
 def alike(sizes: Sizes, group: int) -> list[list[int]]:
-    """The numbers 0..n-1 in groups of `group`, of contexts whose sizes are alike; `group` divides n.
+    """The numbers 0..n-1 in groups of `group` contexts of similar size; `group` divides n.
 
-    All are cut in two where that saves the most padding, in order either of the context's size or of that of the
-    conversations, then each part again, down to single groups.
+    All are cut in two where that saves the most padding, sorted either by the size of the context or by that of the
+    conversations; then each part is cut again, down to single groups.
     """
     groups: list[list[int]] = []
     parts = [np.arange(len(sizes))]
@@ -208,13 +208,13 @@ def alike(sizes: Sizes, group: int) -> list[list[int]]:
 
 
 def divided(sizes: Sizes, limit: int, price: int, unit: int = 1) -> list[slice]:
-    """Consecutive parts of contexts in order of size, each for one pass: where a cut saves more padding than another
-    pass is worth, and where there would be too many positions in one.
+    """Cut contexts, sorted by size, into consecutive parts, one per pass: where a cut saves more padding than another
+    pass is worth, and where one part would have too many positions.
 
     Args:
         sizes: of the contexts.
-        limit: positions in a pass of one process; a part of `unit` contexts may have more.
-        price: of one more pass, in positions.
+        limit: most positions in a pass of one process; a part of `unit` contexts may have more.
+        price: cost of one more pass, in positions.
         unit: number of processes, which share each part evenly; divides n.
     """
     costs, cuts = [0], [0]
@@ -252,6 +252,6 @@ def _cut(part: npt.NDArray[np.int64], sizes: Sizes, group: int) -> Sequence[npt.
 
 
 def _positions(largest: Sizes) -> npt.NDArray[np.int64]:
-    """Positions that each context takes among contexts of these largest sizes."""
+    """The positions that each context takes in a batch with these largest sizes."""
     positions: npt.NDArray[np.int64] = largest[:, 0] * largest[:, 1] + largest[:, 2]
     return positions

@@ -18,22 +18,22 @@ from gakernels.errors import InputError
 from gakernels.model.encoding import check_tokens
 from gakernels.training.instruction.recipe import InstructionDataConfig
 
-MOST_LOST = 0.05  # of the rows of a source, unless the recipe allows more
+MOST_LOST = 0.05  # share of a source's rows, unless the recipe allows more
 
 
 @dataclass(frozen=True)
 class TuningData:
-    """What a run sees.
+    """The data of a run.
 
     Attributes:
         sources: examples to train on, source by source.
-        weights: share of each source, None for its size.
+        weights: share of each source; None to use its size.
         held_out: examples to score.
-        skipped: what could not be used.
+        skipped: records that could not be used.
         shortened: conversations that lost their oldest exchanges.
-        refusal: in words, why a run stops unless the recipe allows it: too much of a source can't be used. None: it is
-            not so.
-        given: what all of it was made of, in JSON types (`source_given`).
+        refusal: a message why the run stops unless the recipe allows it: too much of a source can't be used. None if
+            nothing stops it.
+        given: what the data was made from, in JSON types (`source_given`).
     """
 
     sources: Sequence[Sequence[EncodedRecord]]
@@ -46,16 +46,16 @@ class TuningData:
 
     @property
     def contexts(self) -> int:
-        """Contexts to train on."""
+        """The number of contexts to train on."""
         return sum(map(len, self.sources))
 
     @property
     def conversations(self) -> int:
-        """Conversations about them."""
+        """The number of conversations about them."""
         return sum(map(_conversations, self.sources))
 
     def fingerprint(self) -> str:
-        """Of all tokens and answers that are trained on, in their order."""
+        """Fingerprint of all tokens and answers that are trained on, in order."""
         digest = hashlib.sha256()
         for source in self.sources:
             digest.update(np.int64(len(source)).tobytes())
@@ -67,7 +67,7 @@ class TuningData:
         return digest.hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers, in JSON types."""
+        """The counts, in JSON types."""
         return {
             "contexts": self.contexts,
             "conversations": self.conversations,
@@ -93,9 +93,9 @@ def load_tuning_data(
         config: what to read.
         tokenizer: of the base model.
         vocabulary: rows of the base model's embedding.
-        window: limit of a conversation, in tokens.
-        held_out: contexts to hold out.
-        seed: of how the items of tasks are put together.
+        window: longest conversation, in tokens.
+        held_out: number of contexts to hold out.
+        seed: of how the items of tasks are combined.
         progress: show bars.
         clock: see `ChatEncoder`.
 
@@ -158,10 +158,10 @@ def _conversations(items: Sequence[ContextRecord] | Sequence[EncodedRecord]) -> 
 
 
 def _refusals(path: str, bad: BadRecords, encoded: float) -> Iterator[str]:
-    """In words, that more of a source is lost than may go unnoticed, if so.
+    """Messages that say that too much of a source was lost; none if it was not.
 
     Args:
-        path: of the source.
+        path: path of the source.
         bad: what was left out.
         encoded: the share of what was read that is within the limits.
     """
@@ -184,7 +184,7 @@ def _split(examples: list[EncodedRecord], held_out: int, path: str) -> tuple[lis
 def _without(
     held_out: Sequence[EncodedRecord], examples: Sequence[EncodedRecord], name: str, path: str, skipped: BadRecords
 ) -> list[EncodedRecord]:
-    """The examples whose context is not held out, from another source or from data of its own."""
+    """The examples whose context is not held out, be it from another source or from separate data."""
     contexts = {example.context.tobytes() for example in held_out}
     left = [example for example in examples if example.context.tobytes() not in contexts]
     for _ in range(len(examples) - len(left)):
