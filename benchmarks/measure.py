@@ -67,7 +67,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a kind of GPU can do, and where the numbers come from."""
+    """The capabilities of a kind of GPU, and the source of the numbers."""
 
     name: str
     memory_bytes: float

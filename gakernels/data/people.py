@@ -232,7 +232,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """People and the facts about them, in the order in which they are told."""
+    """People and the facts about them, in the order of the text."""
 
     people: tuple[Person, ...]
     facts: tuple[Fact, ...]

@@ -25,7 +25,7 @@ class CostSettings:
     Attributes:
         prompt_tokens: tokens of a question with its instruction, without the context.
         new_tokens: tokens of the answer.
-        retrieved_tokens: tokens of the passage that retrieval puts in front of the question: 100 words, at 4 tokens for
+        retrieved_tokens: tokens of the passage that retrieval puts before the question: 100 words, at 4 tokens for
             3 words.
         epochs: of fine-tuning on the context; 8 is the paper's number for continual pretraining (appendix C).
         number_bytes: of a stored weight, factor, key or value; 2 for bfloat16. Token ids and states take 4.

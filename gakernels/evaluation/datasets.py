@@ -26,7 +26,7 @@ class Question:
     Attributes:
         text: what is asked; the input of a task, or the conversation so far.
         answers: gold answers, at least one.
-        options: answers to choose from; empty where the answer is free.
+        options: answers to choose from; empty if the answer is free.
         id: its name in the data set.
     """
 
@@ -43,7 +43,7 @@ class EvaluationContext:
     Attributes:
         text: the context.
         questions: at least one.
-        name: where it comes from: the title of an article, a line of a file.
+        name: its origin: the title of an article, a line of a file.
     """
 
     text: str

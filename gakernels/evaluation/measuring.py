@@ -15,7 +15,7 @@ import torch
 
 @dataclass
 class Measured:
-    """What a block took: seconds, and the peak memory in bytes while it ran."""
+    """The time of a block in seconds, and the peak memory in bytes while it ran."""
 
     seconds: float = 0.0
     peak_bytes: int = 0

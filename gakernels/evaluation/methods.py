@@ -28,7 +28,7 @@ class MethodSettings:
     """What some of the methods need to know.
 
     Attributes:
-        passages: how many passages retrieval puts in front of a question.
+        passages: number of passages that retrieval puts before a question.
         passage_words: words in a passage.
         static_lora: file of the trained static LoRA, for the control of that name.
         learning_rate: of all fine-tuning; None for that of docs/evaluation.md.
@@ -50,7 +50,7 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a method made of some cases.
+    """A method's preparation of some cases.
 
     Attributes:
         adapters: of each case; None for the base model alone.

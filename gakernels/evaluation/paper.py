@@ -1,4 +1,4 @@
-"""What the paper reports: F1 of tables 1 and 5, perplexities of table 2, under the names of our methods.
+"""The paper's results: F1 of tables 1 and 5, perplexities of table 2, under the names of our methods.
 
 The costs of table 1 are listed next to the same quantities from this library's formulas (docs/evaluation.md).
 """

@@ -86,7 +86,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class MethodRun:
-    """What a method took.
+    """Time, memory and counts of a method.
 
     Attributes:
         method: its name.
@@ -116,7 +116,7 @@ class Runner:
 
     Args:
         model: base model and generators.
-        scenario: what is asked.
+        scenario: the evaluation to run.
         names: of the methods.
         log: stores the answers.
         method_settings: of the methods.

@@ -42,7 +42,7 @@ Trained = Factors | Weights
 
 
 class TunedMethod(SimpleMethod):
-    """What the fine-tuned methods share.
+    """The common part of the fine-tuned methods.
 
     Args:
         kind: `lora` or `full`: what is trained.

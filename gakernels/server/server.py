@@ -53,7 +53,7 @@ class Parts:
         completions: computes the answers.
         engine: runs the model.
         keys: who may use it.
-        limits: limits on what it accepts.
+        limits: bounds on requests, contexts and queues.
         metrics: its counts.
         cors_origins: origins whose web pages may use it from a browser; `*` for all.
         close: called when the server ends.

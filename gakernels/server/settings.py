@@ -101,7 +101,7 @@ class Settings:
     Attributes:
         folder: for contexts, cached adapters and, with vLLM, PEFT folders.
         base_name: name of the base model in requests; with vLLM, the name that vLLM serves it under.
-        limits: limits on what it accepts.
+        limits: bounds on requests, contexts and queues.
         keys: who may use it.
         gpu_mebibytes: of cached adapters on the GPU.
         cpu_mebibytes: of cached adapters in main memory.

@@ -30,7 +30,7 @@ REPETITIONS = 15
 
 
 class Device(Protocol):
-    """What a calibration runs on."""
+    """The device of a calibration."""
 
     device: torch.device
 
@@ -82,7 +82,7 @@ class CpuDevice:
 
 @dataclass
 class Findings:
-    """What a calibration found; `record` gives the stored form.
+    """The findings of a calibration; `record` gives the stored form.
 
     Attributes:
         checks: what was wrong, by `operation.kernel`; empty if nothing. Kernels that were not reached are missing.
@@ -192,7 +192,7 @@ def _check(
 def _fault(
     operation: str, kernel: str, arguments: Sequence[Any], exact: Sequence[Tensor], plain: Sequence[Tensor]
 ) -> str:
-    """What is wrong with a kernel's values and gradients; empty for nothing."""
+    """What is wrong with a kernel's values and gradients; empty if nothing is."""
     try:
         results = _results(operation, kernel, arguments)
     except Exception as error:  # whatever the compiler or the driver raises

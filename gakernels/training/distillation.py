@@ -101,7 +101,7 @@ def _rest(log_probabilities: Tensor, top: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What the teacher reads: the windows of one row in order, without padding."""
+    """A sequence that the teacher reads: the windows of one row in order, without padding."""
 
     row: int
     windows: tuple[int, ...]

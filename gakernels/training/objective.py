@@ -12,7 +12,7 @@ Batch = TypeVar("Batch")
 
 
 class Objective(Protocol[Batch]):
-    """A run's objective; what a step does must follow from the step's number (and seed, rank and world size) alone.
+    """A run's objective; the result of a step must follow from its number (and seed, rank and world size) alone.
 
     The loss of a step is, for each name, the sum of `Loss.total` over all its micro-batches on all processes over the
     sum of their target tokens. So the number of processes and of micro-batches changes nothing but rounding.
