@@ -91,6 +91,7 @@ def finetune(
     ranks = ranks or Ranks()
     if model.tokenizer is None:
         raise InputError("tokenizer is needed to tune on conversations; pass one to GenerativeAdapter")
+    model.use_chat_template(recipe.data.chat_template or model.chat_template or template_of(model.tokenizer))
     recipe = _with_clock(recipe, model.tokenizer, folder, ranks)
     data = load_tuning_data(
         recipe.data,
