@@ -18,8 +18,8 @@ PROBABILITIES_AT_ONCE = 1 << 19  # numbers that stay in a core's cache between t
 class CpuAttention(TorchFunctionMode):
     """Within it `scaled_dot_product_attention` is `causal_attention` where that serves, and itself elsewhere.
 
-    It serves in bfloat16 on a CPU, on the way to a backward, for causal attention and for boolean masks that leave every
-    token something to attend to, as those of padded or packed windows do.
+    It serves in bfloat16 on a CPU, on the way to a backward, for causal attention and for boolean masks that leave
+    every token something to attend to, as those of padded or packed windows do.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,9 +80,7 @@ class _CausalAttention(torch.autograd.Function):
     """The probabilities are formed again in the backward; they and the scores are rounded to the inputs' dtype."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         shape, groups, ctx.scale = query.shape, key.shape[1], scale
         q, k, v = _fold(query * scale, groups), key.flatten(0, 1), value.flatten(0, 1)
         bias = _bias(mask, k)
