@@ -220,7 +220,7 @@ class AttachedGenerators(nn.Module):
     def _forward_in_two(
         self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the first window alone, without an autograd graph, since nothing in it depends on the generators; then run
+        """Run the first window alone, without an autograd graph, since nothing in it depends on the generators, then
         the rest as a context that continues its states."""
         batch = len(input_ids)
         alone = ContextPass(batch, 1, (0,), mask[:, :1])  # made while gradients are enabled: its states carry them

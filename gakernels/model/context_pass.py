@@ -53,7 +53,7 @@ class ContextPass:
     def factors_later(
         self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float, streams: Streams
     ) -> Later[LowRankFactors | None]:
-        """Like `factors`, but formed on the second stream, once they are first requested."""
+        """Like `factors`, but formed on a second stream, when they are first needed."""
 
         def form() -> tuple[LowRankFactors | None, list[Tensor]]:
             factors = self.factors(name, generator, hidden, scale)

@@ -99,7 +99,7 @@ class ContextStream:
                 raise InputError("the context to remove must have been added, in just this state, but it has not been")
             part = self.parts[positions[-1]]
             left = self.parts[: positions[-1]] + self.parts[positions[-1] + 1 :]
-            if part.tokens == self.tokens_seen:  # subtraction would leave rounding errors, which norm() would raise to 1
+            if part.tokens == self.tokens_seen:  # subtraction would leave rounding, which norm() would scale up to 1
                 self._states, self.tokens_seen, self.parts = {}, 0, ()
             else:
                 self._states = subtract_states(self._states, states, part.weight)
