@@ -177,7 +177,7 @@ def read_tensors(path: Path, kind: str, copied: bool = False) -> tuple[dict[str,
     description = read_description(path, kind)
     tensors = _copies(path) if copied else read_plain_tensors(path)
     if tensor_fingerprint(tensors.items()) != entry(path, description, "checksum"):
-        raise FormatError(f"{path} is damaged: its numbers do not have the checksum that its header names")
+        raise FormatError(f"{path} is damaged: its numbers do not match the checksum in its header")
     return tensors, description
 
 
@@ -189,7 +189,7 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
     if text is None:
         raise FormatError(f"{path} is not a gakernels file: its header has no {_HEADER_KEY!r} entry")
     if metadata.get(_HEADER_CHECKSUM_KEY, _sha256(text)) != _sha256(text):
-        raise FormatError(f"{path} is damaged: its header does not have the checksum that stands beside it")
+        raise FormatError(f"{path} is damaged: its header does not match the checksum stored with it")
     description = _parse(path, text)
     if description["kind"] != kind:
         raise FormatError(f"{path} must be a {kind} file, but it is a {description['kind']} file")
@@ -252,9 +252,9 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: its header is no JSON ({error})") from error
+        raise FormatError(f"{path} is damaged: its header is not JSON ({error})") from error
     if not isinstance(description, dict):
-        raise FormatError(f"{path} is damaged: its header is no JSON object")
+        raise FormatError(f"{path} is damaged: its header is not a JSON object")
     for name, kind in (("kind", str), ("format_version", int), ("gakernels_version", str)):
         entry(path, description, name, kind)
     return description
@@ -286,7 +286,7 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, KeyError) as error:  # KeyError: older versions do not know the data type
-        raise FormatError(f"{path} is damaged or is no safetensors file: {error}") from error
+        raise FormatError(f"{path} is damaged or is not a safetensors file: {error}") from error
 
 
 def _save(temporary: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

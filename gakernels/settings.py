@@ -159,7 +159,7 @@ def _unknown(kind: Any, place: Place) -> str:
     name, known = str(place[-1]), list(_at(kind, place[:-1])[0].__pydantic_fields__)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {dotted((*place[:-1], near[0]))}?" if near else f"known are {', '.join(known)}"
-    return f"{dotted((*place[:-1], name))} is no setting; {hint}"
+    return f"{dotted((*place[:-1], name))} is not a setting; {hint}"
 
 
 def _at(kind: Any, place: Place) -> tuple[Any, FieldInfo | None]:

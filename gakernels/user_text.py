@@ -67,4 +67,4 @@ def utf8_lines(file: IO[bytes]) -> Iterator[bytes]:
     try:
         yield from (line.encode() for line in io.TextIOWrapper(file, encoding="utf-16", newline="\n"))
     except UnicodeDecodeError as error:
-        raise OSError(f"it is no UTF-16: {error.reason}") from error
+        raise OSError(f"it is not UTF-16: {error.reason}") from error

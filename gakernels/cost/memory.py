@@ -103,8 +103,8 @@ def choose_recomputation(
             return estimate
         least = min(least, estimate.total)
     raise InputError(
-        f"memory_budget must be at least {math.ceil(least / 1e6)} MB, what a step takes with gate and up of all "
-        f"layers computed again, but it is {budget / 1e6:g} MB; fewer rows or shorter windows at once take less"
+        f"memory_budget must be at least {math.ceil(least / 1e6)} MB, what a step needs if all layers "
+        f"recompute gate and up, but it is {budget / 1e6:g} MB; fewer rows or shorter windows need less"
     )
 
 
@@ -150,5 +150,5 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]I?)?B)?\s*", str(text).upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise InputError(f"a memory budget must be an amount as 80GB, 512MiB or a number of bytes, but it is {text!r}")
+        raise InputError(f"a memory budget must be an amount (80GB, 512MiB) or a number of bytes, but it is {text!r}")
     return size

@@ -112,9 +112,9 @@ def _check_other_base(path: Path, name: str, wanted: str, own: str, same_layers:
             f"{difference}; its decoder layers are the same, so adapters fit if only tokens were added", stacklevel=4
         )
     elif allowed:
-        warnings.warn(f"{difference}; taken all the same, as allow_other_base says", stacklevel=4)
+        warnings.warn(f"{difference}; accepted anyway because of allow_other_base", stacklevel=4)
     else:
-        raise FormatError(f"{difference}; allow_other_base (--allow-other-base) takes it all the same")
+        raise FormatError(f"{difference}; allow_other_base (--allow-other-base) accepts it anyway")
 
 
 def _read_config(path: Path, description: Mapping[str, Any]) -> GeneratorConfig:

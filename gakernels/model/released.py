@@ -139,9 +139,9 @@ def _read_config(path: Path, damping: float, seed: int) -> tuple[GeneratorConfig
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: it is no JSON ({error})") from error
+        raise FormatError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise FormatError(f"{path} is damaged: it is no JSON object")
+        raise FormatError(f"{path} is damaged: it is not a JSON object")
     if values.get("peft_type") != "FASTLORA":
         raise FormatError(
             f"{path} must be of a released generator (FASTLORA), but it is of {values.get('peft_type')!r}"
@@ -153,7 +153,7 @@ def _read_config(path: Path, damping: float, seed: int) -> tuple[GeneratorConfig
     if values.get("fastlora_inter_size") not in (None, size):
         raise FormatError(f"{path}: fastlora_inter_size must be fastlora_r ({size}), but it is another size")
     if values.get("lora_r"):
-        raise FormatError(f"{path}: lora_r must be 0; a static LoRA beside the generator is not supported")
+        raise FormatError(f"{path}: lora_r must be 0; a static LoRA in addition to the generator is not supported")
     try:
         config = GeneratorConfig(
             state_size=size,
@@ -176,7 +176,7 @@ def _own_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None or match["part"] not in _PARTS:
-            raise FormatError(f"{path} holds {name}, which is no part of a released generator")
+            raise FormatError(f"{path} holds {name}, which is not part of a released generator")
         parameter = _PARTS[match["part"]]
         layer = f"{match['layers']}.{match['number']}.{match['linear']}"
         own[f"{layer}.{parameter}"] = tensor.mT if parameter == _TRANSPOSED and tensor.dim() == 2 else tensor
