@@ -83,7 +83,7 @@ def add_parser(commands: Any) -> None:
     )
     optimisation = parser.add_argument_group("optimisation")
     add_setting(optimisation, "--epochs", "epochs", "passes over the contexts (default: 2)", type=float)
-    add_setting(optimisation, "--steps", "trainer.steps", "optimizer steps, to stop earlier", type=int)
+    add_setting(optimisation, "--steps", "trainer.steps", "optimizer steps, if fewer than --epochs gives", type=int)
     add_optimisation_options(optimisation, "seed trainer.seed")
     report = parser.add_argument_group("log and report")
     add_setting(report, "--held-out", "evaluation.contexts", "contexts kept for the report (default: 32)", type=int)

@@ -73,7 +73,11 @@ def add_parser(commands: Any) -> None:
     report = parser.add_argument_group("log and report")
     add_setting(report, "--held-out", "evaluation.contexts", "contexts kept for the report (default: 32)", type=int)
     add_setting(
-        report, "--static-lora", "evaluation.static_lora", "also train a static LoRA, equally long", action="store_true"
+        report,
+        "--static-lora",
+        "evaluation.static_lora",
+        "also train a static LoRA for as many steps",
+        action="store_true",
     )
     add_log_options(report)
     add_base_options(parser)

@@ -77,7 +77,13 @@ def add_log_options(group: argparse._ArgumentGroup) -> None:
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     """Add --device and --dtype."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add_setting(parser, "--dtype", "model.dtype", "dtype of the base model (default: float32)", choices=DTYPES)
+    add_setting(
+        parser,
+        "--dtype",
+        "model.dtype",
+        "dtype of the base model that --model names (default: float32)",
+        choices=DTYPES,
+    )
 
 
 def output_of(options: argparse.Namespace) -> Path:

@@ -36,7 +36,7 @@ def add_cost(tasks: Any) -> None:
     )
     model.add_argument("--shape", choices=SHAPES, help="or the shape of a well-known model")
     parser.add_argument("--context", default="1024,8192", help="tokens, separated by commas (default: %(default)s)")
-    parser.add_argument("--linears", default="o_proj", help="adapted linear layers (default: %(default)s)")
+    parser.add_argument("--linears", default="o_proj", help="linear layers, separated by commas (default: %(default)s)")
     parser.add_argument("--state-size", type=int, default=1024, help="d_r (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=128, help="r (default: %(default)s)")
     parser.add_argument("--chunk-size", type=int, default=1024, help="tokens per chunk (default: %(default)s)")
@@ -52,7 +52,7 @@ def add_cost(tasks: Any) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="dtype of what is stored (default: %(default)s)"
     )
-    parser.add_argument("--table-1", action="store_true", help="also show table 1 of the paper and our numbers")
+    parser.add_argument("--table-1", action="store_true", help="also show table 1 of the paper next to our numbers")
     parser.add_argument("--json", type=output_file, help="also write the results to this file")
 
 

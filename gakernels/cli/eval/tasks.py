@@ -206,7 +206,7 @@ def add_perplexity(tasks: Any) -> None:
         tasks,
         "perplexity",
         run_perplexity,
-        "Perplexity of a context (reconstruction) and of the text after it (completion); neither is in the prompt.",
+        "Perplexity of a context (reconstruction) and of the text after it (completion).",
         "  gakernels eval perplexity --generator my-generator --data validation.jsonl --json results.json",
     )
     parser.add_argument(
