@@ -203,7 +203,7 @@ def test_a_cache_that_can_not_be_written_is_told_before_anything_is_measured(
     monkeypatch.setattr(calibrating, "calibrate", lambda *arguments: pytest.fail("it measures"))
     line = refused("calibrate")
     assert f"can't be written to {tmp_path / 'file'}" in line
-    assert "XDG_CACHE_HOME names another place" in line
+    assert "set XDG_CACHE_HOME to use another cache folder" in line
     assert calibration.read(GPU) is None  # nor is there one to read
 
 
