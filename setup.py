@@ -1,7 +1,7 @@
-"""Builds the CUDA extension `gakernels._cuda` with nvcc and ninja; without nvcc the package is installed without it.
+"""Build the CUDA extension `gakernels._cuda` with nvcc and ninja; without nvcc, install the package without it.
 
 GAKERNELS_CUDA_BUILD: `auto` (default: built if nvcc is found), `force` (an error without nvcc) or `skip`.
-GAKERNELS_CUDA_ARCHS: architectures of the machine code, separated by commas (default: 90a, for an H100 or H200).
+GAKERNELS_CUDA_ARCHS: architectures to compile for, separated by commas (default: 90a, for an H100 or H200).
 """
 
 import os
@@ -30,7 +30,7 @@ rule link
 
 
 class NinjaBuild(build_ext):
-    """Compiles the one extension; what is unchanged since the last build is kept in `build/cuda`."""
+    """Compiles the extension; objects that are up to date in `build/cuda` are not rebuilt."""
 
     def build_extension(self, extension: Extension) -> None:
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -58,7 +58,7 @@ def _ninja_file(output: Path) -> str:
     lines = [f"nvcc = {_escape(str(_nvcc()))}", f"flags = {' '.join(flags)}", RULES]
     for source, built in objects.items():
         lines.append(f"build {built}: compile {_escape(str(ROOT / source))}")
-        if source.endswith(".cpp"):  # the kernels know nothing of Python: another version has them compiled already
+        if source.endswith(".cpp"):  # the kernels do not depend on Python, so other versions can reuse their objects
             lines.append("  includes = " + " ".join(f"-isystem {_escape(include)}" for include in includes))
     lines += [f"build {_escape(str(output))}: link {' '.join(objects.values())}", ""]
     return "\n".join(lines)
@@ -69,7 +69,7 @@ def _escape(path: str) -> str:
 
 
 def _nvcc() -> Path | None:
-    """Of the toolkit that CUDA_HOME or CUDA_PATH names if one is set, else from the PATH or the usual place."""
+    """nvcc of the toolkit that CUDA_HOME or CUDA_PATH names if one is set, else from PATH or the usual place."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if not named and (found := shutil.which("nvcc")):
         return Path(found)

@@ -1,4 +1,4 @@
-// The Python module: addresses and the stream are integers, so that no torch header is needed.
+// The Python module. Addresses and the stream are integers, so no torch headers are needed.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,7 +32,7 @@ void check(int code) {
 }  // namespace
 
 PYBIND11_MODULE(GAKERNELS_MODULE, module) {
-  module.doc() = "Kernels of low_rank_polar. Every address is that of contiguous memory of the device.";
+  module.doc() = "Kernels of low_rank_polar. Every address points to contiguous device memory.";
   module.attr("architectures") = gakernels::architectures();
   pybind11::register_local_exception<LaunchError>(module, "LaunchError", PyExc_RuntimeError);
 
@@ -60,9 +60,9 @@ PYBIND11_MODULE(GAKERNELS_MODULE, module) {
         }
         return all;
       },
-      "Part of the mangled name, threads, blocks of a multiprocessor and shared memory of every kernel.");
-  module.def("forward_workspace", &gakernels::forward_workspace, "Bytes of workspace of `forward`.");
-  module.def("backward_workspace", &gakernels::backward_workspace, "Bytes of workspace of `backward`.");
+      "Part of the mangled name, threads, blocks per multiprocessor and shared memory of every kernel.");
+  module.def("forward_workspace", &gakernels::forward_workspace, "Bytes of workspace that `forward` needs.");
+  module.def("backward_workspace", &gakernels::backward_workspace, "Bytes of workspace that `backward` needs.");
 
   module.def(
       "forward",
@@ -75,7 +75,8 @@ PYBIND11_MODULE(GAKERNELS_MODULE, module) {
       },
       pybind11::arg("sizes"), pybind11::kw_only(), pybind11::arg("states"), pybind11::arg("sketch"),
       pybind11::arg("u"), pybind11::arg("v"), pybind11::arg("inputs"), pybind11::arg("transforms"),
-      pybind11::arg("workspace"), pybind11::arg("stream"), "Launches the forward; LaunchError if one failed.");
+      pybind11::arg("workspace"), pybind11::arg("stream"),
+      "Launches the forward; raises LaunchError if a launch fails.");
 
   module.def(
       "backward",
@@ -90,5 +91,5 @@ PYBIND11_MODULE(GAKERNELS_MODULE, module) {
       pybind11::arg("sizes"), pybind11::kw_only(), pybind11::arg("grad_u"), pybind11::arg("grad_v"),
       pybind11::arg("states"), pybind11::arg("sketch"), pybind11::arg("inputs"), pybind11::arg("transforms"),
       pybind11::arg("grad_states"), pybind11::arg("workspace"), pybind11::arg("stream"),
-      "Launches the backward; LaunchError if one failed.");
+      "Launches the backward; raises LaunchError if a launch fails.");
 }

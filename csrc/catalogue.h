@@ -1,4 +1,4 @@
-// Every kernel that the sequences of polar.h can launch, with what a launch asks for.
+// Every kernel that the sequences in polar.h can launch, with its launch requirements.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 namespace gakernels {
 
 struct KernelEntry {
-  std::string symbol;  // the type's part of the mangled name of the CUDA function
-  int threads, blocks;  // of a block; blocks of a multiprocessor that the registers are limited for
+  std::string symbol;  // the part of the CUDA function's mangled name that comes from the type
+  int threads, blocks;  // threads per block; blocks per multiprocessor, for which registers are limited
   std::size_t shared;  // bytes
 };
 

@@ -1,4 +1,4 @@
-// A thread of a CUDA block: the operations that the kernels are written in, as PTX.
+// A thread of a CUDA block: the basic operations of the kernels, as PTX.
 #pragma once
 
 #include "portable.h"
@@ -65,7 +65,7 @@ class CudaThread {
         : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
         : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(a[4]), "d"(a[5]), "d"(a[6]), "d"(a[7]), "d"(b[0]),
           "d"(b[1]), "d"(b[2]), "d"(b[3]));
-#else  // sm_80 has the 8 x 8 x 4 shape alone: the same fragments, quarter by quarter
+#else  // sm_80 has only the 8 x 8 x 4 shape: the same fragments, quarter by quarter
     GAKERNELS_UNROLL
     for (int k = 0; k < 4; ++k) {
       GAKERNELS_UNROLL
@@ -79,8 +79,8 @@ class CudaThread {
   }
 
   // c (64 x 128, over the four warps of a warpgroup) = or += a (64 x 8) b (8 x 128), TF32 operands, float32 sums. b is
-  // in shared memory, as SwizzledTile says; `inner` is the first of its eight inner indices. Between begin_wide() and
-  // finish_wide() nothing else may touch c and a.
+  // in shared memory, laid out as a SwizzledTile; `inner` is the first of its eight inner indices. Between begin_wide()
+  // and finish_wide() nothing else may touch c and a.
   __device__ __forceinline__ void multiply_wide(float (&c)[64], const std::uint32_t (&a)[4], const float* b, int inner,
                                                 bool add) const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -104,7 +104,7 @@ class CudaThread {
           "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
           "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(static_cast<int>(add)));
-#else  // the same tile by instructions of one warp
+#else  // the same tile with warp-level instructions
     const Lane mine(lane());
     GAKERNELS_UNROLL
     for (int j = 0; j < 16; ++j) {
@@ -127,7 +127,7 @@ class CudaThread {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
   }
-  // Waits for c. It is an operand, so that the compiler moves no use of it in front of the wait.
+  // Waits for c. It is an operand, so that the compiler does not move a use of it before the wait.
   __device__ __forceinline__ void finish_wide(float (&c)[64]) const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile(
@@ -144,7 +144,7 @@ class CudaThread {
         : "memory");
 #endif
   }
-  // Makes this thread's writes to shared memory visible to multiply_wide, after the next barrier.
+  // Makes this thread's writes to shared memory visible to multiply_wide after the next barrier.
   __device__ __forceinline__ void publish() const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

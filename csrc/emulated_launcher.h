@@ -1,4 +1,4 @@
-// Launches of kernels on the host, one block after the other.
+// Launches kernels on the host, one block after another.
 #pragma once
 
 #include <exception>
@@ -8,11 +8,11 @@
 
 namespace gakernels {
 
-// Runs every block of every launch to its end, in an order of threads that each launch draws anew. After a failure
-// nothing more.
+// Runs every block of every launch to completion; each launch draws a new order of threads. After a failure, launches
+// do nothing.
 class EmulatedLauncher {
  public:
-  inline static std::string failure;  // the last one of all launchers
+  inline static std::string failure;  // the most recent failure of any launcher
 
   template <class Kernel>
   void launch(Index3 grid, const typename Kernel::Arguments& arguments) {

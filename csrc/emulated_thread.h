@@ -1,10 +1,10 @@
-// A thread of a CUDA block on the host, so that the kernels run, unchanged, where there is no GPU.
+// A thread of a CUDA block on the host, so that the kernels run unchanged without a GPU.
 //
-// The threads of a block are fibers of one host thread; they switch at barriers and at operations of a whole warp. The
-// emulation is harsher than the hardware where it can be: shared memory starts as NaN, the order of the threads is
-// drawn anew for every block, and so are whether asynchronous copies arrive at once or only when they are waited for,
-// and whether one warp lags behind; a barrier that not all threads reach is an error. Products of TF32 numbers are
-// exact; their sums are cut off, not rounded, as a tensor core does.
+// The threads of a block are fibers of one host thread; they switch at barriers and at warp-wide operations. Where
+// possible, the emulation is stricter than the hardware: shared memory starts as NaN, and every block draws at random
+// the order of its threads, whether asynchronous copies arrive at once or only when they are waited for, and whether
+// one warp lags behind. A barrier that not all threads reach is an error. Products of TF32 numbers are exact; their
+// sums are truncated, not rounded, as on a tensor core.
 #pragma once
 
 #include <algorithm>
@@ -27,19 +27,19 @@
 
 namespace gakernels {
 
-// longjmp of the C library. With _FORTIFY_SOURCE, which some distributions set, its own name stands for a function that
-// takes a jump to another stack for a fault and aborts.
+// longjmp of the C library. With _FORTIFY_SOURCE, which some distributions set, the name longjmp refers to a function
+// that treats a jump to another stack as an error and aborts.
 [[noreturn]] void jump(std::jmp_buf place, int value) __asm__("_longjmp");
 
 class EmulatedBlock;
 
-// A count of arrivals; it starts again when all have arrived.
+// Counts arrivals, and starts again when all have arrived.
 struct Barrier {
   int expected = 0, arrived = 0;
   std::int64_t generation = 0;
 };
 
-// What the lanes of a warp hand to each other: a value, or the fragments of c (16 x 8) += a (16 x kDepth) b.
+// The data that the lanes of a warp exchange: a value, or the fragments of c (16 x 8) += a (16 x kDepth) b.
 struct Exchange {
   double value[32], c[32][4], a[32][8], b[32][4];
 
@@ -59,7 +59,7 @@ struct Exchange {
 
 struct EmulatedWarp {
   Barrier barrier;
-  Exchange sides[2];  // in turn, so that a fast lane can't overwrite what a slow one still reads
+  Exchange sides[2];  // used in turn, so that a fast lane can't overwrite what a slow one still reads
 };
 
 class EmulatedThread {
@@ -151,7 +151,7 @@ class EmulatedThread {
   void arrive(Barrier& barrier) {
     arrive(barrier, [] {});
   }
-  // The last to arrive does the common work.
+  // The last thread to arrive does the common work.
   template <class Work>
   void arrive(Barrier& barrier, const Work& work);
 
@@ -176,10 +176,10 @@ class EmulatedThread {
   ucontext_t start_;
 };
 
-// Runs the threads of a block as fibers, one block after the other.
+// Runs the threads of a block as fibers, one block after another.
 class EmulatedBlock {
  public:
-  // Not a power of two: the stacks of all threads would share the same few lines of the cache.
+  // Not a power of two: otherwise the stacks of all threads would share the same few cache lines.
   static constexpr std::size_t kStack = (32 << 10) + 576;
 
   EmulatedBlock(int threads, std::size_t shared, unsigned seed)
@@ -229,13 +229,13 @@ class EmulatedBlock {
     if (_setjmp(home_) == 0) setcontext(&thread.start_);
   }
 
-  // The first entry stops at once: later switches are jumps, which cost far less than switching contexts.
+  // The first entry stops at once: later switches are jumps, which are far cheaper than context switches.
   static void enter(unsigned high, unsigned low) {
     auto& thread = *reinterpret_cast<EmulatedThread*>(static_cast<std::uintptr_t>(high) << 32 | low);
     leave(thread);
     try {
       (*thread.block_->kernel_)(thread);
-    } catch (...) {  // it can't leave the stack of the fiber
+    } catch (...) {  // an exception can't leave the fiber's stack
       thread.block_->failure_ = std::current_exception();
     }
     thread.done_ = true;
@@ -250,7 +250,7 @@ class EmulatedBlock {
     if (_setjmp(home_) == 0) jump(thread.place_, 1);
   }
 
-  // Lets every thread run up to its next barrier, those of a slow warp only now and then. False when all are done.
+  // Runs every thread up to its next barrier, those of a slow warp only now and then. False when all are done.
   bool pass() {
     bool moved = false, finished = true;
     const bool waiting = ++passes_ % 8 != 0;
@@ -281,7 +281,7 @@ class EmulatedBlock {
   Index3 position_{};
   Barrier barrier_;
   const std::function<void(EmulatedThread&)>* kernel_ = nullptr;
-  std::exception_ptr failure_;  // of the kernel, on its way out of a fiber
+  std::exception_ptr failure_;  // the kernel's exception, on its way out of a fiber
   std::jmp_buf home_;
 };
 

@@ -1,4 +1,4 @@
-// Inverses of shifted Gram matrices by Cholesky factorisation, one block of threads per matrix and shift.
+// Inverts shifted Gram matrices by Cholesky factorisation, with one thread block per matrix and shift.
 #pragma once
 
 #include <cstddef>
@@ -8,18 +8,18 @@
 
 namespace gakernels {
 
-// What is made of A = X^T X + shift I = L L^T.
+// What is computed from A = X^T X + shift I = L L^T.
 enum class Inverse {
   kTransform,  // W = L^(-T): X W has the span and the product of X A^(-1/2), in another basis
   kNode,       // factor A^(-1), a term of the inverse square root
 };
 
-// The lower triangle as 16 x 16 tiles in shared memory. L^(-1) takes the place of L, and L that of A.
+// The lower triangle as 16 x 16 tiles in shared memory. L overwrites A, and L^(-1) overwrites L.
 template <Inverse kInverse>
 struct Factor {
   static constexpr int kSide = 16, kMostTiles = 8, kWarps = 8;
   static constexpr int kThreads = 32 * kWarps, kBlocks = 2;
-  static constexpr int kLeading = kSide + 4;  // the reads of a fragment by half a warp hit 16 different banks
+  static constexpr int kLeading = kSide + 4;  // half a warp reads a fragment from 16 different banks
   static constexpr int kTile = kSide * kLeading;
   static constexpr std::size_t kShared = sizeof(double) * kTile * (kMostTiles * (kMostTiles + 1) / 2);
 
@@ -28,8 +28,8 @@ struct Factor {
     double* out;           // (rank, rank) of the first matrix and node
     std::int64_t out_matrix, out_part;
     int rank, parts;
-    bool square_root;      // of the weights: the terms of the derivative have a weight on either side
-    Quadrature rule;       // of the Gram matrix divided by its trace; kTransform: one node, weight 1
+    bool square_root;      // use the root of the weights: terms of the derivative have one on each side
+    Quadrature rule;       // for the Gram matrix divided by its trace; kTransform: one node, weight 1
 
     Index3 grid(int batch) const { return {rule.count, 1, batch}; }
   };
@@ -44,7 +44,7 @@ struct Factor {
     double trace = 0;
     for (int i = 0; i < rank; ++i) trace += a[offset(i / kSide, i / kSide) + i % kSide * (kLeading + 1)];
     double* out = arguments.out + block.z * arguments.out_matrix + block.x * arguments.out_part;
-    // A zero matrix has the transform zero; a NaN or infinity anywhere makes it NaN.
+    // The transform of a zero matrix is zero; a NaN or infinity anywhere makes it NaN.
     if (!(trace > 0 && trace <= 1e300)) {
       const double value = trace == 0 ? 0 : (trace - trace) / (trace - trace);
       for (int i = thread.index(); i < rank * rank; i += kThreads) out[i] = value;
@@ -52,7 +52,7 @@ struct Factor {
     }
     const double shift = trace * arguments.rule.nodes[block.x];
     thread.sync();
-    // No barrier after this: a lane that factorises the first tile reads the entry that it shifts, others come later.
+    // No barrier needed: a lane that factorises the first tile reads the entry that it shifted; other reads come later.
     for (int i = thread.index(); i < rank; i += kThreads) {
       a[offset(i / kSide, i / kSide) + i % kSide * (kLeading + 1)] += shift;
     }
@@ -86,7 +86,7 @@ struct Factor {
     }
   }
 
-  // Tile by tile of the diagonal. While seven warps update the rest, warp 0 factorises the next tile.
+  // Goes along the diagonal tile by tile. While seven warps update the rest, warp 0 factorises the next tile.
   template <class Thread>
   GAKERNELS_INLINE static void factorise(Thread& thread, double* a, int tiles, double shift) {
     const int warp = thread.warp();
@@ -125,9 +125,9 @@ struct Factor {
     store(thread, sums, a + offset(i, j));
   }
 
-  // L^(-1) of one tile in place of its lower triangle, by elimination on [A | I]: lanes 0-15 hold the rows of A, lanes
-  // 16-31 those of the identity. A pivot of a matrix plus shift I is at least shift. One that rounding took far below is
-  // noise, and so is its column: divided by the root of a small number, it would grow from tile to tile.
+  // Replaces the lower triangle of one tile by its L^(-1), by elimination on [A | I]: lanes 0-15 hold the rows of A,
+  // lanes 16-31 those of the identity. A pivot of a matrix plus shift I is at least shift. One that rounding took far
+  // below that is noise, and so is its column: divided by the root of a small number, it would grow from tile to tile.
   template <class Thread>
   GAKERNELS_INLINE static void invert_diagonal(Thread& thread, double* tile, double shift) {
     const int lane = thread.lane(), row = lane % kSide, half = lane - row;
@@ -143,10 +143,10 @@ struct Factor {
       const bool noise = pivot < shift / 2;
       pivot = pivot > shift ? pivot : shift;
       const double inverse = 1.0 / sqrt(pivot);
-      double entry = inverse * thread.shuffle(values[j], row);  // of L, from the lane that holds this row of A
+      double entry = inverse * thread.shuffle(values[j], row);  // an entry of L, from the lane that holds this row of A
       if (row <= j || noise) entry = 0;
       GAKERNELS_UNROLL
-      for (int k = 0; k < kSide; ++k) {  // the pivot row of A has entries from j on, that of the identity up to j
+      for (int k = 0; k < kSide; ++k) {  // the pivot row of A has entries from j on, the identity's up to j
         const double other = inverse * thread.shuffle(values[k], half + j);
         values[k] = row == j ? other : values[k] - entry * other;
       }
@@ -158,7 +158,7 @@ struct Factor {
     thread.sync_warp();
   }
 
-  // L^(-1), row by row of tiles: (L^(-1))_ij = sum over k from j to i - 1 of (-L_ii^(-1) L_ik) (L^(-1))_kj.
+  // L^(-1), one row of tiles at a time: (L^(-1))_ij = sum over k from j to i - 1 of (-L_ii^(-1) L_ik) (L^(-1))_kj.
   template <class Thread>
   GAKERNELS_INLINE static void invert(Thread& thread, double* a, int tiles) {
     const int warp = thread.warp();
@@ -189,7 +189,7 @@ struct Factor {
     const Lane lane(thread.lane());
     const int rank = tiles * kSide;
     int turn = 0;
-    for (int j = 0; j < tiles; ++j) {  // the longest sums first
+    for (int j = 0; j < tiles; ++j) {  // longest sums first
       for (int i = j; i < tiles; ++i, ++turn) {
         if (turn % kWarps != thread.warp()) continue;
         Tile sums = {};
@@ -201,7 +201,7 @@ struct Factor {
           GAKERNELS_UNROLL
           for (int e = 0; e < 4; ++e) {
             const int row = i * kSide + lane.group + 8 * (e / 2), column = j * kSide + 8 * n + 2 * lane.member + e % 2;
-            // a tile of the diagonal has both triangles of its own; they agree to the last bit
+            // a diagonal tile computes both of its triangles itself; they agree to the last bit
             out[row * rank + column] = weight * sums[n][e];
             if (i != j) out[column * rank + row] = weight * sums[n][e];
           }

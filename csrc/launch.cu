@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks)
   Kernel::run(thread, arguments);
 }
 
-// Launches on a stream; after a failure nothing more.
+// Launches kernels on a stream; does nothing after a failure.
 class StreamLauncher {
  public:
   explicit StreamLauncher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}

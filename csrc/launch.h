@@ -1,4 +1,4 @@
-// The functions behind the binding: the same for a GPU and for its emulation.
+// The functions behind the Python bindings, the same for a GPU and for its emulation.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,6 @@ int run_forward(const Sizes& sizes, const Forward& data, void* workspace, void* 
 int run_backward(const Sizes& sizes, const Backward& data, void* workspace, void* stream);
 
 const char* describe(int code);
-const char* architectures();  // of the machine code in this build, such as "90a", separated by commas
+const char* architectures();  // that this build has machine code for, separated by commas, such as "90a"
 
 }  // namespace gakernels

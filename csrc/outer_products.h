@@ -1,4 +1,4 @@
-// The gradient of S: the outer products of all steps, as one product of inner size steps * rank.
+// The gradient of S: the sum of the outer products of all steps, as one product of inner size steps * rank.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace gakernels {
 
-// dS = the sum over the steps k of dX_k Y_(k-1)^T (k even) or Y_(k-1) dX_k^T (k odd); Y_(-1) is the sketch. For float32
-// matrices on TF32 tensor cores, where the steps saw 2^-e S, times 2^-e.
+// dS = the sum over the steps k of dX_k Y_(k-1)^T (k even) or Y_(k-1) dX_k^T (k odd); Y_(-1) is the sketch. With
+// float32 matrices on TF32 tensor cores, where the steps used 2^-e S, it is multiplied by 2^-e.
 template <class Scalar>
 struct OuterProducts {
   static constexpr bool kExact = std::is_same_v<Scalar, double>;
@@ -66,7 +66,7 @@ struct OuterProducts {
     GAKERNELS_INLINE int rows() const { return kTile; }
     GAKERNELS_INLINE int columns() const { return kTile; }
 
-    // dX_k is the left factor of even steps and the right one of odd steps.
+    // dX_k is the left factor in even steps and the right one in odd steps.
     GAKERNELS_INLINE const Scalar* find(int chunk, int tile, int side) const {
       const int per_step = arguments.rank / Tile::kDepth, k = chunk / per_step;
       const std::int64_t matrix = static_cast<std::int64_t>(arguments.size) * arguments.rank;

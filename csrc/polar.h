@@ -1,7 +1,7 @@
 // low_rank_polar (docs/numerics.md, docs/low_rank_polar.md): the sequence of kernels, for any launcher.
 //
-// A launcher has launch<Kernel>(grid, arguments). Nothing is allocated and nothing waits: all memory is the caller's,
-// the workspace as large as forward_bytes() or backward_bytes() says.
+// A launcher has launch<Kernel>(grid, arguments). Nothing allocates or waits: the caller provides all memory, including
+// a workspace of forward_bytes() or backward_bytes().
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ constexpr double kLeastDamping = 1.0 / (1 << 25);
 struct Sizes {
   int batch, size, rank, steps;  // steps: K = 2 + 2 power_iterations
   double damping;
-  int multiprocessors;  // of the device; the shapes of the launches follow from it
-  bool exact;           // all in float64, for a small damping; else the tall matrices are float32
+  int multiprocessors;  // of the device; determines the launch shapes
+  bool exact;           // everything in float64, for a small damping; otherwise the tall matrices are float32
 
   std::int64_t tall() const { return static_cast<std::int64_t>(size) * rank; }
   std::int64_t square() const { return static_cast<std::int64_t>(rank) * rank; }
@@ -50,7 +50,7 @@ struct Backward {
 template <class...>
 struct KernelList {};
 
-// Products in float64 by what they are for; T: transposed. Scalar: of the tall matrices X, Y and G.
+// Products in float64, by purpose; T: transposed. Scalar: the type of the tall matrices X, Y and G.
 template <class Scalar>
 using Gram = Product64<Scalar, true, Scalar, false, double, Form::kLower>;                  // X^T X
 template <class Scalar>
@@ -71,7 +71,7 @@ using AllKernels =
                Factor<Inverse::kTransform>, Factor<Inverse::kNode>, ExactProduct<false>, ExactProduct<true>,
                Gram<double>, Inner<double>, StepGradient<double>, OuterProducts<double>, Widen, Narrow>;
 
-// Hands out a workspace piece by piece; without memory it only counts.
+// Allocates from a workspace piece by piece; without memory it only counts bytes.
 class Arena {
  public:
   explicit Arena(unsigned char* memory) : memory_(memory) {}
@@ -89,7 +89,7 @@ class Arena {
   std::int64_t used_ = 0;
 };
 
-// Scalar, of the tall matrices: float, with products on TF32 tensor cores, or double, with all of them in float64.
+// Scalar is the type of the tall matrices: float, with products on TF32 tensor cores, or double, all in float64.
 template <class Launcher, class Scalar>
 class Polar {
   static constexpr bool kExact = std::is_same_v<Scalar, double>;
@@ -102,7 +102,7 @@ class Polar {
     shift_ = Quadrature{1, {square}, {1.0}};
     rule_ = inverse_root_rule(square, 1 + square);
     for (int j = 0; j < rule_.count; ++j) rule_.nodes[j] += square;
-    // Enough blocks for the device, but no more partial sums than the next kernel reads quickly.
+    // Enough blocks for the device, but no more partial sums than the next kernel can read quickly.
     const int tiles = (sizes_.rank + 63) / 64;
     while (splits_ < 4 && splits_ * sizes_.batch * tiles * (tiles + 1) / 2 < sizes_.multiprocessors &&
            sizes_.size % (2 * splits_ * 32) == 0) {
@@ -116,7 +116,7 @@ class Polar {
       basis_ = arena_.take<double>(sizes_.batch * sizes_.tall());
     } else {
       peaks_ = arena_.take<float>(static_cast<std::int64_t>(sizes_.batch) * kSlices);
-      // With two tiles for every multiprocessor the wide product pays, and a tile of 128 columns is not half empty.
+      // The wide product pays off with two tiles per multiprocessor, and if a tile of 128 columns is not half empty.
       const std::int64_t rows = static_cast<std::int64_t>(sizes_.batch) * sizes_.size;
       if (sizes_.rank > 64 && rows >= 2 * sizes_.multiprocessors * 128) {
         parts_ = arena_.take<float>(2 * sizes_.batch * sizes_.tall());
@@ -132,7 +132,7 @@ class Polar {
     const Scalar* previous = widened(data.sketch, sketch_, sizes_.tall());
     const int last = sizes_.steps - 1;
     for (int k = 0; k <= last; ++k) {
-      float* out = (last - k) % 2 == 0 ? data.v : data.u;  // the two take turns; the last two stay
+      float* out = (last - k) % 2 == 0 ? data.v : data.u;  // alternate; the last two steps' outputs stay
       Scalar* x = static_cast<Scalar*>(data.inputs) + k * sizes_.tall();
       double* transform = data.transforms + k * sizes_.square();
       multiply(k % 2 == 1, data.states, previous, k == 0 ? 0 : sizes_.tall(), nullptr, x,
@@ -160,7 +160,7 @@ class Polar {
     }
   }
 
-  // Takes the workspace of the backward, beyond that of the forward.
+  // Takes the backward's workspace, in addition to the forward's.
   void prepare_backward() {
     const std::int64_t square = sizes_.batch * sizes_.square();
     gradients_ = arena_.take<Scalar>(sizes_.batch * sizes_.steps * sizes_.tall());
@@ -221,7 +221,7 @@ class Polar {
     return arguments.grid(batch);
   }
 
-  // Without powers of two in float64: no square of a float32 number overflows there.
+  // Float64 needs no powers of two: the square of a float32 number does not overflow.
   void look_through(const float* states) {
     if constexpr (!kExact) {
       const Peaks::Arguments arguments{states, peaks_, static_cast<std::int64_t>(sizes_.size) * sizes_.size};
@@ -229,7 +229,7 @@ class Polar {
     }
   }
 
-  // A matrix in the type of the tall ones: itself, or a copy in `room`.
+  // A matrix in the type of the tall ones: the matrix itself, or a copy in `room`.
   const Scalar* widened(const float* from, Scalar* room, std::int64_t count) {
     if constexpr (kExact) {
       widen(from, room, count, false);
@@ -249,7 +249,7 @@ class Polar {
     launcher_.template launch<Narrow>(arguments.grid(), arguments);
   }
 
-  // out = S factor + addend, or with S^T; with float32 matrices times 2^-e. `out` has no gaps where there is an addend.
+  // out = S factor + addend, or with S^T; times 2^-e for float32 matrices. With an addend, `out` must have no gaps.
   void multiply(bool transpose, const float* states, const Scalar* factor, std::int64_t factor_stride,
                 const float* addend, Scalar* out, std::int64_t out_stride) {
     if constexpr (kExact) {
@@ -278,7 +278,7 @@ class Polar {
     launcher_.template launch<Kernel>(arguments.grid(sizes_.batch, 1), arguments);
   }
 
-  // Factors split into TF32 numbers, times 2^-e.
+  // With factors split into TF32 numbers, times 2^-e.
   void multiply_by_parts(bool transpose, const float* states, const float* factor, std::int64_t factor_stride,
                          const float* addend, float* out, std::int64_t out_stride) {
     if (sizes_.rank == 32) {
@@ -352,14 +352,14 @@ class Polar {
     launcher_.template launch<Kernel>(arguments.grid(sizes_.batch, splits_), arguments);
   }
 
-  // W of a step but the last
+  // W of any step but the last
   void launch_factor(double* transform) {
     const typename Factor<Inverse::kTransform>::Arguments arguments{
         grams_, transform, sizes_.steps * sizes_.square(), 0, sizes_.rank, splits_, false, shift_};
     launcher_.template launch<Factor<Inverse::kTransform>>(arguments.grid(sizes_.batch), arguments);
   }
 
-  // The terms of the inverse square root of the last step, for `count` matrices from `first` on.
+  // The terms of the last step's inverse square root, for `count` matrices from `first` on.
   void launch_nodes(int first, int count, bool square_root) {
     const typename Factor<Inverse::kNode>::Arguments arguments{grams_ + first * splits_ * sizes_.square(),
                                                                nodes_,
@@ -394,7 +394,7 @@ class Polar {
     square<SquareTransposedMirror>({half_, sizes_.square(), 0}, w, q_, sizes_.batch, 1, -2);
   }
 
-  // q_ = -2 sum of R_j e R_j: the derivative of the sum of inverses that stands for the inverse square root
+  // q_ = -2 sum of R_j e R_j: the derivative of the sum of inverses that approximates the inverse square root
   void root_gradient() {
     const std::int64_t matrix = rule_.count * sizes_.square();
     for (int first = 0; first < sizes_.batch; first += group_) {
@@ -432,7 +432,7 @@ class Polar {
   double *inner_ = nullptr, *symmetric_ = nullptr, *half_ = nullptr, *q_ = nullptr;
 };
 
-// action(polar), for the sequences in the arithmetic that the sizes ask for.
+// Calls action(polar) with the sequences in the arithmetic that the sizes select.
 template <class Launcher, class Action>
 auto with_polar(Launcher& launcher, const Sizes& sizes, void* workspace, const Action& action) {
   auto* memory = static_cast<unsigned char*>(workspace);

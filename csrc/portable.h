@@ -1,4 +1,4 @@
-// What lets one source be a CUDA kernel (nvcc) and a function on the host (any C++17 compiler).
+// Lets one source compile to a CUDA kernel (nvcc) or to a host function (any C++17 compiler).
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Index3 {
   int x, y, z;
 };
 
-// A fragment of a 16 x 8 tile (rows first), as every mma.m16n8 instruction spreads it over the 32 lanes of a warp
+// A fragment of a 16 x 8 tile (rows first), as mma.m16n8 instructions distribute it over the 32 lanes of a warp
 // (PTX ISA, "Matrix Fragments for mma.m16n8k8" and "... .f64"): lane = 4 * group + member.
 struct Lane {
   int group;   // row of the left operand, column of the right one
@@ -29,8 +29,8 @@ struct Lane {
   GAKERNELS_INLINE explicit Lane(int lane) : group(lane / 4), member(lane % 4) {}
 };
 
-// A tile of kRows x 32 floats in shared memory as `wgmma` reads an operand with 128-byte swizzling: rows of 128 bytes
-// from a multiple of 1024 bytes on, whose eight parts of 16 bytes are permuted by the row.
+// A tile of kRows x 32 floats in shared memory, laid out as an operand of `wgmma` with 128-byte swizzling: rows of 128
+// bytes, starting at a multiple of 1024 bytes; a row's eight parts of 16 bytes are permuted depending on the row.
 struct SwizzledTile {
   static constexpr int kRows = 128, kColumns = 32, kFloats = kRows * kColumns;
 

@@ -1,8 +1,8 @@
 // Products of float32 matrices on TF32 tensor cores, to float32 accuracy.
 //
 // Each factor is split into two TF32 numbers, x = high + low to 2^-23, and three of the four products are formed
-// ("TF32x3"; low * low is below the rounding). Tensor cores cut sums off instead of rounding them, so that sums over 32
-// terms are collected there and added up with rounding outside.
+// ("TF32x3"; low * low is below the rounding). Tensor cores truncate sums instead of rounding them, so they only sum
+// 32 terms at a time; these partial sums are added up with rounding outside.
 #pragma once
 
 #include <cstddef>
@@ -12,14 +12,14 @@
 
 namespace gakernels {
 
-// One kRows x kColumns tile of a b: a (rows x depth) and b (depth x columns) pass through shared memory in chunks.
-// A transposed operand lies in memory with its inner index first (a) or last (b). Each warp makes a 32 x 32 part.
+// One kRows x kColumns tile of a b: a (rows x depth) and b (depth x columns) go through shared memory in chunks.
+// A transposed operand is stored with its inner index first (a) or last (b). Each warp computes a 32 x 32 part.
 template <int kRows, int kColumns, bool kTransposeA, bool kTransposeB>
 struct ProductTile {
   static constexpr int kDepth = 32, kStages = 3;
   static constexpr int kThreads = kRows * kColumns / 32;
   static constexpr int kWarpColumns = kColumns / 32;
-  // Rows of shared memory are padded so that the reads of a fragment hit 32 different banks.
+  // Rows in shared memory are padded so that reading a fragment hits 32 different banks.
   static constexpr int kLeadingA = kTransposeA ? kRows + 8 : kDepth + 4;
   static constexpr int kLeadingB = kTransposeB ? kDepth + 4 : kColumns + 8;
   static constexpr int kFloatsA = (kTransposeA ? kDepth : kRows) * kLeadingA;
@@ -28,8 +28,8 @@ struct ProductTile {
 
   using Sums = float[2][4][4];
 
-  // `source` tells where the chunks lie: a(chunk) and b(chunk), each with the leading dimension lda() or ldb(); columns
-  // of b from source.columns() on count as zero. `scale` is multiplied into a.
+  // `source` gives the chunks: a(chunk) and b(chunk), with leading dimensions lda() and ldb(); columns of b from
+  // source.columns() on count as zero. a is multiplied by `scale`.
   template <class Thread, class Source>
   GAKERNELS_INLINE static void multiply(Thread& thread, const Source& source, int chunks, float scale, Sums& sums) {
     auto* memory = reinterpret_cast<float*>(thread.shared());
@@ -92,7 +92,7 @@ struct ProductTile {
     const int row = thread.warp() / kWarpColumns * 32 + lane.group;
     const int column = thread.warp() % kWarpColumns * 32 + lane.group;
     Sums part = {};
-    GAKERNELS_UNROLL_TWICE  // all four steps at once would need more than 128 registers
+    GAKERNELS_UNROLL_TWICE  // unrolling all four steps would need more than 128 registers
     for (int step = 0; step < kDepth; step += 8) {
       const int k = step + lane.member;
       std::uint32_t a_high[2][4], a_low[2][4], b_high[4][2], b_low[4][2];
@@ -144,7 +144,7 @@ struct ProductTile {
   }
 };
 
-// out = 2^-e S factor (+ addend), or with S^T: one product of a step. Columns of a tile beyond the rank are not stored.
+// out = 2^-e S factor (+ addend), or with S^T: the product of a step. Columns of a tile beyond the rank are not stored.
 template <int kRows, int kColumns, bool kTranspose>
 struct StateProduct {
   using Tile = ProductTile<kRows, kColumns, kTranspose, false>;

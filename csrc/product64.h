@@ -1,5 +1,5 @@
-// Products in float64 on FP64 tensor cores, of matrices that are `rank` wide: Gram matrices, X W, and r x r factors;
-// and where all is to be in float64, the products with S.
+// Products in float64 on FP64 tensor cores, of matrices with `rank` columns: Gram matrices, X W, and r x r factors; and
+// if everything is computed in float64, the products with S.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace gakernels {
 
-// Where an operand lies: a matrix of each state of the batch, in one of several parts (partial sums, nodes, steps).
+// Location of an operand: one matrix per state of the batch and per part (partial sums, nodes, steps).
 template <class Scalar>
 struct Operand {
   const Scalar* data;
@@ -16,11 +16,11 @@ struct Operand {
 };
 
 // One 64 x 64 tile of a b, where the operands are float32 or float64 in memory and float64 in the product. A transposed
-// operand lies in memory with its inner index first (a) or last (b). Each of four warps makes a 32 x 32 part.
+// operand is stored with its inner index first (a) or last (b). Each of four warps computes a 32 x 32 part.
 template <class ScalarA, bool kTransposeA, class ScalarB, bool kTransposeB>
 struct Product64Tile {
   static constexpr int kSide = 64, kDepth = 32, kStages = 2, kThreads = 128;
-  // Padded so that the reads of a fragment hit different banks: 32 of four bytes, or 16 of eight for half a warp.
+  // Padded so that reading a fragment hits different banks: 32 of four bytes, or 16 of eight for half a warp.
   template <class Scalar, bool kInnerLast>
   static constexpr int leading() {
     return kInnerLast ? kDepth + 4 : kSide + (sizeof(Scalar) == 4 ? 8 : 4);
@@ -32,7 +32,7 @@ struct Product64Tile {
 
   using Sums = double[2][4][4];
 
-  // `source` tells where the chunks lie: a(chunk) and b(chunk), with leading dimensions lda() and ldb(). Rows of a from
+  // `source` gives the chunks: a(chunk) and b(chunk), with leading dimensions lda() and ldb(). Rows of a from
   // source.rows() on and columns of b from source.columns() on count as zero.
   template <class Thread, class Source>
   GAKERNELS_INLINE static void multiply(Thread& thread, const Source& source, int chunks, Sums& sums) {
@@ -77,7 +77,7 @@ struct Product64Tile {
         thread, source.b(chunk), source.ldb(), source.columns(), reinterpret_cast<ScalarB*>(stage + kBytesA));
   }
 
-  // A tile of kRows x kColumns as it lies in memory; `limit` bounds its columns or its rows.
+  // A tile of kRows x kColumns as stored in memory; `limit` bounds its columns or its rows.
   template <class Scalar, int kRows, int kColumns, int kLeading, bool kLimitColumns, class Thread>
   GAKERNELS_INLINE static void copy(Thread& thread, const Scalar* from, int leading, int limit, Scalar* to) {
     constexpr int kPerCopy = 16 / sizeof(Scalar), kWidth = kColumns / kPerCopy;
@@ -122,7 +122,7 @@ struct Product64Tile {
   }
 };
 
-// Which tiles of the result are formed, and how they are stored.
+// Which tiles of the result are computed, and how they are stored.
 enum class Form {
   kFull,    // alpha a b
   kLower,   // alpha a b, tiles of the lower triangle only
@@ -222,7 +222,7 @@ struct StepGradient {
     const Scalar *upstream, *x;    // G, X (size, rank) of the first matrix
     const double *transform, *q;   // W, Q (rank, rank) of the first matrix
     Scalar* out;                   // dX
-    std::int64_t upstream_matrix, x_matrix, transform_matrix, out_matrix;  // distances; Q lies without gaps
+    std::int64_t upstream_matrix, x_matrix, transform_matrix, out_matrix;  // distances; Q has no gaps
     int size, rank;
     double weight;
 
@@ -253,7 +253,7 @@ struct StepGradient {
 
  private:
   struct Source {
-    int row, column, rank;  // of the tile; of the matrices
+    int row, column, rank;  // of the tile; rank of the matrices
     const Scalar *upstream, *x;
     const double *transform, *q;
 

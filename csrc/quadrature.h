@@ -1,10 +1,10 @@
 // The inverse square root as a sum of inverses: x^(-1/2) = sum of weight_j / (x + node_j) on an interval.
 //
 // The integral x^(-1/2) = 2/pi times that of dt / (t^2 + x) over t > 0, with t = sqrt(lowest) sn(u) / cn(u) for the
-// Jacobi functions of parameter 1 - lowest/highest, is one over a whole period of an analytic function of u, so that
-// the midpoint rule converges geometrically: the relative error on [lowest, highest] is near
+// Jacobi functions of parameter 1 - lowest/highest, becomes one over a whole period of an analytic function of u,
+// so the midpoint rule converges geometrically: the relative error on [lowest, highest] is near
 // 4 exp(-2 pi^2 count / (ln(highest / lowest) + 3)) (Hale, Higham and Trefethen 2008, section 3). Weights and nodes are
-// positive: nothing cancels.
+// positive, so nothing cancels.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ struct Quadrature {
   double nodes[kMostNodes], weights[kMostNodes];
 };
 
-// sn, cn and dn at u of the parameter 1 - complement, by the arithmetic-geometric mean (Abramowitz and Stegun 16.4).
+// sn, cn and dn at u for parameter 1 - complement, by the arithmetic-geometric mean (Abramowitz and Stegun 16.4).
 struct JacobiFunctions {
   double sn, cn, dn;
 
@@ -53,7 +53,7 @@ inline Quadrature inverse_root_rule(double lowest, double highest) {
     other = std::sqrt(mean * other);
     mean = next;
   }
-  const double period = pi / (2 * mean), step = period / rule.count;  // period: K of the parameter
+  const double period = pi / (2 * mean), step = period / rule.count;  // period: K for this parameter
   for (int j = 0; j < rule.count; ++j) {
     const double u = (j + 0.5) * step;
     double tangent, slope;  // sn / cn, and its derivative dn / cn^2
@@ -61,7 +61,7 @@ inline Quadrature inverse_root_rule(double lowest, double highest) {
       const JacobiFunctions at(u, complement);
       tangent = at.sn / at.cn;
       slope = at.dn / (at.cn * at.cn);
-    } else {  // from the other end of the period, where cn would be a difference of nearly equal numbers
+    } else {  // measured from the other end of the period, since cn would be a difference of nearly equal numbers
       const JacobiFunctions at(period - u, complement);
       tangent = at.cn / (std::sqrt(complement) * at.sn);
       slope = at.dn / (std::sqrt(complement) * at.sn * at.sn);

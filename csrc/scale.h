@@ -1,13 +1,13 @@
-// The power of two that brings the largest entry of a state to [0.5, 1), so that no square overflows.
+// The power of two that scales the largest entry of a state to [0.5, 1), so that no square overflows.
 #pragma once
 
 #include "portable.h"
 
 namespace gakernels {
 
-constexpr int kSlices = 32;  // a state is looked through by so many blocks, one for each lane that reads their results
+constexpr int kSlices = 32;  // blocks that scan a state, one for each lane that reads their results
 
-// peaks (batch, kSlices): the largest absolute value in every slice of a state.
+// peaks (batch, kSlices): the largest absolute value in each slice of a state.
 struct Peaks {
   static constexpr int kThreads = 256, kBlocks = 4;
   static constexpr std::size_t kShared = kThreads * sizeof(float);
@@ -44,10 +44,10 @@ struct Peaks {
   struct alignas(16) Four {
     float x, y, z, w;
   };
-  GAKERNELS_INLINE static float larger(float a, float b) { return b > a ? b : a; }  // a NaN in b is passed over
+  GAKERNELS_INLINE static float larger(float a, float b) { return b > a ? b : a; }  // ignores a NaN in b
 };
 
-// 2^-e of the state `index`, where e is the binary exponent of its peak, at most 120 either way. Whole warps call it.
+// 2^-e for the state `index`, where e is the binary exponent of its peak, within [-120, 120]. Called by whole warps.
 template <class Thread>
 GAKERNELS_INLINE float power_of_two(Thread& thread, const float* peaks, int index) {
   double peak = peaks[static_cast<std::int64_t>(index) * kSlices + thread.lane()];

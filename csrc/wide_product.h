@@ -1,7 +1,8 @@
-// Products with S of many states: the scheme of product.h on `wgmma`, the only instruction with Hopper's full rate.
+// Products with S for many states: the scheme of product.h on `wgmma`, the only instruction that reaches Hopper's full
+// rate.
 //
-// `wgmma` takes its right operand from shared memory, and TF32 numbers only with the inner index last. So the right
-// factor is transposed and split into high and low parts by a kernel before; S is split in registers, as in product.h.
+// `wgmma` reads its right operand from shared memory, and TF32 numbers only with the inner index last. So a kernel
+// transposes the right factor first and splits it into high and low parts; S is split in registers, as in product.h.
 #pragma once
 
 #include <cstddef>
@@ -48,21 +49,21 @@ struct SplitFactor {
   }
 };
 
-// out = 2^-e S factor (+ addend), or with S^T, 128 rows a block: 64 for each of two warpgroups.
+// out = 2^-e S factor (+ addend), or with S^T, with 128 rows per block: 64 for each of two warpgroups.
 template <bool kTranspose>
 struct WideProduct {
   static constexpr int kRows = 128, kDepth = SwizzledTile::kColumns, kStages = 3;
   static constexpr int kThreads = 256, kBlocks = 1;
   static constexpr int kLeading = kTranspose ? kRows + 8 : kDepth + 4;  // 32 banks, as in product.h
   static constexpr int kFloatsA = (kTranspose ? kDepth : kRows) * kLeading;
-  // The tiles of the right factor come first: they must lie at multiples of 1024 bytes.
+  // The tiles of the right factor come first: they must be aligned to 1024 bytes.
   static constexpr int kTiles = kStages * 2 * SwizzledTile::kFloats;
   static constexpr std::size_t kShared = sizeof(float) * (kTiles + kStages * kFloatsA);
 
   struct Arguments {
     const float* states;  // (batch, size, size)
     const float* peaks;   // (batch, kSlices)
-    const float* parts;   // of the factor, by SplitFactor
+    const float* parts;   // of the factor, written by SplitFactor
     const float* addend;  // (batch, size, rank), or null
     float* out;           // (size, rank) of the first matrix
     std::int64_t out_stride;

@@ -5,22 +5,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_BLOCK = 500  # resamples at a time, which bounds the memory
+_BLOCK = 500  # resamples computed at a time, to bound the memory
 
 
 def ratio_of_perplexities(
     first: Tensor, second: Tensor, tokens: Tensor, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of perplexity(first) / perplexity(second), paired, resampling whole contexts.
+    """95% interval of perplexity(first) / perplexity(second), paired, by resampling whole contexts.
 
-    Windows of one context are not independent, so contexts are what is drawn.
+    Windows of one context are not independent, so the bootstrap draws contexts.
 
     Args:
         first: (n,) summed negative log-likelihood of each context, in nats.
-        second: (n,) the same contexts scored in another way.
+        second: (n,) the same for the other way of scoring those contexts.
         tokens: (n,) number of scored tokens of each context.
-        resamples: bootstrap samples.
-        seed: of the resampling.
+        resamples: number of bootstrap samples.
+        seed: seed of the resampling.
     """
     random = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(tokens), (resamples, len(tokens)), generator=random)
@@ -32,13 +32,13 @@ def ratio_of_perplexities(
 def interval(
     sums: Tensor, statistic: Callable[[Tensor], Tensor], resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of a statistic that depends on sums over contexts, resampling whole contexts.
+    """95% interval of a statistic that depends on sums over contexts, by resampling whole contexts.
 
     Args:
-        sums: (n, k) what each context adds to the k sums (its score and its number of questions, for instance).
-        statistic: turns sums (resamples, k) float64 into its values (resamples,).
-        resamples: bootstrap samples.
-        seed: of the resampling.
+        sums: (n, k) the contribution of each context to the k sums (for instance its score and number of questions).
+        statistic: maps sums (resamples, k) in float64 to its values (resamples,).
+        resamples: number of bootstrap samples.
+        seed: seed of the resampling.
     """
     random = torch.Generator().manual_seed(seed)
     contexts, wide = len(sums), sums.double().cpu()

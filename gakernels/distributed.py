@@ -1,6 +1,6 @@
-"""The processes of a run: who they are, and how their gradients become one.
+"""The processes of a run: their ranks, and how their gradients are combined.
 
-The loss of a step is taken over the targets of all processes, so that gradients are added up, never averaged.
+The loss of a step is taken over the targets of all processes, so gradients are summed, never averaged.
 """
 
 import os
@@ -21,12 +21,12 @@ BUCKET_BYTES = 25 << 20
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those of a run; `Ranks()` is a run of a single process.
+    """One of the processes of a run; `Ranks()` is a run with a single process.
 
     Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-        local_rank: its number on this machine, which is the number of its GPU.
+        rank: number of this process, from 0.
+        world: number of processes.
+        local_rank: number of this process on its machine, and of its GPU.
     """
 
     rank: int = 0
@@ -35,10 +35,10 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """As `torchrun` says in RANK, WORLD_SIZE and LOCAL_RANK; a single process where none of them is set.
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, which `torchrun` sets; a single process if none of them is set.
 
         Raises:
-            InputError: only some of them are set, or one is no number in its range.
+            InputError: only some of them are set, or one is not a number in its range.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         values = [os.environ.get(name) for name in names]
@@ -53,10 +53,10 @@ class Ranks:
         return cls(rank, world, local_rank)
 
     def share(self, count: int, name: str) -> range:
-        """The consecutive part of `count` things that is this process's; `name` is what the error calls the count.
+        """This process's consecutive share of `count` items; `name` is what the error message calls the count.
 
         Raises:
-            InputError: the number of processes does not divide it.
+            InputError: the count is not divisible by the number of processes.
         """
         if count < 1 or count % self.world:
             raise InputError(f"{name} must be a multiple of the {self.world} processes, but it is {count}")
@@ -66,7 +66,7 @@ class Ranks:
 
 @contextmanager
 def process_group(device: torch.device | str) -> Iterator[Ranks]:
-    """The processes that torchrun started, connected while the block runs: NCCL between GPUs, Gloo on the host.
+    """Connect the processes that torchrun started while the block runs: NCCL between GPUs, Gloo on the host.
 
     Raises:
         InputError: see `Ranks.from_environment`.
@@ -86,33 +86,33 @@ def process_group(device: torch.device | str) -> Iterator[Ranks]:
 
 
 class Parallel:
-    """How a run's gradients are formed: here by one process alone.
+    """How the gradients of a run are computed; this class is for a single process.
 
     Attributes:
-        ranks: this process and how many there are.
+        ranks: this process and the number of processes.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks()
 
     def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Called once with what is trained."""
+        """Called once, with the trained parameters."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """The backward of a micro-batch; the last one of a step may begin to add the gradients up."""
+        """Run the backward of a micro-batch; the last one of a step may start summing the gradients."""
         loss.backward()
 
     def finish(self) -> None:
-        """After this the gradients are those of all processes."""
+        """After this call, the gradients are summed over all processes."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the processes, the same bits on each."""
+        """The sum over the processes, bitwise the same on each."""
         if self.ranks.world > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """The first process's value, on each."""
+        """The value of the first process, returned on each."""
         if self.ranks.world == 1:
             return value
         values = [value]
@@ -120,7 +120,7 @@ class Parallel:
         return values[0]
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all processes in their order, on each."""
+        """The values of all processes in rank order, returned on each."""
         if self.ranks.world == 1:
             return [value]
         values: list[Any] = [None] * self.ranks.world
@@ -129,10 +129,10 @@ class Parallel:
 
 
 class Replicas(Parallel):
-    """Every process holds all parameters; gradients are added up in buckets while the backward goes on.
+    """Every process holds all parameters; gradients are summed in buckets while the backward is still running.
 
-    The buckets are the same on every process and go out in the same order, whatever order the gradients come in; a
-    parameter that a process did not use counts as zero.
+    The buckets are the same on every process and are sent in the same order, whatever the order in which the gradients
+    arrive. The gradient of a parameter that a process did not use counts as zero.
     """
 
     def __init__(self, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -144,7 +144,7 @@ class Replicas(Parallel):
         self._sent = 0
 
     def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give every process the first one's parameters, and watch for their gradients."""
+        """Copy the first process's parameters to every process, and register hooks for their gradients."""
         for parameter in parameters.values():
             dist.broadcast(parameter.data, src=0)
         # Gradients of the last layers come first.
@@ -154,12 +154,12 @@ class Replicas(Parallel):
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """See `Parallel`: buckets go out during the backward of the last micro-batch."""
+        """See `Parallel`: buckets are sent during the backward of the last micro-batch."""
         self._last = last
         loss.backward()
 
     def finish(self) -> None:
-        """Send what is left and wait for all of it."""
+        """Send the remaining buckets and wait for all of them."""
         self._send(len(self._buckets))
         for bucket in self._buckets:
             bucket.receive()
@@ -168,7 +168,7 @@ class Replicas(Parallel):
     def _arrived(self, parameter: Tensor) -> None:
         if not self._last:
             return
-        self._bucket_of[parameter].arrived(parameter)  # type: ignore[index] # the hook hands back the parameter itself
+        self._bucket_of[parameter].arrived(parameter)  # type: ignore[index] # the hook receives the parameter itself
         complete = self._sent
         while complete < len(self._buckets) and self._buckets[complete].missing == 0:
             complete += 1
@@ -181,7 +181,7 @@ class Replicas(Parallel):
 
 
 class _Bucket:
-    """Parameters of one dtype whose gradients travel together."""
+    """Parameters of one dtype whose gradients are sent together."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -191,13 +191,13 @@ class _Bucket:
         self._events: list[Any] = []
 
     def arrived(self, parameter: Tensor) -> None:
-        """The gradient of a parameter is there, on the GPU when the stream of its backward has come so far."""
+        """Note that a gradient was computed; on a GPU it is ready once the stream of its backward gets that far."""
         self.missing -= 1
         if parameter.is_cuda:
             self._events.append(torch.cuda.current_stream().record_event())
 
     def send(self) -> None:
-        """Begin to add up the gradients of all processes."""
+        """Start summing the gradients over all processes."""
         for event in self._events:
             torch.cuda.current_stream().wait_event(event)
         parts = [
@@ -207,14 +207,14 @@ class _Bucket:
             for parameter in self.parameters
         ]
         self._flat = torch.cat(parts)
-        if self._events:  # what frees a gradient must know that another stream read it
+        if self._events:  # the allocator must know that another stream reads the gradient
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.record_stream(torch.cuda.current_stream())
         self._work = dist.all_reduce(self._flat, async_op=True)
 
     def receive(self) -> None:
-        """The sums take the place of the gradients, as views of the bucket."""
+        """Replace the gradients by the sums, as views of the bucket."""
         self._work.wait()
         parts = self._flat.split([parameter.numel() for parameter in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):

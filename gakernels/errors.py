@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """An argument, option or input file is wrong. The message names it, what was expected and what came."""
+    """An argument, option or input file is wrong. The message names it, what was expected, and what was given."""
 
 
 class FormatError(InputError):
@@ -10,10 +10,10 @@ class FormatError(InputError):
 
 
 class BackendError(RuntimeError):
-    """The implementation that `GAKERNELS_BACKEND` asks for can't run here."""
+    """The implementation that `GAKERNELS_BACKEND` selects can't run here."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says about a failure, short enough for a line of ours."""
+    """Another library's error message, shortened to fit into one of our lines."""
     text = repr(error) if isinstance(error, KeyError) else str(error).strip()
     return next(iter(text.splitlines()), type(error).__name__)

@@ -25,22 +25,22 @@ from gakernels.version import __version__
 
 FORMAT_VERSION = 1
 _HEADER_KEY = "gakernels"
-_HEADER_CHECKSUM_KEY = "gakernels_header_sha256"  # missing in the files of early versions
+_HEADER_CHECKSUM_KEY = "gakernels_header_sha256"  # missing from files of early versions
 _STANDARD = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; when the block ends well, the file that it wrote there takes its place.
+    """Yield a temporary path next to `path`; if the block succeeds, the file written there replaces `path`.
 
-    Whatever happens in between, the file that was there before stays as it was. Its mode stays; a new file has the one
-    that the umask gives. A symbolic link stays, and what it leads to is written. A pipe, a device, and an open file of
-    this process (`/dev/stdout`) are written to when the block has ended, and never replaced.
+    If it fails, an existing file stays unchanged. An existing file keeps its mode; a new one gets the mode that follows
+    from the umask. A symbolic link stays, and its target is written. A pipe, a device, or an open file of this process
+    (`/dev/stdout`) is never replaced: it is written to after the block has ended.
 
     Raises:
-        InputError: there is a folder of that name.
-        OSError: the block could not write, for instance because no space is left; nothing is left behind.
+        InputError: `path` is a folder.
+        OSError: the block could not write, for instance because the disk is full; no temporary file is left behind.
     """
     path = _target(path)
     if path.is_dir():
@@ -55,10 +55,10 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         temporary.touch()
         mode = _mode(path if path.exists() else temporary)
-        temporary.chmod(mode | 0o600)  # now already: nobody may read on the way what he may not read in the end
+        temporary.chmod(mode | 0o600)  # from the start: nobody may read it now who may not read it later
         yield temporary
         _flush(temporary)
-        temporary.chmod(mode)  # some writers make a file of their own, which nobody else may read
+        temporary.chmod(mode)  # some writers create a new file, which nobody else may read
         temporary.replace(path)
         _flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -71,11 +71,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: yields an empty one.
 
-    Where there is a folder already, each file goes into it in one step; other files that are there are left alone.
+    If the folder exists already, each file is moved into it atomically; other files in it are left alone.
 
     Raises:
-        InputError: there is something of that name that is no folder.
-        OSError: as `replacing`.
+        InputError: `path` exists but is not a folder.
+        OSError: as for `replacing`.
     """
     path = _target(path)
     if path.exists() and not path.is_dir():
@@ -89,7 +89,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         files = sorted((file for file in temporary.rglob("*") if file.is_file()), reverse=True)
         for file in files:
             _flush(file)
-            file.chmod(_mode(temporary) & 0o666)  # as `replacing`
+            file.chmod(_mode(temporary) & 0o666)  # as in `replacing`
         if path.is_dir():
             for file in files:
                 _move(file, path / file.relative_to(temporary))
@@ -110,7 +110,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file; it is on the disk when this returns. A failure may leave a part of it."""
+    """Add a line to a text file; it is on disk when this returns. A failure may leave part of the line."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -121,16 +121,16 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write tensors with what they are, atomically.
+    """Write tensors and their description, atomically.
 
     Args:
         path: the file.
         kind: what the file holds: `generator`, `adapter`, `state`, ...
-        tensors: by name.
-        description: JSON types; kept in the header together with the versions and a checksum of the tensors.
+        tensors: the tensors by name.
+        description: JSON types; stored in the header together with the versions and a checksum of the tensors.
 
     Raises:
-        OSError: the file could not be written; an older file of that name is unharmed.
+        OSError: the file could not be written; an existing file of that name is unchanged.
     """
     header = {
         "kind": kind,
@@ -151,11 +151,11 @@ def write_plain_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_plain_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file of another library: its tensors, on the CPU.
+    """Read the tensors of another library's safetensors file, onto the CPU.
 
     Raises:
         InputError: there is no such file.
-        FormatError: it is damaged or no safetensors file.
+        FormatError: it is damaged or not a safetensors file.
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -166,9 +166,9 @@ def read_tensors(path: Path, kind: str, copied: bool = False) -> tuple[dict[str,
 
     Args:
         path: the file.
-        kind: what it must hold.
+        kind: what the file must hold.
         copied: whether the tensors are copies rather than views of the file: for small files that a process reads
-            again and again, or that may change while it uses them.
+            repeatedly, or that may change while it uses them.
 
     Raises:
         InputError: there is no such file.
@@ -177,19 +177,19 @@ def read_tensors(path: Path, kind: str, copied: bool = False) -> tuple[dict[str,
     description = read_description(path, kind)
     tensors = _copies(path) if copied else read_plain_tensors(path)
     if tensor_fingerprint(tensors.items()) != entry(path, description, "checksum"):
-        raise FormatError(f"{path} is damaged: its numbers do not have the checksum that its header names")
+        raise FormatError(f"{path} is damaged: its numbers do not match the checksum in its header")
     return tensors, description
 
 
 def read_description(path: Path, kind: str) -> dict[str, Any]:
-    """The description of a file of ours, without its tensors. Raises as `read_tensors`."""
+    """The description of one of our files, without its tensors. Raises what `read_tensors` raises."""
     with _opened(path) as file:
         metadata = file.metadata() or {}
     text = metadata.get(_HEADER_KEY)
     if text is None:
         raise FormatError(f"{path} is not a gakernels file: its header has no {_HEADER_KEY!r} entry")
     if metadata.get(_HEADER_CHECKSUM_KEY, _sha256(text)) != _sha256(text):
-        raise FormatError(f"{path} is damaged: its header does not have the checksum that stands beside it")
+        raise FormatError(f"{path} is damaged: its header does not match the checksum stored with it")
     description = _parse(path, text)
     if description["kind"] != kind:
         raise FormatError(f"{path} must be a {kind} file, but it is a {description['kind']} file")
@@ -202,10 +202,10 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
 
 
 def by_suffix(path: Path, tensors: Mapping[str, Tensor], *suffixes: str) -> list[dict[str, Tensor]]:
-    """The tensors of a file for each ending of their names, under the names without it.
+    """The tensors of a file grouped by the suffix of their names, under the names without the suffix.
 
     Raises:
-        FormatError: a name has none of the endings.
+        FormatError: a name has none of the suffixes.
     """
     groups = [
         {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
@@ -217,10 +217,10 @@ def by_suffix(path: Path, tensors: Mapping[str, Tensor], *suffixes: str) -> list
 
 
 def entry(path: Path, description: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
-    """One entry of a description; `float` stands for any finite number.
+    """One entry of a description; `float` accepts any finite number.
 
     Raises:
-        FormatError: there is none of that name, or it is of another type.
+        FormatError: the entry is missing or has another type.
     """
     if name not in description:
         raise FormatError(f"{path} is damaged: it has no entry {name!r}")
@@ -233,7 +233,7 @@ def entry(path: Path, description: Mapping[str, Any], name: str, kind: type | No
 
 
 def count_entry(path: Path, description: Mapping[str, Any], name: str, least: int = 0) -> int:
-    """An entry that counts something. Raises: FormatError: it is missing or no integer of at least `least`."""
+    """An entry that is a count. Raises: FormatError: it is missing or not an integer of at least `least`."""
     count: int = entry(path, description, name, int)
     if count < least:
         raise FormatError(f"{path} is damaged: its entry {name!r} must be at least {least}, but it is {count}")
@@ -252,9 +252,9 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: its header is no JSON ({error})") from error
+        raise FormatError(f"{path} is damaged: its header is not JSON ({error})") from error
     if not isinstance(description, dict):
-        raise FormatError(f"{path} is damaged: its header is no JSON object")
+        raise FormatError(f"{path} is damaged: its header is not a JSON object")
     for name, kind in (("kind", str), ("format_version", int), ("gakernels_version", str)):
         entry(path, description, name, kind)
     return description
@@ -273,9 +273,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _copies(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, in PyTorch's own memory and in the order of their names (`load` has none).
+    """The tensors of a file, in PyTorch's own memory, sorted by name (`load` returns them in no fixed order).
 
-    Not through `safe_open`: it leaks two integers a tensor, where the tensor begins and ends (safetensors 0.8.0).
+    `safe_open` is not used: it leaks two integers per tensor, its start and end (safetensors 0.8.0).
     """
     with _damage(path):
         return {name: tensor.clone() for name, tensor in sorted(load(path.read_bytes()).items())}
@@ -285,8 +285,8 @@ def _copies(path: Path) -> dict[str, Tensor]:
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, KeyError) as error:  # KeyError: no such data type, to older versions
-        raise FormatError(f"{path} is damaged or is no safetensors file: {error}") from error
+    except (SafetensorError, KeyError) as error:  # KeyError: older versions do not know the data type
+        raise FormatError(f"{path} is damaged or is not a safetensors file: {error}") from error
 
 
 def _save(temporary: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -295,7 +295,7 @@ def _save(temporary: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
 
 
 def _named(error: OSError | SafetensorError, temporary: Path, path: Path) -> OSError:
-    """The same failure with the name that the user knows; a write to a full disk names no file, others `temporary`."""
+    """The same error with the path that the user knows: a full disk's names no file, others name `temporary`."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, str(error.filename or path).replace(str(temporary), str(path)))
     message = str(error).replace(str(temporary), str(path))
@@ -303,7 +303,7 @@ def _named(error: OSError | SafetensorError, temporary: Path, path: Path) -> OSE
 
 
 def _target(path: Path) -> Path:
-    """What is written under a name: links stay, and `.` gets a name."""
+    """The path that is actually written: links are followed, and `.` gets a name."""
     if _descriptor(path) is not None or not (path.is_symlink() or path.is_dir()):
         return path
     target = Path(os.path.realpath(path))
@@ -313,13 +313,13 @@ def _target(path: Path) -> Path:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of the open file of this process that a name stands for: opened anew, it would begin at its start."""
+    """The file descriptor of this process that a path names: reopening the file would write from its start."""
     found = _DESCRIPTOR.fullmatch(_STANDARD.get(str(path), str(path)))
     return int(found[1]) if found else None
 
 
 def _beside(path: Path) -> Path:
-    """A new name; not much longer than that of the file, whose name may be as long as the file system allows."""
+    """A new name, hardly longer than the file's own, which may be as long as the file system allows."""
     return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
@@ -328,7 +328,7 @@ def _mode(path: Path) -> int:
 
 
 def _pour(file: Path, path: Path) -> None:
-    """Write a file into what is no file."""
+    """Copy a file into a pipe, device or descriptor."""
     number = _descriptor(path)
     try:
         with file.open("rb") as source, path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as sink:
@@ -338,7 +338,7 @@ def _pour(file: Path, path: Path) -> None:
 
 
 def _move(file: Path, target: Path) -> None:
-    """Put a file that is written into a folder that is there."""
+    """Move a finished file into an existing folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink() or (target.exists() and not target.is_file()):
         with replacing(target) as temporary:  # which may be on another disk
@@ -350,13 +350,13 @@ def _move(file: Path, target: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file to the disk before it gets its name."""
+    """Flush a file to disk before it gets its final name."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
 def _flush_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk, so that a renamed file is there after a loss of power too."""
+    """Flush a folder's entries to disk, so that a renamed file survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

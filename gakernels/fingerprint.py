@@ -1,4 +1,4 @@
-"""The fingerprint of tensors: every bit of them."""
+"""Fingerprints of tensors, which depend on every bit."""
 
 import hashlib
 import weakref
@@ -16,8 +16,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def tensor_fingerprint(tensors: Iterable[tuple[str, Tensor]], settings: str = "") -> str:
     """Fingerprint of every bit of the named tensors, and of a text.
 
-    The bits are summed up where the tensors are, in exact integer arithmetic, so that it is the same on every device
-    and a generator of several gigabytes need not be copied from a GPU.
+    The bits are summed on the tensors' own device, in exact integer arithmetic: the fingerprint is the same on every
+    device, and a generator of several gigabytes need not be copied from a GPU.
     """
     digest = hashlib.sha256(settings.encode())
     named = sorted(tensors, key=lambda item: item[0])
@@ -29,7 +29,7 @@ def tensor_fingerprint(tensors: Iterable[tuple[str, Tensor]], settings: str = ""
 
 
 def _waited_for(sums: list[Tensor]) -> list[list[int]]:
-    """The numbers, with one wait for each device."""
+    """The sums as integers, with one synchronisation per device."""
     found: dict[int, list[int]] = {}
     for device in {pair.device for pair in sums}:
         there = [place for place, pair in enumerate(sums) if pair.device == device]
@@ -38,21 +38,21 @@ def _waited_for(sums: list[Tensor]) -> list[list[int]]:
 
 
 class FingerprintCache:
-    """The fingerprint of tensors, computed again when one of them was exchanged or written to.
+    """The fingerprint of tensors, computed again after one of them was replaced or written to.
 
-    PyTorch counts most writes, but not those of fused optimizers, through `tensor.data` or by a replayed CUDA graph. So
-    some numbers of each tensor are compared too, with one wait for the device; only a write of that kind that leaves
-    all of these as they were goes unnoticed. A copy, pickled or not, starts empty.
+    PyTorch counts most writes, but not those by fused optimizers, through `tensor.data` or by a replayed CUDA graph.
+    So some values of each tensor are compared too, with one synchronisation; only such a write that changes none of
+    these values goes unnoticed. A copy, pickled or not, starts empty.
     """
 
     def __init__(self) -> None:
         self._last: tuple[list[Any], list[weakref.ref[Tensor]], str] = ([], [], "")
 
     def get(self, tensors: Iterable[Tensor], compute: Callable[[], str]) -> str:
-        """The fingerprint of these tensors, which `compute` makes."""
+        """The fingerprint of these tensors, computed by `compute` if needed."""
         tensors = list(tensors)
         if any(tensor.is_inference() or type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-            return compute()  # these have no count of their changes
+            return compute()  # these do not count their writes
         now = [*((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors), _probe(tensors)]
         seen, alive, fingerprint = self._last
         if now != seen or any(reference() is None for reference in alive):
@@ -65,7 +65,7 @@ class FingerprintCache:
 
 
 def _probe(tensors: Iterable[Tensor]) -> list[bytes]:
-    """Some evenly spaced numbers of each tensor, bit by bit."""
+    """The bits of some evenly spaced values of each tensor."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
@@ -74,7 +74,7 @@ def _probe(tensors: Iterable[Tensor]) -> list[bytes]:
 
 
 def _bit_sums(tensor: Tensor) -> Tensor:
-    """Two sums (2,) over the bits of all numbers as integers, modulo 2^64: plain, and weighted with the position."""
+    """Two sums (2,) modulo 2^64 of the bits of all values as integers: plain, and weighted by position."""
     bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
     positions = torch.arange(1, min(_BLOCK, bits.numel()) + 1, device=bits.device)
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)

@@ -1,4 +1,4 @@
-"""Paths as users name them, and the folder for what is kept between runs."""
+"""Paths that users give, and the cache folder for files that are kept between runs."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,12 @@ CACHE_VARIABLE = "XDG_CACHE_HOME"
 
 
 def expanded(name: str) -> str:
-    """A path with the home folder in place of `~`; other names as they are. Shells leave `--output=~/x` to programs."""
+    """Expand `~` in a path; other names stay as they are. Shells do not expand it in `--output=~/x`."""
     return os.path.expanduser(name)  # noqa: PTH111 (Path's own raises where there is no such user)
 
 
 def user_path(name: str) -> Path:
-    """The path that a user names."""
+    """A path that a user gave, with `~` expanded."""
     return Path(expanded(name))
 
 

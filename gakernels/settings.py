@@ -1,4 +1,4 @@
-"""Classes of settings that check themselves: pydantic's dataclasses, with one line in plain words for what is wrong."""
+"""Settings classes that validate themselves: pydantic dataclasses whose errors are one line in plain words."""
 
 import dataclasses
 import difflib
@@ -22,9 +22,9 @@ Place = tuple[str | int, ...]
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(cls: type[Class]) -> type[Class]:
-    """Make a class a frozen dataclass whose values are checked and converted by the types of its fields.
+    """Make a class a frozen dataclass whose values are checked and converted according to the types of its fields.
 
-    Sections, which are such classes too, may be given as mappings. What is wrong raises an `InputError`.
+    Nested sections, which are such classes too, may be given as mappings. Invalid values raise an `InputError`.
     """
     made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
     plain = made.__init__
@@ -40,7 +40,7 @@ def settings(cls: type[Class]) -> type[Class]:
     return made
 
 
-# Types of fields. Texts that are numbers count as numbers, since YAML reads 5e-5 as text.
+# Field types. Strings that are numbers count as numbers, since YAML reads 5e-5 as a string.
 
 
 def _number(value: object) -> object:
@@ -62,7 +62,7 @@ def _pairs(value: object) -> object:
 
 
 def one_of(known: Collection[str]) -> AfterValidator:
-    """That a text is one of those."""
+    """A validator that a string is one of these."""
 
     def check(value: str) -> str:
         if value not in known:
@@ -86,11 +86,11 @@ PathText = Annotated[str, AfterValidator(expanded)]  # `~` becomes the home fold
 UserPath = Annotated[Path, BeforeValidator(lambda value: user_path(value) if isinstance(value, str) else value)]
 if TYPE_CHECKING:
     Weights = tuple[tuple[str, float], ...]
-else:  # pairs of a name and a weight, also given as a mapping
+else:  # (name, weight) pairs, which may also be given as a mapping
     Weights = Annotated[dict[str, Weight], BeforeValidator(_pairs), AfterValidator(lambda found: tuple(found.items()))]
 
 
-# What is wrong, in words
+# Error messages
 
 _WANTED = {
     "bool_type": "true or false",
@@ -107,7 +107,7 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def as_input_error(kind: Any, error: ValidationError) -> InputError:
-    """The first thing that is wrong: a name that is not known, or else a value, or else one that is missing."""
+    """The first error: preferably an unknown name, then an invalid value, then a missing setting."""
     faults: list[Any] = error.errors(include_url=False)
     first = min(faults, key=lambda fault: (fault["type"] not in _UNKNOWN, fault["type"] == _MISSING))
     cause = first.get("ctx", {}).get("error")
@@ -126,12 +126,12 @@ def as_input_error(kind: Any, error: ValidationError) -> InputError:
 
 
 def dotted(place: Place) -> str:
-    """A place as settings are named: `section.name[0]`."""
+    """A place in the notation of setting names: `section.name[0]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
 def shown(value: object) -> str:
-    """A value, short enough for a message."""
+    """A value, shortened for a message."""
     names = {dict: "a section", list: "a list", type(None): "nothing"}
     return names.get(type(value)) or f"{value!r:.60}"
 
@@ -159,16 +159,16 @@ def _unknown(kind: Any, place: Place) -> str:
     name, known = str(place[-1]), list(_at(kind, place[:-1])[0].__pydantic_fields__)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {dotted((*place[:-1], near[0]))}?" if near else f"known are {', '.join(known)}"
-    return f"{dotted((*place[:-1], name))} is no setting; {hint}"
+    return f"{dotted((*place[:-1], name))} is not a setting; {hint}"
 
 
 def _at(kind: Any, place: Place) -> tuple[Any, FieldInfo | None]:
-    """The class of settings at a place, and the field that leads to it."""
+    """The settings class at a place, and the field that leads to it."""
     info, parts = None, iter(place)
     for part in parts:
         info = kind.__pydantic_fields__[part]
         if isinstance(get_origin(info.annotation), type) and issubclass(get_origin(info.annotation), Mapping):
-            next(parts, None)  # a name of the user's
+            next(parts, None)  # a name that the user chose
         inner = next((hint for hint in _hints(info.annotation) if hasattr(hint, "__pydantic_fields__")), None)
         if inner is None:
             break
@@ -177,14 +177,14 @@ def _at(kind: Any, place: Place) -> tuple[Any, FieldInfo | None]:
 
 
 def _hints(hint: Any) -> Iterator[Any]:
-    """A type and all types in it."""
+    """A type and all types nested in it."""
     yield hint
     for inner in get_args(hint):
         yield from _hints(inner)
 
 
 def _range(info: FieldInfo | None) -> str:
-    """Which numbers a field takes."""
+    """The range of numbers that a field accepts, in words."""
     marks = list(_marks(info))
     words = ["finite"] if any(isinstance(mark, AllowInfNan) for mark in marks) else []
     bounds = {name: getattr(mark, name) for mark in marks for name in _BOUNDS if hasattr(mark, name)}
@@ -194,7 +194,7 @@ def _range(info: FieldInfo | None) -> str:
 
 
 def _marks(hint: Any) -> Iterator[Any]:
-    """All that annotations say besides types."""
+    """All annotation metadata apart from the types."""
     for mark in getattr(hint, "metadata", ()):
         yield from _marks(mark)
         yield mark

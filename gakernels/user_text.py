@@ -1,4 +1,4 @@
-"""Text files that users write: UTF-8 with or without a byte order mark, or UTF-16 with one."""
+"""Reading text files from users: UTF-8 with or without a byte order mark, or UTF-16 with one."""
 
 import codecs
 import io
@@ -12,10 +12,10 @@ _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 def read_user_text(path: Path) -> str:
-    """The text of a file, without a byte order mark; line ends become `\\n`.
+    """The text of a file, without a byte order mark; line endings become `\\n`.
 
     Raises:
-        InputError: there is no such file, or it is no text; the message names the first wrong byte, counted from 0.
+        InputError: there is no such file, or it is not text; the message gives the offset of the first invalid byte.
     """
     if path.is_dir() or not path.exists():  # a pipe is read like a file
         raise InputError(f"there is no file {path}")
@@ -23,7 +23,7 @@ def read_user_text(path: Path) -> str:
 
 
 def decode_user_text(data: bytes, path: Path) -> str:
-    """The text that the bytes of a file stand for. Raises as `read_user_text`."""
+    """Decode the bytes of a file. Raises what `read_user_text` raises."""
     encoding = _UTF16.get(data[:2], "utf-8")
     first = 2 if data[:2] in _UTF16 else 3 if data.startswith(codecs.BOM_UTF8) else 0
     try:
@@ -43,9 +43,9 @@ def decode_user_text(data: bytes, path: Path) -> str:
 
 
 def as_text(file: IO[bytes]) -> io.TextIOWrapper:
-    """A file at its beginning as text, for what does not fit into memory; line ends become `\\n`.
+    """A file as a text stream from its start, for files that do not fit into memory; line endings become `\\n`.
 
-    Reading it raises UnicodeDecodeError where it is no text, and gives NUL bytes as they are.
+    Reading raises UnicodeDecodeError where the file is not text, and returns NUL bytes as they are.
     """
     is_utf16 = file.read(2) in _UTF16
     file.seek(0)
@@ -53,10 +53,10 @@ def as_text(file: IO[bytes]) -> io.TextIOWrapper:
 
 
 def utf8_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file in UTF-8, without a byte order mark; each may still be no UTF-8 of its own.
+    """The lines of a file as UTF-8 bytes, without a byte order mark; a line may still be invalid UTF-8.
 
     Raises:
-        OSError: it has the byte order mark of UTF-16, but is not.
+        OSError: the file starts with a UTF-16 byte order mark but is not valid UTF-16.
     """
     is_utf16 = file.read(2) in _UTF16
     file.seek(0)
@@ -67,4 +67,4 @@ def utf8_lines(file: IO[bytes]) -> Iterator[bytes]:
     try:
         yield from (line.encode() for line in io.TextIOWrapper(file, encoding="utf-16", newline="\n"))
     except UnicodeDecodeError as error:
-        raise OSError(f"it is no UTF-16: {error.reason}") from error
+        raise OSError(f"it is not UTF-16: {error.reason}") from error

@@ -113,5 +113,5 @@ def test_json_lines_that_are_no_utf_16_are_no_file_of_rows(tmp_path: Path) -> No
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"context": "c"}\n'.encode("utf-16")[:-1])
     bad = BadRecords()
-    with pytest.raises(InputError, match=r"can't be read to its end \(first: .*a\.jsonl \(it is no UTF-16"):
+    with pytest.raises(InputError, match=r"can't be read to its end \(first: .*a\.jsonl \(it is not UTF-16"):
         read_source(InstructionSource(str(path)), bad)

@@ -1,4 +1,4 @@
-"""Adapter: the low-rank factors that one context became."""
+"""Adapter: the low-rank factors generated from one context."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from gakernels.files import by_suffix, count_entry, entry, read_tensors, write_t
 
 
 class Adapter(AdapterFactors):
-    """A low-rank adapter of some linear layers of a base model, with its files; its attributes: `AdapterFactors`."""
+    """A low-rank adapter of some linear layers of a base model, with file formats; attributes: see `AdapterFactors`."""
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; `load` reads it.
 
         Raises:
-            InputError: there is a folder of that name.
-            OSError: it could not be written; an older file of that name is unharmed.
+            InputError: `path` is a folder.
+            OSError: it could not be written; an existing file of that name is unchanged.
         """
         tensors = {f"{name}.lora_A": factor for name, factor in self.lora_a.items()}
         tensors |= {f"{name}.lora_B": factor for name, factor in self.lora_b.items()}
@@ -34,7 +34,7 @@ class Adapter(AdapterFactors):
 
         Raises:
             InputError: there is no such file.
-            FormatError: it is damaged or no adapter.
+            FormatError: it is damaged or not an adapter.
         """
         path = Path(path)
         tensors, description = read_tensors(path, "adapter")
@@ -45,29 +45,29 @@ class Adapter(AdapterFactors):
     def save_peft(self, folder: str | Path, for_vllm: bool = False) -> None:
         """Write a PEFT LoRA folder, which peft, vLLM and LoRAX load (docs/formats.md).
 
-        lora_alpha equals r and the scale is multiplied into lora_B, because some readers know one global alpha only.
+        lora_alpha equals r and the scale is multiplied into lora_B, because some readers support only one global alpha.
         Other files in the folder stay.
 
         Args:
             folder: the folder.
-            for_vllm: keep to vLLM's rules too: the rank is filled up with zeros to one that vLLM can be started with.
+            for_vllm: follow vLLM's rules too: the factors are zero-padded to a rank that vLLM can be started with.
 
         Raises:
-            InputError: there is a file of that name, or vLLM can't load such an adapter: its rank is above 512, or it
-                adapts layers that vLLM's models do not have under that name.
-            OSError: it could not be written; the adapter that was there is unharmed.
+            InputError: `folder` is a file, or vLLM can't load such an adapter: its rank is above 512, or it adapts
+                layers that vLLM's models do not have under that name.
+            OSError: it could not be written; an existing adapter is unchanged.
         """
         write_peft(self, Path(folder), for_vllm)
 
     def save_gguf(self, path: str | Path) -> None:
         """Write a GGUF LoRA file, which llama.cpp loads (docs/formats.md). Needs the package `gguf`.
 
-        Numbers are written in the adapter's dtype: float32, float16 or bfloat16.
+        The tensors are written in the adapter's dtype: float32, float16 or bfloat16.
 
         Raises:
-            InputError: the package is missing, llama.cpp's name of an adapted layer or its order of the rows is not
-                known for this kind of base model, or there is a folder of that name.
-            OSError: it could not be written; an older file of that name is unharmed.
+            InputError: the package is missing; llama.cpp's name or row order of an adapted layer is unknown for this
+                kind of base model; or `path` is a folder.
+            OSError: it could not be written; an existing file of that name is unchanged.
         """
         write_gguf(self, Path(path))
 
@@ -87,7 +87,7 @@ _DESCRIPTION = (
 
 
 def _read_description(path: Path, description: dict[str, Any]) -> dict[str, Any]:
-    """The attributes that stand in the header, each of its type."""
+    """The attributes that the header holds, with their types checked."""
     values = {name: entry(path, description, name, str) for name in _DESCRIPTION[1:4]}
     targets = entry(path, description, "target_modules", list)
     if not all(isinstance(target, str) for target in targets):
@@ -102,7 +102,7 @@ def _read_description(path: Path, description: dict[str, Any]) -> dict[str, Any]
 
 
 def _read_base_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The same, with its entries checked; early files have none."""
+    """The base config, with its entries checked; early files have none."""
     if config:
         entry(path, config, "model_type", str)
         for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):

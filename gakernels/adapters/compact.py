@@ -1,4 +1,4 @@
-"""CompactAdapter: what of an adapter depends on the context; the rest stays with the generator."""
+"""CompactAdapter: the part of an adapter that depends on the context; the rest stays in the generator."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class CompactAdapter:
 
     Attributes:
         left: U (d_r, r) by name of the adapted layer in the base model.
-        right: V (d_r, r) by the same names.
-        base_fingerprint: of the base model it was made for.
-        generator_fingerprint: of the generator that made it, and that alone can expand it (`GenerativeAdapter.expand`).
-        tokens_seen: number of context tokens behind it.
+        right: V (d_r, r) under the same names.
+        base_fingerprint: fingerprint of the base model it was made for.
+        generator_fingerprint: fingerprint of the generator that made it; only that one can expand it
+            (`GenerativeAdapter.expand`).
+        tokens_seen: number of context tokens it was generated from.
     """
 
     left: dict[str, Tensor]
@@ -40,11 +41,11 @@ class CompactAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its numbers in bytes."""
+        """Memory of U and V in bytes."""
         return sum(factor.numel() * factor.element_size() for factor in [*self.left.values(), *self.right.values()])
 
     def numbers(self) -> int:
-        """How many numbers it consists of."""
+        """How many numbers U and V hold."""
         return sum(factor.numel() for factor in [*self.left.values(), *self.right.values()])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CompactAdapter:
@@ -59,8 +60,8 @@ class CompactAdapter:
         """Write one safetensors file; `load` reads it.
 
         Raises:
-            InputError: there is a folder of that name.
-            OSError: it could not be written; an older file of that name is unharmed.
+            InputError: `path` is a folder.
+            OSError: it could not be written; an existing file of that name is unchanged.
         """
         tensors = {f"{name}.left": factor for name, factor in self.left.items()}
         tensors |= {f"{name}.right": factor for name, factor in self.right.items()}
@@ -72,7 +73,7 @@ class CompactAdapter:
 
         Raises:
             InputError: there is no such file.
-            FormatError: it is damaged or no compact adapter.
+            FormatError: it is damaged or not a compact adapter.
         """
         path = Path(path)
         tensors, description = read_tensors(path, "compact", copied=True)
@@ -88,7 +89,7 @@ class CompactAdapter:
 
 
 def _fit(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Whether these are matrices of one shape, left and right for the same layers."""
+    """Whether all matrices have the same shape, and left and right have the same layers."""
     factors = [*left.values(), *right.values()]
     shapes = {factor.shape for factor in factors}
     plain = all(factor.dim() == 2 and factor.is_floating_point() for factor in factors)

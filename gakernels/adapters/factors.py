@@ -1,4 +1,4 @@
-"""The factors of an adapter, and what they multiply out to."""
+"""The factors of an adapter, and their product."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -18,15 +18,15 @@ class AdapterFactors:
 
     Attributes:
         lora_a: (r, d_in) by name of the layer in the base model (`model.layers.0.self_attn.o_proj`).
-        lora_b: (d_out, r) by the same names.
+        lora_b: (d_out, r) under the same names.
         scale: factor of every product.
-        base_fingerprint: of the base model it was made for.
-        generator_fingerprint: of the generator that made it.
+        base_fingerprint: fingerprint of the base model it was made for.
+        generator_fingerprint: fingerprint of the generator that made it.
         base_name: name or path of the base model, for readers of the PEFT format.
-        tokens_seen: number of context tokens behind it.
-        target_modules: names that select exactly the adapted layers in the base model, for readers of the PEFT format:
-            short ones (`o_proj`) where they do; empty for the full names.
-        base_config: what readers of other formats need to know of the base model: `model_type`, `num_hidden_layers`,
+        tokens_seen: number of context tokens it was generated from.
+        target_modules: names that select exactly the adapted layers of the base model, for readers of the PEFT format:
+            short ones (`o_proj`) where these suffice; empty for the full names.
+        base_config: what readers of other formats need to know about the base model: `model_type`, `num_hidden_layers`,
             `num_attention_heads` and `num_key_value_heads`, as transformers names them; empty in early files.
     """
 
@@ -46,7 +46,7 @@ class AdapterFactors:
         return next(iter(self.lora_a.values())).shape[0]
 
     def numbers(self) -> int:
-        """How many numbers the adapter consists of."""
+        """How many numbers the factors hold."""
         return sum(factor.numel() for factor in [*self.lora_a.values(), *self.lora_b.values()])
 
     def to(self: _Factors, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> _Factors:
@@ -58,7 +58,7 @@ class AdapterFactors:
         return replace(self, lora_a=lora_a, lora_b=lora_b)
 
     def scaled(self: _Factors, factor: float) -> _Factors:
-        """The same factors with `factor` times the scale: 0 for no adapter at all, 0.5 for half of it, and so on.
+        """The same factors with the scale multiplied by `factor`: 0 turns the adapter off, 0.5 halves it, and so on.
 
         Raises:
             InputError: the factor is not finite.
@@ -68,7 +68,7 @@ class AdapterFactors:
         return replace(self, scale=self.scale * factor)
 
     def delta(self, name: str) -> Tensor:
-        """scale lora_B lora_A (d_out, d_in), multiplied out in float32 or wider: for merging and for tests."""
+        """scale lora_B lora_A (d_out, d_in), computed in float32 or wider, for merging and for tests."""
         a, b = self.lora_a[name], self.lora_b[name]
         wide = torch.promote_types(a.dtype, torch.float32)
         return self.scale * (b.to(wide) @ a.to(wide))

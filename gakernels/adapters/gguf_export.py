@@ -1,4 +1,4 @@
-"""The GGUF LoRA file of an adapter, as llama.cpp reads it."""
+"""Writing an adapter as a GGUF LoRA file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gakernels.adapters.factors import AdapterFactors
 from gakernels.errors import InputError
 from gakernels.files import replacing
 
-# transformers' model_type: llama.cpp's architecture.
+# Maps transformers' model_type to llama.cpp's architecture.
 ARCHITECTURES = {
     "cohere": "command-r",
     "gemma": "gemma",
@@ -32,7 +32,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "starcoder2": "starcoder2",
 }
-# Where llama.cpp rotates neighbouring pairs of a head, and transformers its two halves: rows of these are reordered.
+# For these, llama.cpp rotates neighbouring pairs of a head and transformers its two halves: the rows are reordered.
 _INTERLEAVED = frozenset({"llama", "granite", "olmo"})
 
 
@@ -62,10 +62,10 @@ def write_gguf(adapter: AdapterFactors, path: Path) -> None:
 
 
 class _Array(np.ndarray[Any, Any]):
-    """NumPy's own `tofile` says nothing when the disk is full and less than its buffer was left to write."""
+    """NumPy's own `tofile` reports no error if the disk fills up with less than its buffer left to write."""
 
     def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
-        """As the package gguf calls it."""
+        """With the signature that the package gguf calls."""
         file.write(self.tobytes())
 
 
@@ -92,7 +92,7 @@ def _tensor_name(gguf: Any, architecture: str, adapter: AdapterFactors, name: st
     number = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
     names = gguf.get_tensor_name_map(number, adapter.base_config["num_hidden_layers"])
     target: str | None = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
-    if target is None or name.endswith("query_key_value"):  # whose rows llama.cpp has in another order
+    if target is None or name.endswith("query_key_value"):  # llama.cpp orders its rows differently
         raise InputError(f"GGUF export does not know llama.cpp's form of {name} in a {architecture} model")
     return target
 

@@ -1,4 +1,4 @@
-"""The PEFT folder of an adapter, and vLLM's rules for it."""
+"""Writing an adapter as a PEFT folder, and vLLM's rules for such folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gakernels.adapters.factors import AdapterFactors
 from gakernels.errors import InputError
 from gakernels.files import replacing_folder, write_plain_tensors
 
-# The values of vLLM's --max-lora-rank; the names under which its decoder models have their linear layers.
+# The values of vLLM's --max-lora-rank, and the names of the linear layers in its decoder models.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_MODULES = frozenset(
     {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"}
@@ -32,7 +32,7 @@ def write_peft(adapter: AdapterFactors, folder: Path, for_vllm: bool) -> None:
 
 
 def fit_vllm(adapter: AdapterFactors) -> AdapterFactors:
-    """The same adapter with a rank that vLLM can be started with: rows of lora_A and columns of lora_B that are zero.
+    """The adapter zero-padded to a rank that vLLM can be started with: zero rows in lora_A, zero columns in lora_B.
 
     Raises:
         InputError: there is no such rank, or the adapter adapts a layer that vLLM's models do not have.

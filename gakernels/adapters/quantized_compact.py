@@ -1,4 +1,4 @@
-"""QuantizedCompactAdapter: a compact adapter in 8 or 4 bits a number, with the loss that this brought."""
+"""QuantizedCompactAdapter: a compact adapter in 8 or 4 bits per number, with the error that this caused."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from gakernels.files import by_suffix, count_entry, entry, read_tensors, write_t
 
 BITS = (8, 4)
 BLOCK = 32  # consecutive numbers of a column of U or V that share a scale
-_SHRINK = tuple(step / 20 for step in range(12, 21))  # candidates for a block's scale, in units of its largest number
+_SHRINK = tuple(step / 20 for step in range(12, 21))  # candidate scales of a block, relative to its largest number
 
 
 @dataclass(frozen=True)
 class QuantizedCompactAdapter:
-    """U and V of a compact adapter as integers times a scale per block of 32 numbers of a column.
+    """U and V of a compact adapter as integers, with a scale per block of 32 numbers of a column.
 
-    The scale of a block is the one of several that leaves the smallest squared error. With 8 bits a number takes 8.5,
-    with 4 bits 4.5, scales included.
+    Of several candidate scales, each block uses the one with the smallest squared error. Scales included, a number
+    takes 8.5 bits with 8-bit codes and 4.5 bits with 4-bit codes.
 
     Attributes:
-        codes: by `<layer>.left` and `<layer>.right`: int8 (blocks, 32, r), or uint8 (blocks, 16, r) with two numbers a
-            byte, the first in the low half, each plus 8.
-        scales: float16 (blocks, r) by the same names.
+        codes: by `<layer>.left` and `<layer>.right`: int8 (blocks, 32, r), or uint8 (blocks, 16, r) with two numbers
+            per byte, the first in the low half, each plus 8.
+        scales: float16 (blocks, r) under the same names.
         bits: 8 or 4.
-        state_size: d_r; the last block is filled up with zeros.
-        loss: ||U V^T - N||_F / ||N||_F by layer, where N is norm(S) before.
+        state_size: d_r; the last block is padded with zeros.
+        loss: ||U V^T - N||_F / ||N||_F by layer, where N is norm(S) before quantisation.
         base_fingerprint: as in `CompactAdapter`.
         generator_fingerprint: as in `CompactAdapter`.
         tokens_seen: as in `CompactAdapter`.
@@ -49,7 +49,7 @@ class QuantizedCompactAdapter:
 
     @classmethod
     def quantize(cls, compact: CompactAdapter, bits: int = 8) -> QuantizedCompactAdapter:
-        """Quantise a compact adapter and measure what is lost.
+        """Quantise a compact adapter and measure the error.
 
         Raises:
             InputError: bits is not 8 or 4, or a number of the adapter is not finite.
@@ -92,7 +92,7 @@ class QuantizedCompactAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Memory of codes and scales in bytes."""
+        """Memory of the codes and scales in bytes."""
         tensors = [*self.codes.values(), *self.scales.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -100,8 +100,8 @@ class QuantizedCompactAdapter:
         """Write one safetensors file; `load` reads it.
 
         Raises:
-            InputError: there is a folder of that name.
-            OSError: it could not be written; an older file of that name is unharmed.
+            InputError: `path` is a folder.
+            OSError: it could not be written; an existing file of that name is unchanged.
         """
         tensors = {f"{name}.codes": codes for name, codes in self.codes.items()}
         tensors |= {f"{name}.scales": scales for name, scales in self.scales.items()}
@@ -114,7 +114,7 @@ class QuantizedCompactAdapter:
 
         Raises:
             InputError: there is no such file.
-            FormatError: it is damaged or no quantised compact adapter.
+            FormatError: it is damaged or not a quantised compact adapter.
         """
         path = Path(path)
         tensors, description = read_tensors(path, "quantized")
@@ -157,7 +157,7 @@ def _dequantize(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Two numbers a byte: int8 (blocks, 32, r) in -7..7 to uint8 (blocks, 16, r)."""
+    """Pack two numbers per byte: int8 (blocks, 32, r) in -7..7 to uint8 (blocks, 16, r)."""
     low, high = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
     return low | (high << 4)
 

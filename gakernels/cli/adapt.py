@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "adapt",
         run,
-        "Read documents and write the adapter they become.",
+        "Read documents and write their adapter.",
         "  gakernels adapt --generator my-generator --document report.txt --output report.safetensors",
     )
     add_model_options(parser)
@@ -25,13 +25,16 @@ def add_parser(commands: Any) -> None:
         type=user_path,
         action="append",
         required=True,
-        help="text file; repeat for several, read in order",
+        help="text file; repeat for several, which are read in order",
     )
     parser.add_argument("--output", type=output_file, required=True, help="adapter file to write")
+    parser.add_argument("--state", type=output_file, help="state file: read first if it exists, and written at the end")
     parser.add_argument(
-        "--state", type=output_file, help="state file: gone on from if it exists, and written, to add more later"
+        "--chunks-per-pass",
+        type=int,
+        default=8,
+        help="chunks per forward pass, to bound the memory (default: %(default)s)",
     )
-    parser.add_argument("--chunks-per-pass", type=int, default=8, help="bounds the memory (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

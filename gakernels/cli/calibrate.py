@@ -27,16 +27,16 @@ def add_parser(commands: Any) -> None:
         commands,
         "calibrate",
         run,
-        "Check and time the kernels on this machine's GPU; what is right and fast becomes the default here.",
+        "Check and time the kernels on this machine's GPU; the correct and fastest ones become the default here.",
         "  gakernels calibrate --model mistral-7b",
     )
     add_call_options(parser)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long it may take (default: %(default)g)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time limit in seconds (default: %(default)g)")
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="cpu: only rehearse at tiny sizes, with TRITON_INTERPRET=1 through Triton's interpreter; keeps nothing",
+        help="cpu: only rehearse, at tiny sizes (with TRITON_INTERPRET=1 in Triton's interpreter), and store nothing",
     )
 
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--seconds must be above 0, but it is {options.seconds:g}")
     rehearsal = options.device == "cpu"
     if not rehearsal and not torch.cuda.is_available():
-        raise InputError("an NVIDIA GPU is needed, but this torch can use none (--device cpu only rehearses)")
+        raise InputError("an NVIDIA GPU is needed, but this torch finds none (--device cpu only rehearses)")
     stages = planned_calls(recipe_of_calls(options))
     calls = [call for stage in stages.values() for call in stage]
     gpu = None if rehearsal else gpus.gpu_of("cuda", None)
@@ -55,11 +55,11 @@ def run(options: argparse.Namespace) -> int:
     findings = calibrating.calibrate(_tiny(calls) if rehearsal else calls, target, options.seconds, print)
     _tell(findings)
     if gpu is None or path is None:
-        print("rehearsed on the CPU: nothing is kept")
+        print("rehearsed on the CPU: nothing is stored")
         return 0
     write_text(path, json.dumps(findings.record(gpu), indent=1) + "\n")
     dispatch.forget()
-    print(f"kept in {path}")
+    print(f"stored in {path}")
     return 0
 
 
@@ -76,8 +76,8 @@ def _place(gpu: gpus.Gpu) -> Path:
             pass
     except OSError as error:
         raise InputError(
-            f"the record of this GPU can't be kept in {path.parent}: {error.strerror or error}; {CACHE_VARIABLE} names "
-            "another place for caches"
+            f"the record of this GPU can't be written to {path.parent}: {error.strerror or error}; set "
+            f"{CACHE_VARIABLE} to use another cache folder"
         ) from error
     return path
 
@@ -101,8 +101,8 @@ def _tell(findings: calibrating.Findings) -> None:
     for name, fault in findings.checks.items():
         print(f"{name:28} {'right' if not fault else f'WRONG, and off on this GPU: {fault}'}")
     for name in findings.unchecked:
-        print(f"{name:28} not checked: the time was up; run again with more --seconds")
+        print(f"{name:28} not checked: out of time; run again with more --seconds")
     if not findings.checks and not findings.unchecked:
         print("no kernel can run here (`gakernels info` says why)")
-    missed = f"; the time did not suffice for {findings.unmeasured} more" if findings.unmeasured else ""
+    missed = f"; there was no time for {findings.unmeasured} more" if findings.unmeasured else ""
     print(f"{len(findings.rows)} calls measured{missed}")

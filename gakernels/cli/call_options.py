@@ -23,14 +23,14 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(SHAPES)
     parser.add_argument("--model", help=f"base model: a folder, a hub name, or one of {names}")
     parser.add_argument(
-        "--config", type=user_path, help="recipe of pretraining: a YAML file, or the name of one that is there"
+        "--config", type=user_path, help="pretraining recipe: a YAML file, or the name of a recipe of the package"
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.NAME=VALUE",
-        help="one setting of the recipe, as generator.state_size=256; can be given many times",
+        help="one setting of the recipe, such as generator.state_size=256; can be repeated",
     )
 
 

@@ -46,7 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser, generator_required: bool 
     parser.add_argument(
         "--model",
         type=expanded,
-        help="base model, a folder, GGUF file or hub name (default: the one the generator names)",
+        help="base model: a folder, GGUF file or hub name (default: the one that the generator names)",
     )
     add_other_base_option(parser)
     add_device_options(parser)
@@ -57,14 +57,16 @@ def add_other_base_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-other-base",
         action="store_true",
-        help="take a base model that the generator was not trained for, with a warning",
+        help="accept a base model that the generator was not trained for, with a warning",
     )
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add --device and --dtype."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base model (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the base model (default: %(default)s)"
+    )
 
 
 def check_device(device: str) -> None:

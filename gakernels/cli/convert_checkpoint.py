@@ -15,20 +15,20 @@ def add_parser(commands: Any) -> None:
         commands,
         "convert-checkpoint",
         run,
-        "Rewrite training checkpoints of earlier versions, whose .metadata is a pickle. Reading a pickle runs whatever "
-        "code is in it: convert only checkpoints that you made or whose maker you trust.",
+        "Rewrite training checkpoints of earlier versions, whose .metadata is a pickle. Reading a pickle can run any "
+        "code: convert only checkpoints that you made yourself or whose author you trust.",
         "  gakernels convert-checkpoint runs/my-generator --trust",
     )
     parser.add_argument("folder", type=user_path, help="a checkpoint, or the folder of a run")
-    parser.add_argument("--trust", action="store_true", help="you trust whoever made it: its pickle is read")
+    parser.add_argument("--trust", action="store_true", help="read the pickle, because you trust whoever made it")
 
 
 def run(options: argparse.Namespace) -> int:
     """Convert the checkpoints."""
     if not options.trust:
         raise InputError(
-            f"--trust is needed to read {options.folder}: its pickle can run any code with your rights, and nothing "
-            "here can check it"
+            f"--trust is needed to read {options.folder}: its pickle can run any code with your permissions, and "
+            "this can't be checked"
         )
     converted = convert(options.folder)
     for path in converted:

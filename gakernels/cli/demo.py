@@ -56,17 +56,23 @@ def add_parser(commands: Any) -> None:
         "  gakernels demo --seed 7\n"
         "  gakernels demo --generator my-generator --document report.txt --question 'Question: Who wrote it? Answer:'",
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the people and facts (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=200, help="at least so many a row (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for drawing the people and facts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=200, help="at least this many per table row (default: %(default)s)"
+    )
     parser.add_argument("--document", type=user_path, help="a document of your own, instead of invented people")
     parser.add_argument("--question", action="append", default=[], help="a prompt about --document; repeat for several")
     parser.add_argument("--generator", type=user_path, help="folder of a generator (default: the one in the package)")
     parser.add_argument(
         "--model",
         type=expanded,
-        help="base model, a folder, GGUF file or hub name (default: the one the generator names)",
+        help="base model: a folder, GGUF file or hub name (default: the one that the generator names)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="with --document (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=16, help="longest answer, with --document (default: %(default)s)"
+    )
     parser.add_argument("--json", type=output_file, help="also write the results to this file")
     add_other_base_option(parser)
     add_device_options(parser)

@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "export",
         run,
-        "Write an adapter for other programs: a PEFT folder (also one that keeps to vLLM's rules), a GGUF LoRA file "
+        "Write an adapter for other programs: a PEFT folder (also one that follows vLLM's rules), a GGUF LoRA file "
         "for llama.cpp, or the base model with the adapter merged in.",
         "  gakernels export --adapter report.safetensors --format peft --output report-lora\n"
         "  gakernels export --adapter report.safetensors --format gguf --output report.gguf",
@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=user_path, required=True, help="folder to write (for --format gguf: file)")
     parser.add_argument("--generator", type=user_path, help="folder of the generator (for --format merged)")
     parser.add_argument(
-        "--model", type=expanded, help="base model (for --format merged; default: the one the generator names)"
+        "--model", type=expanded, help="base model (for --format merged; default: the one that the generator names)"
     )
     add_other_base_option(parser)
     add_device_options(parser)
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     kind = "file" if options.format == "gguf" else "folder"
     if options.output.exists() and options.output.is_dir() != (kind == "folder"):
         raise InputError(
-            f"--output must be a {kind}, but {options.output} is {'no' if kind == 'folder' else 'a'} folder"
+            f"--output must be a {kind}, but {options.output} is {'not ' if kind == 'folder' else ''}a folder"
         )
     if options.format == "gguf":
         adapter.save_gguf(options.output)

@@ -40,14 +40,14 @@ def add_parser(commands: Any) -> None:
         "finetune",
         run,
         "Tune a generator on conversations about contexts, with a loss on the answers (docs/training.md). "
-        "Started again with the same options, it goes on where it stopped. On several GPUs: "
+        "Started again with the same options, it resumes where it stopped. On several GPUs: "
         "torchrun --nproc-per-node 8 -m gakernels finetune ...",
         "  gakernels finetune --generator my-generator --data questions.jsonl --output my-tuned-generator\n"
         "  gakernels finetune --config mistral-7b-finetuning --set data.path=mix/ --dry-run",
     )
-    add_setting(parser, "--generator", "start", "generator to go on from, a folder or hub name")
+    add_setting(parser, "--generator", "start", "generator to start from: a folder or hub name")
     add_setting(
-        parser, "--model", "model.name", "base model, a folder or hub name (default: the one that --generator names)"
+        parser, "--model", "model.name", "base model: a folder or hub name (default: the one that --generator names)"
     )
     add_setting(
         parser,
@@ -62,26 +62,28 @@ def add_parser(commands: Any) -> None:
     add_setting(
         data, "--context-tokens", "data.context_tokens", "longer contexts are left out (default: 8192)", type=int
     )
-    add_setting(data, "--strict", "data.strict", "a record that can't be used is an error", action="store_true")
+    add_setting(data, "--strict", "data.strict", "treat a record that can't be used as an error", action="store_true")
     add_setting(
         data,
         "--allow-skipped",
         "data.allow_skipped",
-        "go on where more than 5%% of a source's rows can't be used",
+        "continue even if more than 5%% of a source's rows can't be used",
         action="store_true",
     )
-    add_setting(data, "--batch-size", "batches.batch_size", "contexts in a step (default: 32)", type=int)
+    add_setting(data, "--batch-size", "batches.batch_size", "contexts per step (default: 32)", type=int)
     add_setting(
         data,
         "--conversations",
         "batches.conversations",
-        "about each context in a step, at most (default: 16)",
+        "most conversations about a context per step (default: 16)",
         type=int,
     )
-    add_setting(data, "--losses", "batches.losses", "answers, and reconstruction, completion beside it, with commas")
+    add_setting(
+        data, "--losses", "batches.losses", "answers, and optionally reconstruction and completion, separated by commas"
+    )
     optimisation = parser.add_argument_group("optimisation")
-    add_setting(optimisation, "--epochs", "epochs", "how often the contexts are gone through (default: 2)", type=float)
-    add_setting(optimisation, "--steps", "trainer.steps", "optimizer steps, if they are to be fewer", type=int)
+    add_setting(optimisation, "--epochs", "epochs", "passes over the contexts (default: 2)", type=float)
+    add_setting(optimisation, "--steps", "trainer.steps", "optimizer steps, if fewer than --epochs gives", type=int)
     add_optimisation_options(optimisation, "seed trainer.seed")
     report = parser.add_argument_group("log and report")
     add_setting(report, "--held-out", "evaluation.contexts", "contexts kept for the report (default: 32)", type=int)

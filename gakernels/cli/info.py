@@ -35,7 +35,9 @@ def add_parser(commands: Any) -> None:
         "  gakernels info --model mistral-7b --gpu 'NVIDIA H200'",
     )
     add_call_options(parser)
-    parser.add_argument("--gpu", metavar="NAME", help="a GPU to ask about that need not be here, as 'NVIDIA H200'")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="GPU to report on, which need not be in this machine, such as 'NVIDIA H200'"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

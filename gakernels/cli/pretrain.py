@@ -39,12 +39,12 @@ def add_parser(commands: Any) -> None:
         "pretrain",
         run,
         "Train a generator for a frozen base model on text: reconstruction and completion. Started again with the same "
-        "options, it goes on where it stopped. On several GPUs: torchrun --nproc-per-node 8 -m gakernels pretrain ...",
+        "options, it resumes where it stopped. On several GPUs: torchrun --nproc-per-node 8 -m gakernels pretrain ...",
         "  gakernels pretrain --model my-model --data texts/ --output my-generator --steps 2000\n"
         "  gakernels pretrain --config my-recipe.yaml --set trainer.learning_rate=1e-4 --output my-generator\n"
         "  gakernels pretrain --config mistral-7b-pretraining --dry-run --processes 8",
     )
-    add_setting(parser, "--model", "model.name", "base model, a folder, GGUF file or hub name")
+    add_setting(parser, "--model", "model.name", "base model: a folder, GGUF file or hub name")
     add_setting(
         parser,
         "--data",
@@ -54,24 +54,30 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=user_path, help="folder for generator, log, checkpoints and report")
     add_recipe_options(parser)
     generator = parser.add_argument_group("generator")
-    add_setting(generator, "--linears", "generator.linears", "linear layers to adapt, with commas (default: o_proj)")
-    add_setting(generator, "--layers", "generator.layers", "decoder layers to adapt, with commas (default: all)")
+    add_setting(
+        generator, "--linears", "generator.linears", "linear layers to adapt, comma-separated (default: o_proj)"
+    )
+    add_setting(generator, "--layers", "generator.layers", "decoder layers to adapt, comma-separated (default: all)")
     add_setting(generator, "--state-size", "generator.state_size", "d_r (default: 1024)", type=int)
     add_setting(generator, "--rank", "generator.rank", "r (default: 128)", type=int)
     add_setting(generator, "--scale", "generator.scale", "factor of the adapter (default: 64 / d_r)", type=float)
     add_setting(generator, "--norm", "generator.norm", "default: polar", choices=NORMS)
     windows = parser.add_argument_group("windows")
-    add_setting(windows, "--chunk-size", "generator.chunk_size", "tokens in a window (default: 1024)", type=int)
-    add_setting(windows, "--chunks", "windows.chunks", "context windows in a segment (default: 8)", type=int)
+    add_setting(windows, "--chunk-size", "generator.chunk_size", "tokens per window (default: 1024)", type=int)
+    add_setting(windows, "--chunks", "windows.chunks", "context windows per segment (default: 8)", type=int)
     add_setting(windows, "--reconstruction", "windows.reconstruction", "default: random_slice", choices=RECONSTRUCTIONS)
     optimisation = parser.add_argument_group("optimisation")
     add_setting(optimisation, "--steps", "trainer.steps", "optimizer steps", type=int)
-    add_setting(optimisation, "--batch-size", "windows.batch_size", "segments in a step (default: 8)", type=int)
+    add_setting(optimisation, "--batch-size", "windows.batch_size", "segments per step (default: 8)", type=int)
     add_optimisation_options(optimisation, "seed generator.seed trainer.seed")
     report = parser.add_argument_group("log and report")
     add_setting(report, "--held-out", "evaluation.contexts", "contexts kept for the report (default: 32)", type=int)
     add_setting(
-        report, "--static-lora", "evaluation.static_lora", "also train a static LoRA, as long", action="store_true"
+        report,
+        "--static-lora",
+        "evaluation.static_lora",
+        "also train a static LoRA for as many steps",
+        action="store_true",
     )
     add_log_options(report)
     add_base_options(parser)

@@ -27,13 +27,13 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.NAME=VALUE",
-        help="one setting, over those of the file and of other options; can be given many times",
+        help="one setting, which overrides the file and other options; can be repeated",
     )
     recipe.add_argument(
         "--dry-run", action="store_true", help="print the plan (parameters, memory, operations, time) and stop"
     )
-    recipe.add_argument("--processes", type=int, help="of the plan (default: those that torchrun started, or 1)")
-    recipe.add_argument("--tflops", type=float, help="10^12 operations a second of one process, for the plan's time")
+    recipe.add_argument("--processes", type=int, help="processes in the plan (default: as started by torchrun, or 1)")
+    recipe.add_argument("--tflops", type=float, help="10^12 operations per second of one process, for the plan's time")
 
 
 def add_setting(group: argparse._ActionsContainer, option: str, settings: str, text: str, **details: Any) -> None:
@@ -61,7 +61,7 @@ def add_optimisation_options(group: argparse._ArgumentGroup, seeds: str) -> None
 
 def add_log_options(group: argparse._ArgumentGroup) -> None:
     """Add --log-every, --evaluate-every and --checkpoint-every."""
-    add_setting(group, "--log-every", "trainer.log_every", "steps (default: 10)", type=int)
+    add_setting(group, "--log-every", "trainer.log_every", "steps between log lines (default: 10)", type=int)
     add_setting(
         group,
         "--evaluate-every",
@@ -69,14 +69,20 @@ def add_log_options(group: argparse._ArgumentGroup) -> None:
         "steps between evaluations (default: only at the end)",
         type=int,
     )
-    add_setting(group, "--checkpoint-every", "trainer.checkpoint_every", "steps (default: 500)", type=int)
+    add_setting(
+        group, "--checkpoint-every", "trainer.checkpoint_every", "steps between checkpoints (default: 500)", type=int
+    )
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     """Add --device and --dtype."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add_setting(
-        parser, "--dtype", "model.dtype", "of the base model that --model names (default: float32)", choices=DTYPES
+        parser,
+        "--dtype",
+        "model.dtype",
+        "dtype of the base model that --model names (default: float32)",
+        choices=DTYPES,
     )
 
 

@@ -35,14 +35,12 @@ def add_parser(commands: Any) -> None:
         "  curl 127.0.0.1:8100/v1/contexts -H 'Content-Type: application/json' -d '{\"text\": \"...\"}'",
     )
     add_model_options(parser, generator_required=False)
-    parser.add_argument(
-        "--folder", type=user_path, required=True, help="where contexts are kept; made if it is not there"
-    )
+    parser.add_argument("--folder", type=user_path, required=True, help="folder for the contexts; created if missing")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8100, help="0 for any that is free (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8100, help="port, or 0 for any free one (default: %(default)s)")
     parser.add_argument("--name", help="name of the base model in requests (default: from its folder)")
     parser.add_argument(
-        "--api-keys", type=user_path, help="file with one API key a line; each sees its own contexts only"
+        "--api-keys", type=user_path, help="file with one API key per line; each key sees only its own contexts"
     )
     parser.add_argument("--chat-template", type=user_path, help="Jinja template (default: the tokenizer's)")
     parser.add_argument(
@@ -50,10 +48,12 @@ def add_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let web pages of this origin (https://example.org) use the server from a browser; may be repeated; * for "
+        help="let web pages of this origin (https://example.org) use the server from a browser; can be repeated; * for "
         "all (default: none)",
     )
-    parser.add_argument("--threads", type=int, help="of the CPU operations (default: 1 with the package's own model)")
+    parser.add_argument(
+        "--threads", type=int, help="threads for CPU operations (default: 1 with the package's own model)"
+    )
     _add_limits(parser)
     _add_vllm(parser)
 
@@ -63,15 +63,15 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     defaults = Limits()
     for name, what in (
         ("contexts", "contexts in all"),
-        ("contexts_per_key", "contexts of one API key"),
-        ("append_tokens", "tokens of one append"),
-        ("context_tokens", "tokens of a context"),
-        ("prompts", "prompts in one request"),
-        ("new_tokens", "tokens generated for one prompt"),
+        ("contexts_per_key", "contexts per API key"),
+        ("append_tokens", "tokens per append"),
+        ("context_tokens", "tokens per context"),
+        ("prompts", "prompts per request"),
+        ("new_tokens", "tokens generated per prompt"),
         ("rows", "prompts decoded together"),
         ("cache_tokens", "tokens of the key-value cache: rows times the longest"),
         ("waiting", "prompts and appends that wait or run"),
-        ("body_bytes", "bytes of a request"),
+        ("body_bytes", "bytes per request"),
     ):
         option, summary = f"--max-{name.replace('_', '-')}", f"{what} (default: %(default)s)"
         group.add_argument(option, type=int, default=getattr(defaults, name), help=summary)
@@ -83,9 +83,11 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def _add_vllm(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding by a vLLM server")
     group.add_argument("--engine", choices=("local", "vllm"), default="local", help="default: %(default)s")
-    group.add_argument("--url", help="of the vLLM server: http://127.0.0.1:8000")
+    group.add_argument("--url", help="URL of the vLLM server, such as http://127.0.0.1:8000")
     group.add_argument("--vllm-key", type=user_path, help="file with the API key of the vLLM server")
-    group.add_argument("--vllm-adapters", type=int, default=64, help="most registered there (default: %(default)s)")
+    group.add_argument(
+        "--vllm-adapters", type=int, default=64, help="most adapters registered there (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         from gakernels.server.server import serve
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed; `pip install gakernels[serve]` brings it") from error
+        raise InputError(f"{error.name} is not installed: pip install 'gakernels[serve]'") from error
     _check(options)
     embedded = options.generator is None
     if embedded:
@@ -133,10 +135,10 @@ def _check(options: argparse.Namespace) -> None:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise InputError(
                 f"--cors-origin must be * or an origin as browsers send it, such as https://example.org or "
-                f"http://localhost:3000, without a path and in small letters, but it is {origin!r}"
+                f"http://localhost:3000, without a path and in lower case, but it is {origin!r}"
             )
     if options.api_keys is None and not _is_loopback(options.host):
-        raise InputError(f"--host {options.host} lets other machines in; give --api-keys as well")
+        raise InputError(f"--host {options.host} lets other machines connect; give --api-keys as well")
 
 
 def _limits(options: argparse.Namespace) -> Limits:

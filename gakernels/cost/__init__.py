@@ -1,1 +1,1 @@
-"""What a model costs, from shapes alone: parameters, operations, memory."""
+"""The cost of a model, computed from shapes alone: parameters, operations, memory."""

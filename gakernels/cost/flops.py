@@ -1,7 +1,7 @@
 """Floating-point operations of matrix products, from shapes (docs/evaluation.md).
 
-A product of (m, k) and (k, n) is 2 m k n operations. Attention counts the pairs of query and key that the causal mask
-(and a sliding window) leaves. Not counted: sums, norms, activations, softmax, and the r x r factorisations.
+A product of (m, k) and (k, n) is 2 m k n operations. Attention counts the query-key pairs that the causal mask
+(and a sliding window) allows. Not counted: sums, norms, activations, softmax, and the r x r factorisations.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gakernels.model.config import GeneratorConfig
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations by part.
+    """Numbers of operations by part.
 
     Attributes:
         linear: linear layers of the decoder layers.
-        attention: products of queries with keys and of their weights with values.
+        attention: products of queries with keys, and of attention weights with values.
         head: logits.
-        adapter: low-rank products beside the adapted linear layers.
-        generator: hidden states to adapter, and merging it.
+        adapter: low-rank products added to the adapted linear layers.
+        generator: from hidden states to the adapter, and merging it.
     """
 
     linear: int = 0
@@ -35,7 +35,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
     def __add__(self, other: Flops) -> Flops:
@@ -45,7 +45,7 @@ class Flops:
         return Flops(*(getattr(self, field.name) * times for field in fields(self)))
 
     def to_dict(self) -> dict[str, int]:
-        """By part, and `total`."""
+        """The operations by part, and their `total`."""
         return {**asdict(self), "total": self.total}
 
 
@@ -53,7 +53,7 @@ class Flops:
 
 
 def attention_pairs(tokens: int, before: int = 0, window: int | None = None) -> int:
-    """Pairs of query and key when `tokens` new tokens follow `before` ones: each sees itself and what is before it."""
+    """Query-key pairs when `tokens` new tokens follow `before` earlier ones: each sees itself and all tokens before."""
     if window is None:
         return tokens * before + tokens * (tokens + 1) // 2
     unlimited = min(max(window - before, 0), tokens)
@@ -61,13 +61,13 @@ def attention_pairs(tokens: int, before: int = 0, window: int | None = None) -> 
 
 
 def decoder(shape: ModelShape, tokens: int, before: int = 0) -> Flops:
-    """All decoder layers over new tokens; keys and values of the tokens before them are there already."""
+    """All decoder layers over new tokens; keys and values of the earlier tokens are already cached."""
     linear = shape.layers * sum(2 * layer.weights for layer in shape.linears) * tokens
     return Flops(linear=linear, attention=sum(_attention(shape, n, tokens, before) for n in range(shape.layers)))
 
 
 def head(shape: ModelShape, tokens: int) -> Flops:
-    """The logits of so many tokens."""
+    """The logits of this many tokens."""
     return Flops(head=2 * shape.hidden * shape.vocabulary * tokens)
 
 
@@ -90,7 +90,7 @@ def adapted_layers(shape: ModelShape, config: GeneratorConfig) -> list[int]:
     """The numbers of the decoder layers that carry adapters, in order.
 
     Raises:
-        InputError: the model has no layer of such a number.
+        InputError: the model has no layer with one of the numbers.
     """
     numbers = list(range(shape.layers)) if config.layers is None else sorted(config.layers)
     if not 0 <= numbers[0] <= numbers[-1] < shape.layers:
@@ -102,7 +102,7 @@ def adapted_linears(shape: ModelShape, config: GeneratorConfig) -> list[LinearSh
     """The linear layers of a decoder layer that carry adapters.
 
     Raises:
-        InputError: the decoder layers have none of a name.
+        InputError: the decoder layers have no linear layer of one of the names.
     """
     for wanted in config.linears:
         if not any(_matches(linear.name, wanted) for linear in shape.linears):
@@ -124,7 +124,7 @@ def low_rank_products(shape: ModelShape, config: GeneratorConfig, tokens: int) -
 
 
 def compact_products(shape: ModelShape, config: GeneratorConfig, tokens: int) -> Flops:
-    """A1 (U (V^T (B2 x))) of every adapted linear layer, for an adapter that is kept as U and V."""
+    """A1 (U (V^T (B2 x))) of every adapted linear layer, for an adapter kept as U and V."""
     size = config.state_size
     each = sum(
         2 * size * (linear.inputs + 2 * config.rank + linear.outputs) for linear in adapted_linears(shape, config)
@@ -139,7 +139,7 @@ def states(shape: ModelShape, config: GeneratorConfig, tokens: int) -> Flops:
 
 
 def norm(shape: ModelShape, config: GeneratorConfig) -> Flops:
-    """U and V of one state of every adapted linear layer: 2 + 2p steps of the damped polar factor (docs/numerics.md).
+    """U and V of one state per adapted linear layer: 2 + 2p steps of the damped polar factor (docs/numerics.md).
 
     A step is a product with the state, a Gram matrix and a product with its r x r root; the last root is one more.
     """
@@ -151,7 +151,7 @@ def norm(shape: ModelShape, config: GeneratorConfig) -> Flops:
 
 
 def expansion(shape: ModelShape, config: GeneratorConfig) -> Flops:
-    """lora_A = V^T B2 and lora_B = A1 U of one state of every adapted linear layer."""
+    """lora_A = V^T B2 and lora_B = A1 U of one state per adapted linear layer."""
     return Flops(generator=low_rank_products(shape, config, config.state_size).adapter)
 
 
@@ -164,11 +164,11 @@ def merging(shape: ModelShape, config: GeneratorConfig) -> Flops:
 def context_states(shape: ModelShape, config: GeneratorConfig, tokens: int, chunks_per_pass: int = 8) -> Flops:
     """Reading a context into its states, as `GenerativeAdapter.states` does.
 
-    Even chunks of at most `chunk_size` tokens; each is encoded with the adapter of those before it. Windows of a pass
-    all go through the low-rank products, the first chunk with zeros.
+    The context is cut into even chunks of at most `chunk_size` tokens, each encoded with the adapter of those before.
+    All windows of a pass go through the low-rank products, the first chunk with zeros.
     """
     chunks, length = even_chunks(tokens, config.chunk_size)
-    alone = min(chunks, chunks_per_pass) == 1  # the first chunk then makes a pass of its own, without any adapter
+    alone = min(chunks, chunks_per_pass) == 1  # then the first chunk has a pass of its own, without any adapter
     read = (decoder(shape, length) + states(shape, config, length)) * chunks
     made = (norm(shape, config) + expansion(shape, config)) * (chunks - 1)
     return read + made + low_rank_products(shape, config, length) * (chunks - alone)
@@ -192,15 +192,15 @@ def _matches(name: str, wanted: str) -> bool:
 
 
 def full_training_pass(shape: ModelShape, tokens: int) -> Flops:
-    """Forward and backward of one sequence, every weight trained: each product has two in the backward."""
+    """Forward and backward of one sequence, training every weight: each product has two in the backward."""
     return (decoder(shape, tokens) + head(shape, tokens)) * 3
 
 
 def lora_training_pass(shape: ModelShape, config: GeneratorConfig, tokens: int) -> Flops:
-    """Forward and backward of one sequence, where only LoRA factors are trained.
+    """Forward and backward of one sequence, training only LoRA factors.
 
-    The gradients of activations go down to the first adapted linear layers and no further; the frozen weights have
-    none. Attention is not recomputed in the backward.
+    The gradients of activations go down to the first adapted linear layers and no further; frozen weights have no
+    gradients. Attention is not recomputed in the backward.
     """
     forward = decoder(shape, tokens) + head(shape, tokens) + low_rank_products(shape, config, tokens)
     backward = Flops(
@@ -213,7 +213,7 @@ def lora_training_pass(shape: ModelShape, config: GeneratorConfig, tokens: int) 
 
 
 def _first_adapted(shape: ModelShape, config: GeneratorConfig) -> tuple[int, int]:
-    """Number of the first decoder layer with an adapter, and of its first stage with one."""
+    """Index of the first decoder layer with an adapter, and of its first stage with one."""
     adapted = adapted_linears(shape, config)
     stage = next(n for n, stage in enumerate(shape.stages) if any(linear in adapted for linear in stage))
     return adapted_layers(shape, config)[0], stage
@@ -234,6 +234,6 @@ def _attention_above(shape: ModelShape, config: GeneratorConfig) -> range:
 
 
 def _first_adapter_inputs(shape: ModelShape, config: GeneratorConfig, tokens: int) -> int:
-    """What the gradients of the inputs of the first adapted linear layers would cost, which nobody needs."""
+    """The cost of the gradients of the inputs of the first adapted linear layers, which are not needed."""
     first_stage, adapted = shape.stages[_first_adapted(shape, config)[1]], adapted_linears(shape, config)
     return sum(2 * adapter_rank(config) * linear.inputs * tokens for linear in first_stage if linear in adapted)

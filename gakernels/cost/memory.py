@@ -32,12 +32,12 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the moment of a training step when most is there.
+    """The bytes in use at the peak of a training step.
 
     Attributes:
-        parts: by name; they add up to `total`.
-        moment: when that is.
-        recomputed_layers: numbers of the decoder layers that compute gate and up again in the backward.
+        parts: bytes by name; they add up to `total`.
+        moment: the moment of the peak.
+        recomputed_layers: indices of the decoder layers that recompute gate and up in the backward.
     """
 
     parts: Mapping[str, int]
@@ -46,7 +46,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """The total number of bytes."""
         return sum(self.parts.values())
 
 
@@ -59,17 +59,17 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """The peak memory of one process in a training step.
 
-    The decoder layers are taken to be Llama-like, with `GatedMLP` and `FrozenRMSNorm` in them; others keep more.
+    The decoder layers are assumed to be Llama-like, with `GatedMLP` and `FrozenRMSNorm`; others keep more.
 
     Args:
-        shape: of the base model.
-        config: of the generators.
+        shape: shape of the base model.
+        config: settings of the generators.
         step: what goes through the model at once.
-        setting: how; by default bfloat16 with float32 generators under autocast, on one GPU.
-        recomputed_layers: out of `recomputable_layers`.
+        setting: how the step is run; by default bfloat16 with float32 generators under autocast, on one GPU.
+        recomputed_layers: layers that recompute gate and up, a subset of `recomputable_layers`.
 
     Raises:
-        InputError: a decoder layer has no gate and up to compute again, or config names layers that are not there.
+        InputError: a decoder layer has no gate and up to recompute, or config names layers that do not exist.
     """
     layers = recomputable_layers(shape, config)
     for number in recomputed_layers:
@@ -81,7 +81,7 @@ def estimate_memory(
 
 
 def recomputable_layers(shape: ModelShape, config: GeneratorConfig) -> list[int]:
-    """The decoder layers that keep gate and up for the backward: those behind the first adapter."""
+    """The decoder layers that keep gate and up for the backward: those after the first adapter."""
     count = StepMemory(shape, config, StepShape.pretraining(1, 2, 1), StepSetting())
     return [layer for layer in range(shape.layers) if count.keeps_gated(layer)]
 
@@ -89,12 +89,12 @@ def recomputable_layers(shape: ModelShape, config: GeneratorConfig) -> list[int]
 def choose_recomputation(
     shape: ModelShape, config: GeneratorConfig, step: StepShape, budget: int, setting: StepSetting | None = None
 ) -> MemoryEstimate:
-    """The fewest decoder layers that must compute gate and up again for a step to fit a budget of bytes.
+    """Choose the fewest decoder layers that must recompute gate and up for a step to fit a budget of bytes.
 
-    The first ones are taken: their backward comes last, when what the others kept is free again.
+    The first layers are chosen: their backward comes last, when the memory that the others kept is free again.
 
     Raises:
-        InputError: it does not fit even with all of them.
+        InputError: the step does not fit even with all of them.
     """
     layers, least = recomputable_layers(shape, config), math.inf
     for count in range(len(layers) + 1):
@@ -103,18 +103,18 @@ def choose_recomputation(
             return estimate
         least = min(least, estimate.total)
     raise InputError(
-        f"memory_budget must be at least {math.ceil(least / 1e6)} MB, what a step takes with gate and up of all "
-        f"layers computed again, but it is {budget / 1e6:g} MB; fewer rows or shorter windows at once take less"
+        f"memory_budget must be at least {math.ceil(least / 1e6)} MB, what a step needs if all layers "
+        f"recompute gate and up, but it is {budget / 1e6:g} MB; fewer rows or shorter windows need less"
     )
 
 
 def fit_memory_budget(
     model: GenerativeAdapter, step: StepShape, budget: int, setting: StepSetting | None = None
 ) -> MemoryEstimate:
-    """Make a model compute gate and up again in as many layers as `choose_recomputation` says.
+    """Make a model recompute gate and up in the layers that `choose_recomputation` chooses.
 
     Raises:
-        InputError: it does not fit, or such a layer has no `GatedMLP`.
+        InputError: the step does not fit, or such a layer has no `GatedMLP`.
     """
     shape = ModelShape.from_config(model.base.config)
     estimate = choose_recomputation(shape, model.config, step, budget, setting)
@@ -123,10 +123,10 @@ def fit_memory_budget(
 
 
 def set_recomputation(model: GenerativeAdapter, layers: Sequence[int]) -> None:
-    """Let these decoder layers, and no others, compute gate and up again in the backward: the same bits.
+    """Make exactly these decoder layers recompute gate and up in the backward; results are bitwise the same.
 
     Raises:
-        InputError: one of them has no `GatedMLP`; nothing has been changed then.
+        InputError: one of them has no `GatedMLP`; then nothing has been changed.
     """
     parts = [
         [part for part in layer.children() if isinstance(part, GatedMLP)] for layer in decoder_layers(model.base)[1]
@@ -142,13 +142,13 @@ def set_recomputation(model: GenerativeAdapter, layers: Sequence[int]) -> None:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of an amount as `80GB` (10^9), `80GiB` (2^30), `512MB`, or a plain number.
+    """The number of bytes of an amount such as `80GB` (10^9), `80GiB` (2^30), `512MB`, or a plain number.
 
     Raises:
-        InputError: it is no such amount, or zero.
+        InputError: it is not such an amount, or is zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]I?)?B)?\s*", str(text).upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise InputError(f"a memory budget must be an amount as 80GB, 512MiB or a number of bytes, but it is {text!r}")
+        raise InputError(f"a memory budget must be an amount (80GB, 512MiB) or a number of bytes, but it is {text!r}")
     return size

@@ -1,4 +1,4 @@
-"""The sizes of a base model that costs depend on, read off a transformers configuration without making its weights."""
+"""The sizes of a base model that costs depend on, taken from a transformers configuration without its weights."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense decoder-only model whose decoder layers are all alike.
+    """Sizes of a dense decoder-only model whose decoder layers all have the same shapes.
 
     Attributes:
-        name: for tables.
+        name: name shown in tables.
         hidden: d_h.
         vocabulary: rows of the head.
-        heads, kv_heads, head_dim: of attention.
+        heads, kv_heads, head_dim: sizes of attention.
         stages: the linear layers of one decoder layer in the order in which they run; those that read the same input
-            make up a stage. Attention lies between the first stage and the second.
-        windows: by decoder layer, how many tokens back attention reaches, itself included; None for all.
-        parameters: of the whole model, those that two layers share once.
+            form a stage. Attention lies between the first stage and the second.
+        windows: for each decoder layer, the number of tokens that attention reaches back, the current one included;
+            None for all.
+        parameters: parameters of the whole model; shared ones count once.
     """
 
     name: str
@@ -67,12 +68,12 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, name: str = "") -> ModelShape:
-        """The shape of the model that a transformers configuration describes; no memory is taken for its weights.
+        """The shape of the model that a transformers configuration describes; allocates no weights.
 
         Raises:
             InputError: there is no such causal language model, its decoder layers differ from each other, or they have
-                weights or attention of another kind (experts, recurrent layers, compressed keys), which the formulas
-                would miss.
+                weights or attention of a kind that the formulas do not cover (experts, recurrent layers, compressed
+                keys).
         """
         with FakeTensorMode(allow_non_fake_inputs=True):
             with _refusing("config must be that of a causal language model"):
@@ -101,7 +102,7 @@ def llama_shape(
 
 
 def _tied(shape: ModelShape) -> ModelShape:
-    """A shape whose head is its embedding."""
+    """The shape with the head tied to the embedding."""
     return replace(shape, parameters=shape.parameters - shape.vocabulary * shape.hidden)
 
 
@@ -128,7 +129,7 @@ SHAPES = {
 
 @contextmanager
 def _refusing(expected: str) -> Iterator[None]:
-    """Tells a user that transformers can't make, or run, the model of a configuration."""
+    """Report as an `InputError` that transformers can't make, or run, the model of a configuration."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
@@ -175,8 +176,8 @@ def _linears(layer: nn.Module) -> dict[str, LinearShape]:
 def _one_token(
     base: PreTrainedModel, layer: nn.Module, linears: dict[str, LinearShape]
 ) -> tuple[tuple[tuple[LinearShape, ...], ...], Tensor, Tensor]:
-    """What is seen when one (fake) token goes through the model: the linear layers of a decoder layer by the input that
-    they read, and the keys and values (1, heads, 1, size) that the layer keeps."""
+    """Run one (fake) token through the model: the linear layers of a decoder layer, grouped by the input they read, and
+    the keys and values (1, heads, 1, size) that the layer caches."""
     inputs: list[Tensor] = []
     stages: dict[int, list[LinearShape]] = {}
 
@@ -199,7 +200,7 @@ def _one_token(
 
 
 def _windows(settings: PreTrainedConfig, name: str) -> tuple[int | None, ...]:
-    """How far back attention reaches, by decoder layer."""
+    """How far back attention reaches, for each decoder layer."""
     window = getattr(settings, "sliding_window", None)
     if not getattr(settings, "use_sliding_window", True):
         window = None

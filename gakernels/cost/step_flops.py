@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, from shapes.
 
 The matrix products of `gakernels.cost.flops` (docs/evaluation.md), forward and backward. The base is frozen: its
-backward is the gradients of activations alone, from the first adapted linear layers up. The first window of a segment
+backward computes only gradients of activations, from the first adapted linear layers up. The first window of a segment
 sees no adapter and has no backward, unless the generators have a static term.
 """
 
@@ -24,7 +24,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Forward and backward together."""
         return self.forward.total + self.backward.total
 
     def __mul__(self, times: int) -> StepFlops:
@@ -34,16 +34,16 @@ class StepFlops:
 def pretraining_flops(
     shape: ModelShape, config: GeneratorConfig, chunks: int, window_tokens: int, plain: bool = False, slices: int = 1
 ) -> StepFlops:
-    """A segment of T chunks of M tokens and its reconstruction windows, `slices` for each of T adapters
+    """Operations for a segment of T chunks of M tokens and its reconstruction windows, `slices` for each of T adapters
     (`objectives.pretraining_windows`).
 
     With `plain` the first chunk carries a loss too. The backward of the norm is counted as twice its forward, which is
-    a little too much; all else is exact.
+    slightly too much; everything else is exact.
 
     Raises:
-        InputError: the generators' layers are not in the model.
+        InputError: the model does not have the layers that the generators adapt.
     """
-    alone = chunks > 1 and not config.static_rank  # the first window goes by itself, without adapter and graph
+    alone = chunks > 1 and not config.static_rank  # the first window runs alone, without adapter and graph
     windows = (1 + slices) * chunks
     in_graph = windows - 1 if alone else windows
     predicted = (windows - 1 + plain) * (window_tokens - 1)
@@ -51,7 +51,7 @@ def pretraining_flops(
     low_rank = flops.low_rank_products(shape, config, window_tokens)
     forward += _with_static_term(low_rank, config) * in_graph
     forward += flops.states(shape, config, window_tokens) * chunks
-    adapters = chunks + (config.static_rank > 0) - (slices == 0)  # what comes of the last chunk, nobody sees then
+    adapters = chunks + (config.static_rank > 0) - (slices == 0)  # then nothing uses the adapter of the last chunk
     made = (flops.norm(shape, config) + flops.expansion(shape, config)) * adapters
     through = flops.lora_training_pass(shape, config, window_tokens)
     once = flops.decoder(shape, window_tokens) + flops.head(shape, window_tokens)
@@ -68,14 +68,14 @@ def pretraining_flops(
 
 
 def _with_static_term(products: Flops, config: GeneratorConfig) -> Flops:
-    """Low-rank products of the generated factors, with those of the static ones beside them."""
+    """Low-rank products of the generated factors and of the static ones."""
     rank = flops.adapter_rank(config)
     return Flops(adapter=products.adapter * (rank + config.static_rank) // rank)
 
 
 def _states_backward(shape: ModelShape, config: GeneratorConfig, chunks: int, tokens: int, alone: bool) -> int:
-    """Gradients of both projections, of A2 and B1, and of the hidden states: those of the first decoder layer, and of a
-    window without a graph, need none."""
+    """Gradients of both projections, of A2 and B1, and of the hidden states, except in the first decoder layer and in a
+    window without a graph."""
     layers, linears = flops.adapted_layers(shape, config), len(flops.adapted_linears(shape, config))
     size, hidden = config.state_size, shape.hidden
     projection, outer = 4 * hidden * size * tokens, 2 * size * size * tokens
@@ -85,7 +85,7 @@ def _states_backward(shape: ModelShape, config: GeneratorConfig, chunks: int, to
 
 
 def _identity_gradients(shape: ModelShape, config: GeneratorConfig) -> int:
-    """With the Frobenius norm V is the identity, which has no gradient."""
+    """The gradients that need not be computed with the Frobenius norm, where V is the identity."""
     if config.norm != "frobenius":
         return 0
     inputs = sum(linear.inputs for linear in flops.adapted_linears(shape, config))

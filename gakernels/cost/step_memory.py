@@ -1,4 +1,4 @@
-"""The bytes of a training step, counted from shapes, part by part and moment by moment (docs/training.md)."""
+"""The bytes of a training step, computed from shapes for each part and moment (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gakernels.model.windows import only_first_is_plain
 from gakernels.nn.token_loss import LOGITS_IN_CACHE, tokens_at_once
 
 ATTENTION, OUTPUT, GATED, DOWN = range(4)  # the stages of a Llama-like decoder layer, see `ModelShape`
-UNSHARDED_LAYERS = 2  # the one that runs and the one that is fetched ahead
+UNSHARDED_LAYERS = 2  # the running one and the prefetched one
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """The windows that go through the model at once: one micro-batch of one process.
+    """The windows that go through the model at once: a micro-batch of one process.
 
     Attributes:
         rows: B.
         window_tokens: M, padding included.
         chunks: T.
-        seen: (W,) numbers of context chunks behind the adapter of each window.
-        predicted: tokens with a loss, in all rows.
+        seen: (W,) number of context chunks that the adapter of each window has seen.
+        predicted: number of tokens with a loss, over all rows.
     """
 
     rows: int
@@ -38,7 +38,7 @@ class StepShape:
 
     @classmethod
     def pretraining(cls, rows: int, window_tokens: int, chunks: int, slices: int = 1) -> StepShape:
-        """Segments of T chunks, each with so many reconstruction windows (`objectives.pretraining_windows`)."""
+        """Segments of T chunks with `slices` reconstruction windows per chunk (`objectives.pretraining_windows`)."""
         seen = (*range(chunks), *(tuple(range(1, chunks + 1)) * slices))
         return cls(rows, window_tokens, chunks, seen, rows * (len(seen) - 1) * (window_tokens - 1))
 
@@ -53,12 +53,13 @@ class StepSetting:
     """How the step is run.
 
     Attributes:
-        dtype: of the base model and of its activations.
-        generator_dtype: of the generators' parameters, their gradients and the optimizer's state.
+        dtype: dtype of the base model and of its activations.
+        generator_dtype: dtype of the generators' parameters, their gradients and the optimizer state.
         autocast: whether the step runs under autocast to `dtype`.
-        linear_bytes: bytes of a weight of a linear layer inside the decoder layers; None for those of `dtype`.
-        shards: processes that share out the weights, the generators and their optimizer (FSDP2); 1 if each has all.
-        accumulates: whether gradients of earlier micro-batches are there while the step runs.
+        linear_bytes: bytes per weight of the linear layers inside the decoder layers; None for the size of `dtype`.
+        shards: number of processes that the weights, generators and optimizer state are sharded over (FSDP2); 1 for
+            no sharding.
+        accumulates: whether gradients of earlier micro-batches exist while the step runs.
         device: `cuda` or `cpu`; the loss takes larger blocks on a GPU.
     """
 
@@ -73,10 +74,10 @@ class StepSetting:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Counts the bytes of one step; what is kept is kept for the backward.
+    """Counts the bytes of one step; "kept" means kept for the backward.
 
-    Short names, in numbers a token: h, q, k, f for the widths of the hidden states, queries, keys and the feed-forward
-    part; a, c, p, s are bytes of a number: of activations, of what the generators compute in, of their parameters, and
+    Short names: h, q, k, f are the widths of the hidden states, queries, keys and the feed-forward part (numbers per
+    token); a, c, p, s are the bytes per number of activations, of the generators' computation, of their parameters, and
     of states.
     """
 
@@ -126,35 +127,35 @@ class StepMemory:
 
     @property
     def split(self) -> bool:
-        """Whether the first window goes alone, without a graph (`GenerativeAdapter.forward`)."""
+        """Whether the first window runs alone, without a graph (`GenerativeAdapter.forward`)."""
         plain = self.step.chunks > 1 and only_first_is_plain(self.step.seen, self.step.chunks)
         return plain and not self.config.static_rank
 
     @property
     def windows(self) -> int:
-        """Windows with a graph, of all rows."""
+        """Number of windows with a graph, over all rows."""
         return self.step.rows * (len(self.step.seen) - self.split)
 
     @property
     def tokens(self) -> int:
-        """Their tokens."""
+        """Number of tokens in these windows."""
         return self.windows * self.step.window_tokens
 
     @property
     def context_tokens(self) -> tuple[int, ...]:
-        """Tokens that the generators read, pass by pass; the last pass has a graph."""
+        """Number of tokens that the generators read in each pass; the last pass has a graph."""
         chunk = self.step.rows * self.step.window_tokens
         return (chunk, (self.step.chunks - 1) * chunk) if self.split else (self.step.chunks * chunk,)
 
     @property
     def adapters(self) -> int:
-        """Different adapters of a linear layer."""
+        """Number of different adapters of a linear layer."""
         has_zero = self.config.static_rank > 0
         return self.step.rows * len({count for count in self.step.seen if count or has_zero})
 
     @property
     def states(self) -> int:
-        """Bytes of the states of a linear layer, S_1 to S_T and with a static term S_0."""
+        """Bytes of the states of a linear layer: S_1 to S_T, and S_0 if there is a static term."""
         count = self.step.rows * (self.step.chunks + (self.config.static_rank > 0))
         return int(count * self.config.state_size**2 * self.s)
 
@@ -165,7 +166,7 @@ class StepMemory:
 
     @cached_property
     def adapted(self) -> list[LinearShape]:
-        """The adapted linear layers of each of them."""
+        """The adapted linear layers in each adapted decoder layer."""
         return adapted_linears(self.shape, self.config)
 
     @cached_property
@@ -183,25 +184,25 @@ class StepMemory:
         return layer > self.layers[0] or (layer == self.layers[0] and stage > self.first_stage)
 
     def keeps_gated(self, layer: int) -> bool:
-        """Whether the inputs of the activation are needed in the backward."""
+        """Whether the backward needs the inputs of the activation."""
         return self.has_graph(layer, DOWN)
 
-    # There all the time
+    # Present all the time
 
     def weights(self) -> int:
-        """The base model."""
+        """Bytes of the base model's weights."""
         in_layers = sum(linear.weights for linear in self.shape.linears)
         rest = (self.shape.parameters - in_layers * self.shape.layers) * self.a
         each = in_layers * (self.a if self.setting.linear_bytes is None else self.setting.linear_bytes)
         return int((rest + each * self.shape.layers) / self.setting.shards) + self._unsharded(each)
 
     def parameters_of(self, layer: int) -> int:
-        """Bytes of the parameters of the generators of a decoder layer, in this process."""
+        """Bytes of the generator parameters of a decoder layer, in this process."""
         size = sum(generator_parameters(self.config, self.h, linear) for linear in self.linears(layer))
         return size * self.p // self.setting.shards
 
     def parameters(self) -> int:
-        """All generators with their sketches."""
+        """Bytes of all generators with their sketches."""
         each = self.parameters_of(self.layers[0])
         sketches = len(self.adapted) * self.config.state_size * self.config.rank * self.p
         return len(self.layers) * (each + sketches) + self._unsharded(each * self.setting.shards)
@@ -212,7 +213,7 @@ class StepMemory:
     # Kept for the backward
 
     def kept_by_base(self, layer: int) -> int:
-        """A decoder layer of the base model."""
+        """Kept by a decoder layer of the base model."""
         each = 0
         if self.has_graph(layer, ATTENTION):  # norm: input and a number; queries, keys, values, result, log-sum-exp
             each += self.h * self.a + 4
@@ -222,16 +223,16 @@ class StepMemory:
         return self.tokens * each + self.kept_by_gated(layer)
 
     def kept_by_gated(self, layer: int) -> int:
-        """Its feed-forward part: gate and up, or its input where they are computed again."""
+        """Kept by its feed-forward part: gate and up, or the input if these are recomputed."""
         each = (self.h if layer in self.recomputed else 2 * self.f) if self.keeps_gated(layer) else 0
         return self.tokens * each * self.a
 
     def kept_by_norm(self) -> int:
-        """The last norm."""
+        """Kept by the last norm."""
         return self.tokens * (self.h * self.a + 4)
 
     def kept_by_adapters(self, layer: int) -> int:
-        """The adapted linear layers of a decoder layer: their inputs, where nothing else keeps them, and lora_A x."""
+        """Kept by the adapted linear layers of a decoder layer: lora_A x, and inputs that nothing else keeps."""
         inputs = 0
         for stage, linears in enumerate(self.shape.stages):
             shared = stage == OUTPUT and self.has_graph(layer, ATTENTION)
@@ -241,14 +242,14 @@ class StepMemory:
         return self.tokens * (inputs + self.rank * len(self.linears(layer))) * self.a
 
     def kept_by_generators(self, layer: int) -> int:
-        """The generators of a decoder layer, from its input to the factors."""
+        """Kept by the generators of a decoder layer, from its input to the factors."""
         return sum(self._kept_by_states(layer) + self._kept_by_factors(linear) for linear in self.linears(layer))
 
     def _kept_by_states(self, layer: int) -> int:
         size = 0
         for tokens in self.context_tokens:  # the normalised hidden states, P | Q, and both projections
             size += (tokens * (self.h + 2 * self.config.state_size) + 2 * self.config.state_size * self.h) * self.c
-        if self.has_graph(layer, ATTENTION):  # the norm: a number a token, and what it reads where that is a wide copy
+        if self.has_graph(layer, ATTENTION):  # the norm: a number per token, and its input if that is a wide copy
             size += self.context_tokens[-1] * (4 + (self.h * max(self.p, 4) if self.c != self.a else 0))
         return size
 
@@ -264,48 +265,48 @@ class StepMemory:
             size += self.adapters * (steps * (d * r * self.s + 8 * r * r) + 8 * (r * r + r))
         return size
 
-    # Only for a moment
+    # Temporary
 
     def in_forward(self) -> int:
-        """In the feed-forward part of the last layer: its activation, hidden states, and the states of all layers."""
+        """In the feed-forward part of the last layer: the activation, hidden states, and states of all layers."""
         states = len(self.layers) * len(self.adapted) * self.states if self.split else 0
         return self.tokens * (self.f + 3 * self.h) * self.a + states
 
     def in_loss(self) -> int:
-        """While the last block of logits is there: hidden states, the gradients that wait for it, logits."""
+        """While the last block of logits exists: hidden states, pending gradients, logits."""
         gathers = self.step.predicted < self.step.rows * len(self.step.seen) * (self.step.window_tokens - 1)
         rows = self.step.predicted if gathers else self.step.tokens
         hidden = (self.step.tokens + gathers * rows) * self.h * self.a
         block = min(rows, tokens_at_once(self.setting.device, self.shape.vocabulary))
         logits = block * self.shape.vocabulary
-        probabilities = min(logits, LOGITS_IN_CACHE.get(self.setting.device, logits))  # a few rows at a time on a CPU
-        logits = 2 * self.a * logits + max(4, self.a) * probabilities  # with their gradient
+        probabilities = min(logits, LOGITS_IN_CACHE.get(self.setting.device, logits))  # on a CPU, a few rows at a time
+        logits = 2 * self.a * logits + max(4, self.a) * probabilities  # including their gradient
         return hidden + rows * self.h * self.a + max(logits, rows * self.h * self.a)
 
     def in_head(self) -> int:
-        """While the gradient of the loss goes back through the last norm."""
+        """During the backward of the last norm."""
         fused = self.setting.device == "cuda"
         norm = self.a if fused else 8 if self.a == 4 else 12 + self.a
         return max(2 * self.step.tokens * self.h * self.a, (self.step.tokens * self.a + self.tokens * norm) * self.h)
 
     def in_gated(self, layer: int) -> int:
-        """While the gradient goes through a feed-forward part: four tensors of its width, and gate and up again."""
+        """During the backward of a feed-forward part: four tensors of its width, and recomputed gate and up."""
         again = 2 * self.f if layer in self.recomputed else 0
         return self.tokens * (4 * self.f + again + self.h) * self.a
 
     def in_adapters(self, layer: int) -> int:
-        """While the gradients of the factors are formed: one for each window, then the sums."""
+        """While the gradients of the factors are computed: one for each window, then the sums."""
         widest = max(max(linear.inputs, linear.outputs) for linear in self.linears(layer))
         each = self.windows * (self.a + 4) + 4 * self.adapters
         return self.tokens * self.h * self.a + self.rank * widest * each
 
     def in_polar(self) -> int:
-        """While the gradient goes through the norm of the states of a linear layer."""
+        """During the backward of the norm of a linear layer's states."""
         d, r, steps = self.config.state_size, self.config.rank, 2 + 2 * self.config.power_iterations
         return 2 * self.tokens * self.h * self.a + self.adapters * d * (4 * steps * r + d) * self.s
 
     def in_states(self) -> int:
-        """While the gradient goes through the states of a linear layer, back to the hidden states."""
+        """During the backward of a linear layer's states, down to the hidden states."""
         d, tokens = self.config.state_size, self.context_tokens[-1]
         projected = tokens * 2 * d * (2 * self.s + self.c + (self.s if self.c < 4 else 0))
         rest = tokens * self.h * self.c + 2 * d * self.h * (2 * self.c + self.p)
@@ -314,7 +315,7 @@ class StepMemory:
     # Moments
 
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """What is there at each moment that can be the peak, by part."""
+        """The bytes by part at each moment that can be the peak."""
         layers = range(self.shape.layers)
         gradients = [self.parameters_of(layer) for layer in layers]
         base = [self.kept_by_base(layer) + self.kept_by_adapters(layer) for layer in layers]
@@ -341,7 +342,7 @@ class StepMemory:
 
     @cached_property
     def _there(self) -> dict[str, int]:
-        """What is there all the time."""
+        """The bytes that are in use all the time."""
         return {
             "weights of the base model": self.weights(),
             "generators": self.parameters(),
@@ -359,6 +360,6 @@ class StepMemory:
 
 
 def generator_parameters(config: GeneratorConfig, hidden: int, linear: LinearShape) -> int:
-    """Numbers in the parameters of the generator of one linear layer."""
+    """Number of parameters of the generator of one linear layer."""
     widths = linear.inputs + linear.outputs
     return config.state_size * (2 * hidden + widths) + hidden + config.static_rank * widths

@@ -65,8 +65,8 @@ class TokenCache:
         digests = [_sha256(numbers) for numbers in (self.corpus.ids, self.corpus.offsets)]
         if fingerprint_of(digests) != self.corpus.fingerprint:
             raise FormatError(
-                f"the token cache {self.folder} is damaged: its numbers do not have the checksum that {DESCRIPTION} "
-                "names; remove it, and it is made again"
+                f"the token cache {self.folder} is damaged: its numbers do not match the checksum in {DESCRIPTION}; "
+                "remove it, and it is made again"
             )
 
     @property
@@ -109,7 +109,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: it is no JSON ({error})") from error
+        raise FormatError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(description, dict) or description.get("kind") != "token_cache":
         raise FormatError(f"{path} does not describe a token cache")
     version = count_entry(path, description, "format_version")

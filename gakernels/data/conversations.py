@@ -97,7 +97,7 @@ def _conversations(row: Mapping[str, Any]) -> list[Conversation | str]:
         return [_with_system(row, _dialogue([*_messages(row["prompt"], "user"), *answer]))]
     if "instruction" in row and ("output" in row or "response" in row):
         return [_with_system(row, _instruction(row))]
-    return ["record of no known form"]
+    return ["record of an unknown form"]
 
 
 def _with_system(row: Mapping[str, Any], said: Conversation | str) -> Conversation | str:
@@ -106,7 +106,7 @@ def _with_system(row: Mapping[str, Any], said: Conversation | str) -> Conversati
     if isinstance(said, str) or _is_blank(system) or said[0].role == "system":
         return said
     text = _text(system)
-    return (Message("system", text), *said) if text else "system message that is no text"
+    return (Message("system", text), *said) if text else "system message that is not text"
 
 
 def _context(row: Mapping[str, Any]) -> str:
@@ -138,14 +138,14 @@ def _messages(value: object, role: str) -> list[Any]:
 def _dialogue(messages: object) -> Conversation | str:
     entries = _list(messages)
     if not entries or not all(isinstance(entry, Mapping) for entry in entries):
-        return "conversation that is no list of messages"
+        return "conversation that is not a list of messages"
     conversation = []
     for entry in entries:
         role, content = _text(_entry(entry, "role", "from")).lower(), _entry(entry, "content", "value")
         if role not in ROLES:
             return "message whose role is not system, user or assistant"
         if not _text(content):
-            return "message without content" if _is_blank(content) else "message whose content is no text"
+            return "message without content" if _is_blank(content) else "message whose content is not text"
         conversation.append(Message(ROLES[role], _text(content)))
     spoken = [message.role for message in conversation if message.role != "system"]
     if spoken[:1] != ["user"]:
@@ -176,7 +176,7 @@ def _instruction(row: Mapping[str, Any]) -> Conversation | str:
     for pair in _list(history) or ([] if _is_blank(history) else [history]):
         exchange = _exchange(*pair) if isinstance(pair, (list, tuple)) and len(pair) == 2 else ""
         if not isinstance(exchange, tuple):
-            return "history that is no list of questions with their answers"
+            return "history that is not a list of questions with their answers"
         said += exchange
     last = _exchange(asked, _entry(row, "output", "response"))
     return said + last if isinstance(last, tuple) else last
@@ -184,7 +184,7 @@ def _instruction(row: Mapping[str, Any]) -> Conversation | str:
 
 def _exchange(asked: object, answer: object) -> tuple[Message, ...] | str:
     if not _text(asked):
-        return "question without text" if _is_blank(asked) else "question that is no text"
+        return "question without text" if _is_blank(asked) else "question that is not text"
     if not _text(answer):
         return "question without answers" if _is_blank(answer) else "answer that is neither text nor number"
     return Message("user", _text(asked)), Message("assistant", _text(answer))

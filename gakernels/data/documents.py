@@ -46,7 +46,7 @@ def record_documents(records: Iterable[Record], text_key: str, bad: BadRecords) 
         text = record.entries.get(text_key)
         if not isinstance(text, str):
             there = ", ".join(map(str, record.entries))
-            bad.add(f"record whose {text_key!r} entry is no text", f"{record.place} (entries: {there:.100})")
+            bad.add(f"record whose {text_key!r} entry is not text", f"{record.place} (entries: {there:.100})")
         elif "\0" in text:
             bad.add("text with NUL bytes", record.place)
         elif not _is_unicode(text):

@@ -18,7 +18,7 @@ from gakernels.errors import InputError
 from gakernels.settings import Count, PathText, Positive, settings
 from gakernels.user_text import decode_user_text
 
-NO_JSON, NO_ROWS = "file that is no JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
+NO_JSON, NO_ROWS = "file that is not JSON", "JSON file that is neither a list of rows nor of SQuAD's form"
 # Faults of whole files: it is unknown how many rows they cost.
 FILE_FAULTS = (UNREADABLE, NO_JSON, NO_ROWS)
 _JSON = {".json"}
@@ -144,7 +144,7 @@ def _json_rows(path: Path, bad: BadRecords) -> Iterator[Record]:
 def _objects(row: object, place: str, bad: BadRecords) -> Iterator[Record]:
     """A row; or, if it is an article of SQuAD, its paragraphs."""
     if not isinstance(row, dict):
-        bad.add("row that is no JSON object", place)
+        bad.add("row that is not a JSON object", place)
     elif isinstance(row.get("paragraphs"), list):
         for number, paragraph in enumerate(row["paragraphs"], 1):
             yield from _objects(paragraph, f"paragraph {number} of {place}", bad)

@@ -59,12 +59,12 @@ def _lines(path: Path, bad: BadRecords) -> Iterator[Record]:
             except UnicodeDecodeError:
                 bad.add("line that is not UTF-8", place)
             except (ValueError, RecursionError):
-                bad.add("line that is no JSON", place)
+                bad.add("line that is not JSON", place)
             else:
                 if isinstance(entries, dict):
                     yield Record(entries, place)
                 else:
-                    bad.add("line that is no JSON object", place)
+                    bad.add("line that is not a JSON object", place)
 
 
 def _rows(path: Path, bad: BadRecords, columns: Sequence[str] | None) -> Iterator[Record]:

@@ -112,7 +112,7 @@ class AnswerLog:
             if there != here:
                 raise InputError(
                     f"{path} holds answers of a run with other settings: {name} was {there!r} and is {here!r} now; "
-                    "go on with the old settings, delete that file or choose another --json"
+                    "continue with the old settings, delete that file, or choose another --json"
                 )
 
 

@@ -109,7 +109,7 @@ def _json_objects(path: Path, skipped: BadRecords) -> Iterator[tuple[str, dict[s
     # Not splitlines: a text may hold other separators.
     for number, entry in json_lines(read_user_text(path).split("\n")):
         if entry is None:
-            skipped.add("line that is no JSON object", f"{path}:{number}")
+            skipped.add("line that is not a JSON object", f"{path}:{number}")
         else:
             yield f"{path}:{number}", entry
 
@@ -128,7 +128,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num} is no CSV: {error}") from error
+        raise InputError(f"{path}:{reader.line_num} is not CSV: {error}") from error
 
 
 def text_of(value: object) -> str:
@@ -319,7 +319,7 @@ def _json_rows(path: Path, skipped: BadRecords) -> Iterator[tuple[str, dict[str,
         if isinstance(row, dict):
             yield place, row
         else:
-            skipped.add("row that is no JSON object", place)
+            skipped.add("row that is not a JSON object", place)
 
 
 # Conversations

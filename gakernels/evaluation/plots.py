@@ -15,7 +15,7 @@ _RECALL_AXES = {
     "length": "tokens of context",
     "position": "third of the context",
     "distractors": "distractors",
-    "overwritten": "facts told anew",
+    "overwritten": "facts told again",
     "needle": "tokens around one fact",
 }
 _PAPER_LINES = ("closed_book", "prompt", "adapter")

@@ -224,7 +224,7 @@ class Runner:
                     self._run_shard(name, method, requests, bar, alone=number == 0)
             except torch.OutOfMemoryError as error:
                 raise InputError(
-                    f"{name}: the memory is not enough for a batch of {self.settings.batch_tokens} tokens; go on with "
+                    f"{name}: not enough memory for a batch of {self.settings.batch_tokens} tokens; continue with "
                     "a smaller --batch-tokens"
                 ) from error
 

@@ -62,7 +62,7 @@ def layer_reason(layer: Any) -> str | None:
 def adapter_reason(layer: Any, adapter: str) -> str | None:
     """Why one adapter of a layer can't run on `lowrank_linear` in any mode; None if it can, apart from dropout."""
     if adapter in layer.lora_variant:
-        return f"adapter {adapter!r} is no plain LoRA but a {type(layer.lora_variant[adapter]).__name__}"
+        return f"adapter {adapter!r} is not a plain LoRA but a {type(layer.lora_variant[adapter]).__name__}"
     return (
         _submodule_reason(f"lora_A of adapter {adapter!r}", layer.lora_A[adapter], (nn.Linear,))
         or _submodule_reason(f"lora_B of adapter {adapter!r}", layer.lora_B[adapter], (nn.Linear,))

@@ -1,4 +1,4 @@
-"""A frozen language model with generators: attachment, passes over contexts, streams, and the files of a generator."""
+"""A frozen language model with generators: attachment, context passes, streams, and generator files."""
 
 from gakernels.model.base_model import load_base, locate
 from gakernels.model.generative_adapter import GenerativeAdapter

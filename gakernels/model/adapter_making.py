@@ -1,4 +1,4 @@
-"""Adapters, whole and compact, of the states that contexts left; and the check that one fits a model."""
+"""Making adapters, plain and compact, from context states; and checking that an adapter fits a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def make_adapters(model: AttachedGenerators, states: Mapping[str, Tensor], token
     description = {**_description(model), "generator_fingerprint": model.generator_fingerprint()}
     return [
         Adapter(
-            # Copies, so that one adapter that is kept does not keep the memory of all.
+            # Copies, so that keeping one adapter does not keep the memory of all.
             lora_a={name: pair[0][row].clone() for name, pair in factors.items()},
             lora_b={name: pair[1][row].clone() for name, pair in factors.items()},
             tokens_seen=tokens,
@@ -46,7 +46,7 @@ def make_compact_adapters(
     fingerprint = model.generator_fingerprint()
     return [
         CompactAdapter(
-            # Copies, so that one that is kept does not keep the memory of all.
+            # Copies, so that keeping one does not keep the memory of all.
             left={name: factor[row].clone() for name, factor in left.items()},
             right={name: factor[row].clone() for name, factor in right.items()},
             base_fingerprint=model.base_fingerprint(),
@@ -76,11 +76,12 @@ def expand(model: AttachedGenerators, compact: CompactAdapter) -> Adapter:
 
 
 def expanded(model: AttachedGenerators, adapter: AnyAdapter) -> Adapter:
-    """An adapter in whatever form as the plain one, which fits the model.
+    """Turn an adapter of any form into a plain one, and check that it fits the model.
 
     Raises:
-        InputError: it is no adapter.
-        FormatError: it was made for another base model or for other layers; a compact one, by another generator.
+        InputError: it is not an adapter.
+        FormatError: it was made for another base model or for other layers; or it is compact and was made by another
+            generator.
     """
     if isinstance(adapter, QuantizedCompactAdapter):
         adapter = adapter.dequantize()
@@ -95,7 +96,7 @@ def expanded(model: AttachedGenerators, adapter: AnyAdapter) -> Adapter:
 
 
 def _description(model: AttachedGenerators) -> dict[str, Any]:
-    """What of an adapter follows from the model alone."""
+    """The attributes of an adapter that depend only on the model."""
     return {
         "scale": model.config.adapter_scale,
         "base_fingerprint": model.base_fingerprint(),

@@ -1,4 +1,4 @@
-"""Generators attached to a base model: passes over windows, and the states of contexts."""
+"""Generators attached to a base model: passes over windows, and context states."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ from gakernels.nn.token_loss import token_loss
 
 
 class _BeforeLayer:
-    """The hook in front of a decoder layer; no closure, so that it is copied and pickled with its model."""
+    """The pre-forward hook of a decoder layer; not a closure, so that it can be copied and pickled with its model."""
 
     def __init__(self, model: "AttachedGenerators", sites: list[Site]) -> None:
         self._model, self._sites = model, sites
@@ -52,11 +52,11 @@ class _BeforeLayer:
 
 
 class AttachedGenerators(nn.Module):
-    """A frozen base model with generators, as `GenerativeAdapter` describes it; what it needs of text is a lock.
+    """A frozen base model with generators, see `GenerativeAdapter`; for text it only holds the tokenizer's lock.
 
     Attributes:
-        weights: who uses the weights of the base model, and what is merged into them.
-        tokenizing: held while the tokenizer is used, which threads can't share.
+        weights: tracks who uses the weights of the base model, and what is merged into them.
+        tokenizing: lock held while the tokenizer is in use, because threads can't share it.
         chat_template: the Jinja template of the conversations that the generators were tuned on; None if they were not.
     """
 
@@ -73,7 +73,7 @@ class AttachedGenerators(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         base = unwrapped(base)
         check_chunk_size(base.config, config.chunk_size)
-        find_sites(base, config.linears, config.layers)  # refuses before anything is changed
+        find_sites(base, config.linears, config.layers)  # raises before anything is changed
         put_in_lean_modules(base)
         self._sites = find_sites(base, config.linears, config.layers)
         self.target_modules = target_modules(base, self.adapted_names)
@@ -85,7 +85,7 @@ class AttachedGenerators(nn.Module):
         self.weights, self.tokenizing = SharedWeights(), OwnLock()
         self._base_fingerprint: str | None = None
         self._layers_fingerprint: str | None = None
-        self._other_bases: tuple[str, ...] = ()  # fingerprints that stand for this base too
+        self._other_bases: tuple[str, ...] = ()  # other fingerprints accepted for this base
         self._generator_fingerprint = FingerprintCache()
         self._attach(dtype)
 
@@ -128,7 +128,7 @@ class AttachedGenerators(nn.Module):
             self.tokenizer.chat_template = template
 
     def detach(self) -> PreTrainedModel:
-        """Take the generators off: the base model as it was (frozen). This object can't be used afterwards."""
+        """Remove the generators and return the original (frozen) base model. This object can't be used afterwards."""
         self.weights.unmerge(self.linears())
         uncompile_layers(self.base)
         for hook in self._hooks:
@@ -163,9 +163,9 @@ class AttachedGenerators(nn.Module):
     def overlap_generators(self, wanted: bool = True) -> None:
         """Form the adapters of a decoder layer on a second stream of the GPU, in the forward and in the backward.
 
-        It runs beside what the layer does before it needs them: with `o_proj` adapted beside its attention. A layer
-        whose `q_proj`, `k_proj` or `v_proj` is adapted needs them at once. On other devices only the order of the
-        operations changes. Not for parameters whose memory comes and goes during a pass (FSDP).
+        It overlaps with what the layer computes before it needs them: with its attention if `o_proj` is adapted. A
+        layer whose `q_proj`, `k_proj` or `v_proj` is adapted needs them at once. On other devices only the order of
+        the operations changes. Not for parameters that are freed and gathered during a pass (FSDP).
 
         Raises:
             InputError: the base model is on several devices.
@@ -188,7 +188,7 @@ class AttachedGenerators(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the base model takes its input; of one on several devices, the first."""
+        """The device of the base model's input; the first one if the model is spread over several."""
         return execution_device(self.base)
 
     def train(self, mode: bool = True) -> "AttachedGenerators":
@@ -210,11 +210,11 @@ class AttachedGenerators(nn.Module):
         """Encode windows, each with the adapter of the context chunks that it sees.
 
         Args:
-            input_ids: (B, W, M), the first `chunks` windows of each row are its context.
+            input_ids: (B, W, M); the first `chunks` windows of each row are its context.
             mask: (B, W, M) bool, False for padding, which must be on the right of each window.
             chunks: T >= 1.
-            seen: (W,), how many context chunks the adapter of each window has seen: 0 for none (or only the initial
-                states), t for window t of the context, and up to T for windows after it.
+            seen: (W,), number of context chunks that the adapter of each window has seen: 0 for none (or only the
+                initial states), t for window t of the context, and up to T for windows after it.
             initial_states: S_0 (B, d_r, d_r) by adapted layer.
 
         Returns:
@@ -234,10 +234,10 @@ class AttachedGenerators(nn.Module):
     def _forward_in_two(
         self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The first window alone, without a graph or a backward: nothing in it depends on the generators. Then the rest
-        as a context that continues its states."""
+        """Run the first window alone, without an autograd graph, since nothing in it depends on the generators, then
+        the rest as a context that continues its states."""
         batch = len(input_ids)
-        alone = ContextPass(batch, 1, (0,), mask[:, :1])  # made here, where gradients are on: its states carry them
+        alone = ContextPass(batch, 1, (0,), mask[:, :1])  # made while gradients are enabled: its states carry them
         with torch.no_grad():
             first, first_states = self._encode(alone, input_ids[:, :1])
         rest = ContextPass(batch, chunks - 1, tuple(count - 1 for count in seen[1:]), mask[:, 1:chunks], first_states)
@@ -245,11 +245,11 @@ class AttachedGenerators(nn.Module):
         return torch.cat([first, hidden], dim=1), states
 
     def _encode(self, context: ContextPass, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The last hidden states (B, W, M, d_h) and the states after the context by adapted layer, of one pass."""
+        """Run one pass: the last hidden states (B, W, M, d_h) and the states after the context by adapted layer."""
         with self._block({}, context), CpuAttention():
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
-            for name in self.adapted_names:  # all are formed, so that all states are there
+            for name in self.adapted_names:  # form all adapters, so that all states exist
                 self._linear(name).current_factors()
         return output.last_hidden_state.unflatten(0, input_ids.shape[:2]), context.states
 
@@ -281,22 +281,22 @@ class AttachedGenerators(nn.Module):
             raise InputError(f"initial_states must have the states of all adapted layers, but {missing[0]} is missing")
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits (..., vocabulary) of last hidden states (..., d_h), as the base model's own head gives."""
+        """Logits (..., vocabulary) of last hidden states (..., d_h), as the base model's own head computes them."""
         logits: Tensor = self.base.get_output_embeddings()(hidden)
         settings = self.base.config.get_text_config()
         factor = getattr(settings, "logit_scale", 1.0)  # Cohere
         divisor = getattr(settings, "logits_scaling", 1.0)  # Granite
-        # Logits are large: a factor of one would cost another copy of them, and one more in the backward.
+        # Logits are large: multiplying by one would cost another copy, and one more in the backward.
         logits = logits if factor == 1 else logits * factor
         logits = logits if divisor == 1 else logits / divisor
         cap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood (N,) of tokens (N,) behind hidden states (N, d_h); see `gakernels.nn.token_loss`."""
+        """Negative log-likelihood (N,) of tokens (N,) given hidden states (N, d_h); see `gakernels.nn.token_loss`."""
         return token_loss(hidden, targets, self.logits, self.base.config.get_text_config().vocab_size)
 
-    # States of contexts
+    # Context states
 
     @torch.no_grad()
     def states(
@@ -305,19 +305,19 @@ class AttachedGenerators(nn.Module):
         initial_states: Mapping[str, Tensor] | None = None,
         chunks_per_pass: int = 8,
     ) -> dict[str, Tensor]:
-        """The states (B, d_r, d_r) by adapted layer after B contexts of token ids, each cut into even chunks.
+        """The states (B, d_r, d_r) by adapted layer after reading B contexts, each cut into even chunks.
 
         Args:
             contexts: token ids of each context.
             initial_states: S_0 (B, d_r, d_r) by adapted layer.
-            chunks_per_pass: how many chunks of each context go in one forward pass; longer contexts take more passes,
-                so memory does not grow with their length. The result is the same.
+            chunks_per_pass: chunks of each context per forward pass. Longer contexts take more passes, so memory does
+                not grow with their length. The result is the same.
 
         Raises:
             InputError: a context is empty, a token id is not in the vocabulary, or chunks_per_pass is below 1.
         """
         states: dict[str, Tensor] = {}
-        for states in self.passes(contexts, initial_states, chunks_per_pass):  # noqa: B007 (the last ones are meant)
+        for states in self.passes(contexts, initial_states, chunks_per_pass):  # noqa: B007 (only the last are needed)
             pass
         return states
 
@@ -328,8 +328,8 @@ class AttachedGenerators(nn.Module):
         initial_states: Mapping[str, Tensor] | None = None,
         chunks_per_pass: int = 8,
     ) -> Iterator[dict[str, Tensor]]:
-        """As `states`, one forward pass at a time: yields the states after each, so that a caller can do other things
-        between them."""
+        """Like `states`, one forward pass at a time: yields the states after each pass, so that a caller can do other
+        work in between."""
         if chunks_per_pass < 1:
             raise InputError(f"chunks_per_pass must be at least 1, but it is {chunks_per_pass}")
         if not contexts:
@@ -356,7 +356,7 @@ class AttachedGenerators(nn.Module):
 
     @contextmanager
     def using(self, factors: Mapping[str, LowRankFactors | CompactFactors]) -> Iterator[None]:
-        """The base model with the given factors, by adapted layer, while the block runs; as `adapted` otherwise."""
+        """Use the given factors, by adapted layer, while the block runs; otherwise like `adapted`."""
         with self._block(factors):
             yield
 
@@ -392,31 +392,31 @@ class AttachedGenerators(nn.Module):
         return self._layers_fingerprint
 
     def base_fingerprints(self) -> tuple[str, ...]:
-        """Fingerprints that files for this base model may name: its own first, then those that it was let stand for."""
+        """The fingerprints that files for this base model may name: its own first, then others that it accepts."""
         return self.base_fingerprint(), *self._other_bases
 
     def set_base_fingerprints(self, fingerprints: tuple[str, ...]) -> None:
-        """Let the base model go by these: the first one in new files, the others in old ones; none leaves its own."""
+        """Set the accepted fingerprints: the first one goes into new files. If empty, the model keeps its own."""
         if fingerprints:
             self._base_fingerprint, self._other_bases = fingerprints[0], fingerprints[1:]
 
     def generator_fingerprint(self) -> str:
-        """Fingerprint of the generators' present parameters and sketches, and of what turns states into adapters."""
+        """Fingerprint of the generators' current parameters and sketches, and of what turns states into adapters."""
         tensors = [*self.generators.parameters(), *self.generators.buffers()]
         return self._generator_fingerprint.get(tensors, lambda: self.fingerprint_of(self.generator_tensors()))
 
     def fingerprint_of(self, tensors: Mapping[str, Tensor]) -> str:
-        """The fingerprint that generators with these tensors and the settings of this one have."""
+        """The fingerprint of generators with these tensors and this model's settings."""
         settings = {name: getattr(self.config, name) for name in ("norm", "damping", "power_iterations")}
         settings["scale"] = self.config.adapter_scale
-        if self.config.sketch_side != "input":  # the name came later; fingerprints from before stay
+        if self.config.sketch_side != "input":  # the setting was added later; older fingerprints stay valid
             settings["sketch_side"] = self.config.sketch_side
         return tensor_fingerprint(tensors.items(), json.dumps(settings))
 
     def generator_tensors(self) -> dict[str, Tensor]:
         """Parameters and sketches of all generators, named by adapted layer.
 
-        Where they are sharded over several processes, all of these make the call together.
+        If they are sharded over several processes, all of these must make this call.
         """
         return {
             f"{name}.{key}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -425,10 +425,10 @@ class AttachedGenerators(nn.Module):
         }
 
     def load_generator_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Put saved parameters and sketches into the generators.
+        """Load saved parameters and sketches into the generators.
 
         Raises:
-            FormatError: names or shapes differ; nothing has been changed then.
+            FormatError: names or shapes differ; then nothing has been changed.
         """
         own = self.generator_tensors()
         for name in sorted(set(own) | set(tensors)):

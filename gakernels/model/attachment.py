@@ -16,7 +16,7 @@ from gakernels.nn import AdaptedLinear, FrozenRMSNorm, GatedMLP
 from gakernels.nn.adapted_linear import has_hooks
 from gakernels.nn.adapted_quantized_linear import is_linear
 
-# Wrappers that compute what their module does, and where they keep it: compiled, replicated, recomputed modules.
+# Wrappers that compute the same as their module, and the attribute that holds it: compiled, replicated, recomputed.
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -36,20 +36,20 @@ class Site:
 
     @property
     def linear(self) -> Any:
-        """The layer that is there now."""
+        """The layer that is currently there."""
         return getattr(self.parent, self.attribute)
 
     def replace(self, linear: nn.Module) -> None:
-        """Put another layer in its place."""
+        """Replace the layer by another one."""
         setattr(self.parent, self.attribute, linear)
 
 
 def unwrapped(base: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, without wrappers around it or inside it, which would change its names, and not
-    compiled.
+    """The transformers model itself, not compiled and without wrappers around or inside it, which would change its
+    parameter names.
 
     Raises:
-        InputError: it is sharded, has adapters of PEFT in it, or is no transformers model.
+        InputError: it is sharded, contains PEFT adapters, or is not a transformers model.
     """
     base = _content(base)
     for parent in list(base.modules()):
@@ -73,20 +73,20 @@ def unwrapped(base: nn.Module) -> PreTrainedModel:
 
 
 def _content(module: nn.Module) -> nn.Module:
-    """What a wrapper wraps; any other module itself."""
+    """The module inside a wrapper; any other module itself."""
     while type(module).__name__ in _WRAPPERS:
         module = getattr(module, _WRAPPERS[type(module).__name__])
     return module
 
 
 def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder layers of a causal language model and their name.
+    """The name and the list of the decoder layers of a causal language model.
 
     Raises:
         InputError: the model has no list of `num_hidden_layers` layers.
     """
     count = base.config.get_text_config().num_hidden_layers
-    decoder = base.get_decoder()  # not some other tower with as many layers
+    decoder = base.get_decoder()  # not another tower with as many layers
     inside = {id(module) for module in decoder.modules()}
     for name, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
@@ -98,8 +98,8 @@ def find_sites(base: PreTrainedModel, linears: tuple[str, ...], layers: tuple[in
     """All linear layers with the given names in the given decoder layers, in the order of the layers.
 
     Raises:
-        InputError: a name or number fits nothing (the message lists what there is), or the layer carries a generator
-            already.
+        InputError: a name or number matches nothing (the message lists what there is), or a layer already carries a
+            generator.
     """
     prefix, modules = decoder_layers(base)
     numbers = range(len(modules)) if layers is None else sorted(layers)
@@ -125,7 +125,7 @@ LEAN_MODULES = (GatedMLP, FrozenRMSNorm)
 
 
 def put_in_lean_modules(base: PreTrainedModel) -> None:
-    """Exchange the feed-forward parts and norms that `GatedMLP` and `FrozenRMSNorm` can stand for."""
+    """Replace the feed-forward parts and norms that `GatedMLP` and `FrozenRMSNorm` can replace."""
     for parent, name, module in _parts(base):
         lean = next((kind for kind in LEAN_MODULES if kind.can_stand_for(module)), None)
         if lean is not None and not has_hooks(module):
@@ -139,14 +139,14 @@ def take_out_lean_modules(base: PreTrainedModel) -> None:
 
 
 def lean_modules(base: PreTrainedModel) -> list[tuple[nn.Module, str, GatedMLP | FrozenRMSNorm]]:
-    """Those that are there, each with its parent and name."""
+    """The lean modules in the model, each with its parent and name."""
     return [
         (parent, name, module) for parent, name, module in _parts(base) if isinstance(module, (GatedMLP, FrozenRMSNorm))
     ]
 
 
 def _parts(base: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:
-    """The parts of the decoder layers and what is beside these layers, each with its parent and name."""
+    """The direct submodules of the decoder layers and of the decoder, each with its parent and name."""
     parents = [*decoder_layers(base)[1], base.get_decoder()]
     return [(parent, name, module) for parent in parents for name, module in parent.named_children()]
 
@@ -154,8 +154,8 @@ def _parts(base: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:
 def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:
     """Names as PEFT's `target_modules` that select exactly the named layers of the base model.
 
-    PEFT takes every module whose name is, or ends with a dot and, a listed one. So the last part of a name (`o_proj`)
-    stands for all layers that have it, where all of them are meant; otherwise the full names are listed.
+    PEFT selects every module whose name is a listed one, or ends with a dot and a listed one. So the last part of a
+    name (`o_proj`) is listed if all layers with it are meant; otherwise the full names are listed.
     """
     targets: list[str] = []
     for last in dict.fromkeys(name.rpartition(".")[2] for name in names):
@@ -166,7 +166,7 @@ def target_modules(base: PreTrainedModel, names: Sequence[str]) -> tuple[str, ..
 
 
 def describe(base: PreTrainedModel) -> dict[str, Any]:
-    """Kind and sizes of a base model, as far as adapter formats of other programs depend on them."""
+    """The type and sizes of a base model that adapter formats of other programs depend on."""
     config = base.config.get_text_config()
     heads = config.num_attention_heads
     return {
@@ -196,7 +196,8 @@ def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def cache_name(module: nn.Module) -> str:
-    """What a model or decoder calls its cache, as an argument and in its output: transformers renames it."""
+    """The name of the cache of a model or decoder, as argument and in its output: it differs between transformers
+    versions."""
     return _cache_name(type(module).forward)
 
 

@@ -29,8 +29,8 @@ def load_base(
 
     Args:
         name: folder, GGUF file or name of the model.
-        tokenizer: the tokenizer, if there is one already.
-        tokenizer_name: folder or name of the tokenizer, if it is not with the model.
+        tokenizer: the tokenizer, if it is already loaded.
+        tokenizer_name: folder or name of the tokenizer, if it is not stored with the model.
         options: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -42,7 +42,7 @@ def load_base(
         raise
     except (
         Exception
-    ) as error:  # whatever transformers trips over in a damaged folder, or a pickle with more than tensors
+    ) as error:  # whatever transformers raises for a damaged folder, or for a pickle with more than tensors
         raise InputError(f"base model {name!r} can't be loaded: {first_line(error)}") from error
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(
@@ -58,13 +58,13 @@ def load_base(
     try:
         return base, AutoTokenizer.from_pretrained(**_source(name))
     except Exception as error:  # the package tokenizers raises nothing narrower
-        if "gguf_file" in _source(name) or any(Path(name).glob("tokenizer*")):  # it has one, and that is damaged
+        if "gguf_file" in _source(name) or any(Path(name).glob("tokenizer*")):  # it has one, but that is damaged
             raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
         return base, None
 
 
 def _source(name: str) -> dict[str, str]:
-    """A name as transformers takes it: of a GGUF file, its folder and its own name."""
+    """The arguments that name a model for transformers: for a GGUF file, its folder and file name."""
     path = Path(name)
     if path.suffix != ".gguf" or not path.is_file():
         return {"pretrained_model_name_or_path": name}
@@ -72,7 +72,7 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _plain(base: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The same model without the marks of a quantised one, which refuse to be saved or moved to another dtype."""
+    """Remove the quantisation marks from a model: with them it can't be saved or cast to another dtype."""
     config = copy.deepcopy(base.config)
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
@@ -82,7 +82,7 @@ def _plain(base: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def _keep_soft_cap(base: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Transformers before 5.21 gives Gemma 2 an attention that leaves the soft cap of its logits out."""
+    """Transformers before 5.21 gives Gemma 2 an attention that ignores the soft cap of its logits."""
     config = base.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     if capped and config._attn_implementation == "sdpa" and options.get("attn_implementation") is None:
@@ -95,7 +95,7 @@ def layers_fingerprint(base: PreTrainedModel) -> str:
 
 
 def locate(folder: Path, name: str) -> str:
-    """A relative path counts from the generator's folder, if it exists there."""
+    """Resolve a relative path from the generator's folder if it exists there."""
     beside = folder / name
     return str(beside) if name and beside.exists() else name
 
@@ -103,13 +103,13 @@ def locate(folder: Path, name: str) -> str:
 def model_fingerprint(model: nn.Module, under: str = "") -> str:
     """Fingerprint of a base model: names and shapes of all parameters, and evenly spaced values of each.
 
-    Values are compared after rounding to bfloat16, tiny ones as zero, so a model loaded in float32 or in bfloat16 has
-    the same one, and also in float16 where its files hold bfloat16 numbers. Reading a sample of each tensor keeps it
-    to a moment for a model of any size. A model that was quantised here has the one from before.
+    Values are rounded to bfloat16 first, tiny ones to zero, so a model has the same fingerprint in float32 and
+    bfloat16, and also in float16 if its files hold bfloat16 numbers. Only a sample of each tensor is read, which takes
+    a moment for a model of any size. A model quantised by this library keeps the fingerprint that it had before.
 
     Args:
         model: the base model; weights that accelerate has offloaded are read from where they are.
-        under: of the parameters of the module of this name alone.
+        under: name of a module; if given, only its parameters count.
     """
     remembered: dict[str, str] = getattr(model, _REMEMBERED, {})
     if under in remembered:
@@ -129,7 +129,7 @@ def model_fingerprint(model: nn.Module, under: str = "") -> str:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters with their names, each once, with the values that a forward pass computes with."""
+    """All parameters with their names, each once, with the values that a forward pass uses."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         path, _, attribute = name.rpartition(".")
@@ -140,7 +140,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
-    """A parameter with its name; of one that other libraries pack numbers into, the tensors inside."""
+    """A parameter with its name; for a tensor subclass that packs numbers, the tensors inside it."""
     if type(parameter).__module__.partition(".")[0] == "torch" or not hasattr(parameter, "__tensor_flatten__"):
         return [(name, parameter)]
     inside, _ = parameter.__tensor_flatten__()
@@ -148,6 +148,6 @@ def _tensors(name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def remember_fingerprint(model: nn.Module, *under: str) -> None:
-    """Have `model_fingerprint` give the present fingerprints from now on, whatever becomes of the parameters: of the
-    whole model, and of the modules of these names."""
+    """Make `model_fingerprint` return the current fingerprints from now on, even if the parameters change: of the whole
+    model, and of the modules of these names."""
     setattr(model, _REMEMBERED, {name: model_fingerprint(model, name) for name in ("", *under)})

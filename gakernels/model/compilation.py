@@ -1,4 +1,4 @@
-"""torch.compile of the frozen decoder layers, which fuses what lies between their matrix products."""
+"""torch.compile for the frozen decoder layers, which fuses the operations between their matrix products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from gakernels.nn.factors_in_force import HandedOver, refuse_copy
 
 
 def compile_layers(base: PreTrainedModel, **options: Any) -> None:
-    """Compile every decoder layer, forward and backward, one at a time; layers that are alike share a graph.
+    """Compile every decoder layer, forward and backward, one at a time; identical layers share a graph.
 
-    The operations of this library stay one node each. The generators run in front of a layer, outside its graph; where
-    they overlap with it (`GenerativeAdapter.overlap_generators`) the graph is cut where their adapter is waited for.
-    The model computes the same up to rounding. A compiled layer can't be copied or pickled.
+    Each operation of this library stays a single node. The generators run before a layer, outside its graph; if they
+    overlap with it (`GenerativeAdapter.overlap_generators`), the graph breaks where the layer waits for their adapter.
+    Results are the same up to rounding. A compiled layer can't be copied or pickled.
 
     Args:
         base: the base model of a `GenerativeAdapter`, or any other.
-        options: for `torch.compile`; shapes are static unless `dynamic` says otherwise.
+        options: passed to `torch.compile`; shapes are static unless `dynamic` says otherwise.
     """
     for layer in decoder_layers(base)[1]:
         plain: Any = type(layer).forward.__get__(layer)
@@ -29,8 +29,8 @@ def compile_layers(base: PreTrainedModel, **options: Any) -> None:
 
 
 class _Compiled:
-    """A compiled forward, told which factors are in force here: torch.compile can't look up what belongs to a thread or
-    task, but it knows `threading.local`."""
+    """A compiled forward that passes on the factors in use here: torch.compile can't read context variables, but it
+    supports `threading.local`."""
 
     def __init__(self, compiled: Callable[..., Any], linears: list[AdaptedLinear]) -> None:
         self._compiled = compiled
@@ -52,7 +52,7 @@ class _Compiled:
 
 
 def uncompile_layers(base: PreTrainedModel) -> None:
-    """The opposite of `compile_layers`; nothing happens where nothing is compiled."""
+    """The opposite of `compile_layers`; does nothing if nothing is compiled."""
     for layer in decoder_layers(base)[1]:
         layer.__dict__.pop("forward", None)
         for module in layer.modules():

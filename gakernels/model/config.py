@@ -1,4 +1,4 @@
-"""GeneratorConfig: what is adapted and how large the generators are; stored with every generator."""
+"""GeneratorConfig: which layers are adapted and how large the generators are; stored with every generator."""
 
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -16,18 +16,18 @@ class GeneratorConfig:
     """Settings of all generators of a model; the defaults are the paper's (section 3).
 
     Attributes:
-        linears: names of the adapted linear layers inside a decoder layer, whole (`self_attn.o_proj`) or the last
-            part (`o_proj`).
-        layers: numbers of the adapted decoder layers, counted from 0; None for all.
+        linears: names of the adapted linear layers inside a decoder layer, in full (`self_attn.o_proj`) or only the
+            last part (`o_proj`).
+        layers: indices of the adapted decoder layers, from 0; None for all.
         state_size: d_r.
         rank: r.
         scale: factor of the adapter; None for 64 / d_r (alpha 64: 1/16 at d_r = 1024, as for Mistral in the paper).
         chunk_size: largest number of tokens in a context chunk.
         norm: `polar` or `frobenius`.
         damping: tau of the polar factor (docs/numerics.md).
-        power_iterations: of the polar factor.
-        seed: of the start values and the sketches.
-        sketch_side: `input`: the sketch multiplies S, or `output`: S^T, as in the authors' released generators.
+        power_iterations: number of power iterations of the polar factor.
+        seed: seed of the initial parameters and the sketches.
+        sketch_side: the sketch multiplies S (`input`) or S^T (`output`, as in the authors' released generators).
         static_rank: rank of a learned term that is the same for every context (`AdapterGenerator`); 0 for none.
 
     Raises:
@@ -59,7 +59,7 @@ class GeneratorConfig:
         return 64 / self.state_size if self.scale is None else self.scale
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The settings as plain JSON types."""
         return asdict(self)
 
     @classmethod

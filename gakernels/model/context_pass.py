@@ -1,9 +1,9 @@
-"""One forward pass over windows: which of them make up the context, and which adapter each of them sees.
+"""One forward pass over windows: which windows form the context, and which adapter each window sees.
 
 Windows are folded into the batch, so each attends only to itself and its positions start at 0. The decoder layers run
-in order; in front of each, its generators read the layer's input of the context windows, form the states and the
-adapters of all prefixes, and hand them to the layer's linear layers. So all chunks of a context go in one pass, and
-window t is encoded with the adapter of the chunks before it (section 2.2 and appendix B of the paper).
+in order; before each, its generators read the layer's input of the context windows, form the states and the adapters
+of all prefixes, and pass them to the layer's linear layers. So one pass handles all chunks of a context, and window t
+is encoded with the adapter of the chunks before it (section 2.2 and appendix B of the paper).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,18 @@ from gakernels.nn.side_stream import Later, Streams
 
 @dataclass
 class ContextPass:
-    """What the layers need to know during one pass over B rows of W windows.
+    """The information that the layers need during one pass over B rows of W windows.
 
     Attributes:
         batch: B.
-        chunks: T, the first T of the W windows are the context.
-        seen: (W,) numbers of context chunks behind the adapter of each window, 0..T; 0 means the initial state, and
-            in a fresh context no adapter, or the static term where the generators have one.
+        chunks: T; the first T of the W windows are the context.
+        seen: (W,) number of context chunks that the adapter of each window has seen, 0..T; 0 means the initial
+            state: in a fresh context no adapter, or only the static term if the generators have one.
         mask: (B, T, M) bool, False for padding in the context.
         initial_states: S_0 (B, d_r, d_r) by name of the adapted layer; None for a fresh context.
-        differentiable: whether the adapters and states carry gradients, whatever the pass itself does; if not given,
-            as at the time when this is made.
-        states: filled by the pass: the state after all T chunks, by name.
+        differentiable: whether the adapters and states carry gradients, even if the pass itself does not; if not given,
+            whether gradients are enabled when this object is made.
+        states: the state after all T chunks, by name; filled in by the pass.
     """
 
     batch: int
@@ -46,14 +46,14 @@ class ContextPass:
             raise InputError(f"seen must be between 0 and the {self.chunks} context chunks, but it is {self.seen}")
 
     def factors(self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float) -> LowRankFactors | None:
-        """The adapters of all windows for one linear layer, from its decoder layer's input (B W, M, d_h)."""
+        """The adapters of all windows for one linear layer, from the input of its decoder layer (B W, M, d_h)."""
         with torch.set_grad_enabled(self.differentiable):
             return self._factors(name, generator, hidden, scale)
 
     def factors_later(
         self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float, streams: Streams
     ) -> Later[LowRankFactors | None]:
-        """As `factors`, formed beside the current stream when they are first asked for."""
+        """Like `factors`, but formed on a second stream, when they are first needed."""
 
         def form() -> tuple[LowRankFactors | None, list[Tensor]]:
             factors = self.factors(name, generator, hidden, scale)
@@ -70,7 +70,7 @@ class ContextPass:
         states = generator.states(windows, mask, initial)
         self.states[name] = states[:, -1]
         if generator.static_rank and initial is None and 0 in self.seen:
-            initial = torch.zeros_like(states[:, 0])  # norm(0) = 0: what is left is the static term
+            initial = torch.zeros_like(states[:, 0])  # norm(0) = 0: only the static term is left
         distinct = self._distinct(initial is not None)
         if not distinct:
             return None
@@ -79,11 +79,11 @@ class ContextPass:
         return LowRankFactors(lora_a.flatten(0, 1), lora_b.flatten(0, 1), scale, index)
 
     def _distinct(self, has_initial: bool) -> list[int]:
-        """The prefix lengths that some window sees; each needs one adapter per row."""
+        """The distinct prefix lengths that windows see; each needs one adapter per row."""
         return sorted({count for count in self.seen if count or has_initial})
 
     def _adapter_index(self, distinct: Sequence[int]) -> Tensor:
-        """(B W,): number of the adapter of each window, row by row; -1 where it sees nothing."""
+        """(B W,): index of the adapter of each window, row by row; -1 where it sees none."""
         slots = torch.tensor([distinct.index(count) if count in distinct else -1 for count in self.seen])
         rows = torch.arange(self.batch)[:, None] * len(distinct)
         return torch.where(slots < 0, -1, rows + slots).flatten()
@@ -95,7 +95,7 @@ def _prefixes(states: Tensor, initial: Tensor | None, distinct: Sequence[int]) -
         states, distinct = torch.cat([initial[:, None], states], dim=1), [count + 1 for count in distinct]
     first, last = distinct[0], distinct[-1]
     if len(distinct) == states.shape[1]:
-        return states  # not a slice of everything, which costs a copy in the backward
+        return states  # a slice, even of everything, would cost a copy in the backward
     if list(distinct) == list(range(first, last + 1)):
         return states[:, first - 1 : last]
     return states[:, [count - 1 for count in distinct]]

@@ -1,4 +1,4 @@
-"""Texts as token ids: one rule for contexts and prompts, wherever they are read."""
+"""Encoding texts as token ids: one rule for contexts and prompts, used everywhere."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -10,23 +10,23 @@ from gakernels.errors import InputError
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = True) -> list[int]:
-    """Token ids of a text behind which something may follow.
+    """Token ids of a text that may be continued.
 
-    What the tokenizer puts in front of a text (BOS, CLS) stands in front; what it puts behind one (EOS, SEP) would say
-    that the text has ended, and is left out.
+    The special tokens that the tokenizer puts before a text (BOS, CLS) are kept; those that it puts after it (EOS, SEP)
+    would mark the end of the text, and are left out.
 
     Args:
-        tokenizer: of the base model.
+        tokenizer: the base model's tokenizer.
         text: a context, a piece of one, or a prompt.
-        begins: whether the text stands at the beginning; a later piece has nothing in front.
+        begins: whether the text is the beginning; later pieces get no special tokens.
     """
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return opening_tokens(tokenizer) + ids if begins else ids
 
 
 def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text; none where it puts none."""
-    # A special token always becomes a token, which texts need not: a vocabulary may lack their characters.
+    """The special tokens that a tokenizer puts before a text, if any."""
+    # A special token always encodes to a token. Other texts may not: a vocabulary may lack their characters.
     for text in (*tokenizer.all_special_tokens, "a"):
         encoded = tokenizer(text, return_special_tokens_mask=True)
         if 0 in encoded["special_tokens_mask"]:
@@ -35,10 +35,10 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: int, place: str) -> None:
-    """Whether the base model knows some tokens: a tokenizer may have more, as long as no text has them.
+    """Check that the base model knows the tokens: a tokenizer may have more, as long as no text contains them.
 
     Raises:
-        InputError: one of the tokens is such a one.
+        InputError: the base model does not know one of the tokens.
     """
     largest = max(ids, default=0)
     if largest >= rows:
@@ -50,15 +50,15 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: i
 
 
 def is_token(value: object) -> bool:
-    """Whether a value is one token id, and not a text or a sequence of token ids."""
+    """Whether a value is a single token id rather than a text or a sequence of token ids."""
     return isinstance(value, Integral) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def encode_context(tokenizer: PreTrainedTokenizerBase | None, context: str | Sequence[int], first: bool) -> list[int]:
-    """Token ids of a piece of context; text gets opening tokens (BOS) only where the context starts.
+    """Token ids of a piece of context; text gets opening tokens (BOS) only at the start of the context.
 
     Raises:
-        InputError: the context is empty, or no sequence of token ids, or it is a text and there is no tokenizer.
+        InputError: the context is empty or not a sequence of token ids, or it is a text and there is no tokenizer.
     """
     if isinstance(context, str):
         if tokenizer is None:

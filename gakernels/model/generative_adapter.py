@@ -1,4 +1,4 @@
-"""GenerativeAdapter: a frozen causal language model with generators that turn a context into its adapter."""
+"""GenerativeAdapter: a frozen causal language model with generators that turn a context into an adapter."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,24 +29,24 @@ from gakernels.nn.offloading import execution_device
 class GenerativeAdapter(AttachedGenerators):
     """Generators attached to a base model.
 
-    The base model is frozen and keeps its parameter names; its adapted linear layers, quantised or not, are exchanged
-    for `AdaptedLinear` with the same parameters, and feed-forward parts and norms of the usual kind for `GatedMLP` and
-    `FrozenRMSNorm`, which compute the same with less memory (`detach` puts the old ones back). The generators are the
+    The base model is frozen and keeps its parameter names. Its adapted linear layers, quantised or not, are replaced by
+    `AdaptedLinear` with the same parameters, and feed-forward parts and norms of the usual kind by `GatedMLP` and
+    `FrozenRMSNorm`, which compute the same with less memory (`detach` restores the originals). The generators are the
     only trainable parameters.
 
-    Which adapter is in use belongs to a thread or asyncio task, not to the model: several may use one model at the same
-    time, each with its own adapter or context pass. Merging alone has the model for itself (docs/base_models.md).
+    The adapter in use belongs to a thread or asyncio task, not to the model: several may use one model at the same
+    time, each with its own adapter or context pass. Only merging needs the model to itself (docs/base_models.md).
 
     Args:
         base: any decoder-only transformers model whose decoder layers hold the named linear layers; wrappers around it
-            (`torch.compile`, data parallel) are taken off.
-        config: what is adapted and how.
-        tokenizer: needed only where text goes in or comes out.
-        dtype: of the generators' parameters; float32 if not given, whatever the base model has.
+            (`torch.compile`, data parallel) are removed.
+        config: which layers are adapted, and how.
+        tokenizer: needed only for text input or output.
+        dtype: dtype of the generators' parameters, independent of the base model's.
 
     Raises:
-        InputError: config names layers that the model does not have or chunks that are longer than it reads, or the
-            model already carries generators, is sharded or has an adapter of PEFT in it.
+        InputError: config names layers that the model does not have or chunks that are too long for it, or the model
+            already carries generators, is sharded or contains a PEFT adapter.
     """
 
     # Contexts
@@ -68,10 +68,10 @@ class GenerativeAdapter(AttachedGenerators):
         """The adapter of a context, or the list of adapters of a list of contexts, encoded together as one batch.
 
         Args:
-            contexts: a context is a text or a sequence of token ids.
+            contexts: one or several contexts, each a text or a sequence of token ids.
 
         Raises:
-            InputError: there is no context, one is empty, or there is no tokenizer for a text.
+            InputError: there are no contexts, one is empty, or there is no tokenizer for a text.
         """
         one = isinstance(contexts, str) or not isinstance(contexts, Iterable)
         several: list[Any] = [contexts] if one else list(contexts)
@@ -91,9 +91,9 @@ class GenerativeAdapter(AttachedGenerators):
         """The compact adapters of B states (B, d_r, d_r) by adapted layer; see `CompactAdapter`.
 
         Args:
-            states: as `states` gives them.
-            tokens_seen: number of tokens behind each of them.
-            dtype: of U and V; that of the states if not given.
+            states: as `states` returns them.
+            tokens_seen: number of tokens that each state has seen.
+            dtype: dtype of U and V; that of the states if not given.
 
         Raises:
             InputError: the generator's norm is `frobenius`, whose factors are not smaller than the state.
@@ -101,7 +101,7 @@ class GenerativeAdapter(AttachedGenerators):
         return make_compact_adapters(self, states, tokens_seen, dtype)
 
     def expand(self, compact: CompactAdapter) -> Adapter:
-        """The adapter of a compact one: lora_A = V^T B2 and lora_B = A1 U, in the dtype of the generators.
+        """Expand a compact adapter: lora_A = V^T B2 and lora_B = A1 U, in the dtype of the generators.
 
         Raises:
             FormatError: it was made by another generator or for another base model.
@@ -112,18 +112,18 @@ class GenerativeAdapter(AttachedGenerators):
 
     @contextmanager
     def adapted(self, adapters: AnyAdapter | Sequence[AnyAdapter]) -> Iterator[None]:
-        """The base model with an adapter, or with one adapter per row of the batch, while the block runs.
+        """Use an adapter, or one adapter per row of the batch, while the block runs.
 
-        With n adapters the rows of a batch must be a multiple of n: each adapter serves that many consecutive rows.
-        The adapters are in use in the current thread or asyncio task alone, and in tasks that it starts in the block; a
-        thread that is started in the block has none (`contextvars.copy_context().run` hands them on).
+        With n adapters the number of rows in a batch must be a multiple of n, and each adapter serves an equal share of
+        consecutive rows. The adapters are in use only in the current thread or asyncio task, and in tasks that it
+        starts in the block; a thread started in the block has none (`contextvars.copy_context().run` passes them on).
 
         Args:
-            adapters: compact ones, which must be of this generator, are expanded.
+            adapters: one or several; compact ones must be of this generator and are expanded.
 
         Raises:
             InputError: an adapter is merged into the base model, the adapters differ in scale or rank, or the block
-                ends out of its place (see `Block.in_force`).
+                ends out of order (see `Block.in_force`).
             FormatError: an adapter was made for another base model or for other layers.
         """
         several = [expanded(self, adapter) for adapter in _as_list(adapters)]
@@ -136,18 +136,18 @@ class GenerativeAdapter(AttachedGenerators):
             yield
 
     def merge(self, adapter: AnyAdapter) -> None:
-        """Add an adapter into the weights of the base model; `unmerge` restores them bit by bit from a copy.
+        """Add an adapter to the weights of the base model; `unmerge` restores them bit by bit from a copy.
 
         Raises:
             InputError: an adapter is merged already, the model is in use (in a block of `adapted`, a context pass or
-                `generate`, of any thread or task), or the weights are quantised or offloaded.
+                `generate`, in any thread or task), or the weights are quantised or offloaded.
             FormatError: the adapter was made for another base model or for other layers.
         """
         adapter = expanded(self, adapter)
         self.weights.merge(self.linears(), {name: adapter.delta(name) for name in self.adapted_names})
 
     def unmerge(self) -> None:
-        """Restore the weights from before `merge`; nothing happens if nothing is merged.
+        """Restore the weights from before `merge`; does nothing if nothing is merged.
 
         Raises:
             InputError: the model is in use.
@@ -157,13 +157,12 @@ class GenerativeAdapter(AttachedGenerators):
     def save_merged(self, adapter: AnyAdapter, folder: str | Path) -> None:
         """Write a plain model folder, with the tokenizer: the base model with an adapter merged into its weights.
 
-        The base model here stays as it is, also while this runs. Other files in the folder stay.
+        The base model in memory does not change, not even temporarily. Other files in the folder stay.
 
         Raises:
-            InputError: an adapter is merged already, the weights are quantised or offloaded, or there is a file of that
-                name.
+            InputError: an adapter is merged already, the weights are quantised or offloaded, or `folder` is a file.
             FormatError: the adapter was made for another base model or for other layers.
-            OSError: it could not be written; what was there is unharmed.
+            OSError: it could not be written; existing files are unchanged.
         """
         adapter, linears = expanded(self, adapter), self.linears()
         self.weights.check_mergeable(linears)
@@ -176,22 +175,23 @@ class GenerativeAdapter(AttachedGenerators):
                 self.tokenizer.save_pretrained(temporary)
 
     def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
-        """Continue texts with the base model as it is now (see `adapted`), by transformers' `generate`.
+        """Continue texts with the base model in its current state (see `adapted`), using transformers' `generate`.
 
-        Decoding is greedy, whatever generation settings the base model comes with: of these only the tokens that end a
-        text are kept. Anything else is up to the options.
+        Decoding is greedy: of the base model's own generation settings, only the end-of-text tokens are used. Anything
+        else is up to the options.
 
         Args:
             prompts: one text or several; several are padded on the left.
-            options: for `generate`, such as `num_beams` or `generation_config`. If they don't say how long, at most 32
-                tokens are written, and no more than the base model has positions for.
+            options: for `generate`, such as `num_beams` or `generation_config`. If they set no length, at most 32
+                tokens are generated, and no more than the base model has positions for.
 
         Returns:
             The new text of each prompt, without the prompt and special tokens.
 
         Raises:
-            InputError: there is no tokenizer, no prompt or an empty one, the prompts are not a multiple of the adapters
-                in use, or a prompt and its continuation go beyond the positions of the base model.
+            InputError: there is no tokenizer, there are no prompts or one is empty, the number of prompts is not a
+                multiple of the number of adapters in use, or a prompt and its continuation exceed the positions of the
+                base model.
         """
         return text_generation.continue_texts(self, prompts, options)
 
@@ -205,12 +205,13 @@ class GenerativeAdapter(AttachedGenerators):
         """Write the generators to a folder; `from_pretrained` reads it. The base model is not written.
 
         Args:
-            folder: gets `generator.safetensors`, with everything, and `generator.json`, the same description to read.
-            base_name: name or path of the base model to write down, if not the one that it was loaded from; a path is
-                looked for from the folder first.
+            folder: receives `generator.safetensors`, which holds everything, and `generator.json`, a readable copy of
+                its description.
+            base_name: name or path of the base model to record, if not the one that it was loaded from; a relative path
+                is looked up from the folder first.
 
         Raises:
-            OSError: it could not be written; older files are unharmed.
+            OSError: it could not be written; existing files are unchanged.
         """
         save_generator(self, Path(folder), base_name)
 
@@ -229,15 +230,16 @@ class GenerativeAdapter(AttachedGenerators):
         Args:
             folder: what `save_pretrained` wrote, or a generator in the format of the authors' released code (see
                 `gakernels.model.released`): a folder, or the name of a repository on the Hugging Face hub.
-            base: the base model, or its name or path; if not given, the one that the generator names.
-            tokenizer: if not given, the base model's, where there is one.
-            dtype: of the generators' parameters.
-            allow_other_base: take a base model whose decoder layers are not those that the generator was trained for,
-                with a warning. One that differs outside of them alone (tokens were added) is taken with one anyway.
+            base: the base model, or its name or path; by default the one that the generator names.
+            tokenizer: by default the base model's, if it has one.
+            dtype: dtype of the generators' parameters.
+            allow_other_base: accept a base model whose decoder layers are not those that the generator was trained for,
+                with a warning. One that differs only outside of them (tokens were added) is accepted in any case, also
+                with a warning.
             base_options: for `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            InputError: a file or model is missing, or `GenerativeAdapter` refuses the base model.
+            InputError: a file or model is missing, or `GenerativeAdapter` rejects the base model.
             FormatError: a file is damaged, or the base model is not the one the generator was trained for.
         """
         folder = local_folder(folder)

@@ -1,4 +1,4 @@
-"""Generators by name: a folder here, or a repository on the Hugging Face hub."""
+"""Finding generators by name: a local folder, or a repository on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -7,20 +7,20 @@ from huggingface_hub import snapshot_download
 
 from gakernels.errors import InputError, first_line
 
-# Data only. Pickles (*.bin, *.pt) and code are never fetched.
+# Data only: pickles (*.bin, *.pt) and code are never downloaded.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def is_repository_name(name: str | Path) -> bool:
-    """Whether a name can be a repository on the hub, `owner/name`, and is no folder here."""
+    """Whether a name may be a repository on the hub, `owner/name`, and is not a local folder."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None and not Path(name).exists()
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder of that name, fetched into the hub's cache if there is none here and the name is `owner/name`.
+    """The folder of that name; if there is none and the name is `owner/name`, it is downloaded to the hub's cache.
 
     Raises:
-        InputError: there is no such folder, and no such repository or no way to it.
+        InputError: there is no such folder, and the repository does not exist or can't be reached.
     """
     folder = Path(name)
     if folder.is_dir():

@@ -1,11 +1,11 @@
-"""A lock that does not keep its owner from being copied or pickled."""
+"""A lock that does not prevent its owner from being copied or pickled."""
 
 import threading
 from typing import Any
 
 
 class OwnLock:
-    """A lock for a `with` block; a copy of the object that holds it has a free one of its own."""
+    """A lock for a `with` block; a copy of the object that holds it gets a new, free lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,6 +1,6 @@
-"""How many positions a base model reads, and what is refused because of it: one rule for everything here.
+"""The position limit of a base model, and the checks that follow from it, in one place.
 
-A context chunk, a window and a prompt with its continuation must fit; each of them starts at position 0.
+A context chunk, a window, and a prompt with its continuation must fit; each of them starts at position 0.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ _STRETCHED = ("linear", "dynamic", "yarn")  # kinds of rope scaling whose factor
 def position_limit(config: Any) -> int | None:
     """The positions of a base model with this transformers configuration; None where there is no limit.
 
-    That is `max_position_embeddings`. Where rope is scaled by a factor that this number leaves out, it is the factor
-    times the original positions. A sliding window does not count: it limits what a token sees, not where it stands.
+    That is `max_position_embeddings`. If rope is scaled by a factor that this number does not include, it is the factor
+    times the original positions. A sliding window does not count: it limits what a token sees, not its position.
     Models without position embeddings (ALiBi, recurrent ones) have no limit.
     """
     config = config.get_text_config()
@@ -36,6 +36,6 @@ def check_chunk_size(config: Any, chunk_size: int) -> None:
 
 
 def check_prompt(limit: int | None, prompt: int, new_tokens: int, option: str = "max_new_tokens") -> None:
-    """Raises: InputError: a prompt of so many tokens and its continuation go beyond the positions of the base model."""
+    """Raises: InputError: the prompt's tokens and its continuation exceed the positions of the base model."""
     if limit is not None and prompt + new_tokens > limit:
         raise InputError(f"the model reads {limit} tokens, but the prompt has {prompt} and {option} is {new_tokens}")

@@ -1,4 +1,4 @@
-"""The files of a generator: what `save_pretrained` writes, and what a model is made of."""
+"""The files of a generator: writing them, and reading what a model is built from."""
 
 import json
 import warnings
@@ -28,11 +28,10 @@ class Pretrained:
         base: the base model, without wrappers.
         tokenizer: its tokenizer, if there is one.
         config: the generator's settings.
-        tensors: parameters and sketches by name, as `AttachedGenerators.generator_tensors` has them.
+        tensors: parameters and sketches by name, as `AttachedGenerators.generator_tensors` returns them.
         source: the file that they come from.
-        fingerprints: that the base model goes by: its own for new files first, then others that it stands for. Empty:
-            the one that it has.
-        has_sketches: if not, they are drawn by the seed of the settings.
+        fingerprints: those accepted for the base model: first the one for new files, then others. Empty: only its own.
+        has_sketches: if not, the sketches are drawn from the seed in the settings.
         chat_template: of the conversations that the generator was tuned on, if it was.
     """
 
@@ -68,7 +67,7 @@ def read_generator(
     allow_other_base: bool,
     base_options: Mapping[str, Any],
 ) -> Pretrained:
-    """What `save_generator` wrote, with its base model; see `GenerativeAdapter.from_pretrained`."""
+    """Read what `save_generator` wrote, and its base model; see `GenerativeAdapter.from_pretrained`."""
     path = folder / GENERATOR_FILE
     tensors, description = read_tensors(path, "generator")
     config = _read_config(path, description)
@@ -85,16 +84,16 @@ def read_generator(
     layers = entry(path, {"base_layers_fingerprint": "", **description}, "base_layers_fingerprint", str)
     same_layers = layers == layers_fingerprint(base)
     _check_other_base(path, base_name, wanted, own, same_layers, allow_other_base)
-    # With the same layers it makes the adapters that the base of the generator would.
+    # With the same layers it produces the same adapters as the generator's own base model.
     fingerprints = (wanted, own) if same_layers else (own, wanted)
     return Pretrained(base, tokenizer, config, tensors, path, fingerprints, chat_template=template)
 
 
 def put_in(model: AttachedGenerators, found: Pretrained) -> None:
-    """Give a new model of these settings the saved parameters.
+    """Load the saved parameters into a new model with these settings.
 
     Raises:
-        FormatError: they do not fit; the generators have been taken off then.
+        FormatError: they do not fit; then the generators have been detached.
     """
     drawn = {} if found.has_sketches else model.generator_tensors()
     sketches = {name: tensor for name, tensor in drawn.items() if name.endswith(".sketch")}
@@ -109,7 +108,7 @@ def put_in(model: AttachedGenerators, found: Pretrained) -> None:
 
 
 def _check_other_base(path: Path, name: str, wanted: str, own: str, same_layers: bool, allowed: bool) -> None:
-    """A base model is not the one that a generator was trained for: a warning, or a FormatError."""
+    """Handle a base model that a generator was not trained for: warn or raise a FormatError."""
     difference = (
         f"base must be the model that {path} was trained for (fingerprint {wanted}, {name or 'no name'}), but its "
         f"fingerprint is {own}"
@@ -119,9 +118,9 @@ def _check_other_base(path: Path, name: str, wanted: str, own: str, same_layers:
             f"{difference}; its decoder layers are the same, so adapters fit if only tokens were added", stacklevel=4
         )
     elif allowed:
-        warnings.warn(f"{difference}; taken all the same, as allow_other_base says", stacklevel=4)
+        warnings.warn(f"{difference}; accepted anyway because of allow_other_base", stacklevel=4)
     else:
-        raise FormatError(f"{difference}; allow_other_base (--allow-other-base) takes it all the same")
+        raise FormatError(f"{difference}; allow_other_base (--allow-other-base) accepts it anyway")
 
 
 def _read_config(path: Path, description: Mapping[str, Any]) -> GeneratorConfig:
@@ -140,7 +139,7 @@ def _read_template(path: Path, description: Mapping[str, Any]) -> str | None:
 
 
 def _check_sketches(path: Path, config: GeneratorConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Before generators of the sizes that a file names are made: a damaged one may name sizes beyond any memory."""
+    """Check sizes before generators of these sizes are made: a damaged file may name sizes that fit no memory."""
     sketches = [tensor for name, tensor in tensors.items() if name.endswith(".sketch")]
     if not sketches or any(sketch.shape != (config.state_size, config.rank) for sketch in sketches):
         raise FormatError(f"{path} is damaged: its tensors do not have the sizes that its settings name")

@@ -1,4 +1,4 @@
-"""quantize_base: a loaded base model, with the linear layers of its decoder layers in 8 or 4 bits."""
+"""quantize_base: quantise the linear layers in the decoder layers of a loaded base model to 8 or 4 bits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +25,10 @@ QUANTIZATIONS = tuple(_KINDS)
 
 
 def quantize_base(base: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """Exchange the linear layers of all decoder layers, in place; embedding, head, norms and anything else stay.
+    """Quantise the linear layers of all decoder layers in place; embedding, head, norms and all else stay.
 
-    The model keeps the fingerprint that it had: a generator or an adapter that was made for it in full precision fits
-    it in fewer bits, and the other way round. Cast the model before, not after; then pass it to `GenerativeAdapter`.
+    The model keeps its fingerprint: a generator or adapter made for it in full precision also fits it in fewer bits,
+    and vice versa. Cast the model before this, not after; then pass it to `GenerativeAdapter`.
 
     Args:
         base: a decoder-only transformers model without generators, in float32, bfloat16 or float16.
@@ -39,7 +39,7 @@ def quantize_base(base: PreTrainedModel, kind: str) -> PreTrainedModel:
 
     Raises:
         InputError: the kind is unknown, the model carries generators, or a layer can't be quantised.
-        BackendError: the device has no such products, or bitsandbytes is missing. The model is as it was then.
+        BackendError: the device does not support such products, or bitsandbytes is missing. The model is unchanged.
     """
     if kind not in _KINDS:
         raise InputError(f"kind must be one of {', '.join(QUANTIZATIONS)}, but it is {kind!r}")

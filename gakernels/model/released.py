@@ -1,4 +1,4 @@
-"""Generators in the format of the authors' released code: read and written (docs/formats.md).
+"""Reading and writing generators in the format of the authors' released code (docs/formats.md).
 
 Its state matrix is the transpose of S: Delta W = (alpha / d_r) B norm(M)^T A1 with M = S^T. So its sketch multiplies
 S^T (`sketch_side="output"`), and its tensors have other names:
@@ -10,7 +10,7 @@ S^T (`sketch_side="output"`), and its tensors have other names:
     fastlora_A3                 value_projection, A2                  (d_r, d_h)
     fastlora_B                  output_map, A1                        (d_out, d_r)
 
-A checkpoint holds no sketch, because the released code draws a new one at every call; here it is drawn once, from a
+A checkpoint holds no sketch, because the released code draws a new one in every call; here it is drawn once, from a
 seed.
 """
 
@@ -35,8 +35,8 @@ from gakernels.model.pretrained import GENERATOR_FILE, Pretrained
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# The released code has no damping, which leaves the norm of a state of fewer than r tokens undefined. This much keeps
-# it defined, and changes the adapter of a full state by less than float32 does (docs/formats.md).
+# The released code has no damping, so the norm of a state of fewer than r tokens is undefined. This damping makes it
+# defined, and changes the adapter of a full state by less than float32 rounding does (docs/formats.md).
 RELEASED_DAMPING = 1e-6
 
 _PARTS = {
@@ -55,7 +55,7 @@ _NAME = re.compile(
 
 
 def is_released(folder: Path) -> bool:
-    """Whether a folder has the authors' layout and not this library's."""
+    """Whether a folder has the authors' layout rather than this library's."""
     return (folder / CONFIG_FILE).is_file() and not (folder / GENERATOR_FILE).is_file()
 
 
@@ -67,20 +67,20 @@ def read_released(
     seed: int = 0,
     **base_options: Any,
 ) -> Pretrained:
-    """A released generator with its base model and tokenizer.
+    """Read a released generator, with its base model and tokenizer.
 
     Args:
         folder: the checkpoint: `adapter_config.json` and `adapter_model.safetensors`.
-        base: the base model, or its name or path; if not given, the one that the checkpoint names. The format has no
+        base: the base model, or its name or path; by default the one that the checkpoint names. The format has no
             fingerprint of it, so only the shapes are checked.
-        tokenizer: if not given, and the base model is loaded here, the checkpoint's, or else the base model's.
+        tokenizer: by default, if the base model is loaded here, the checkpoint's tokenizer or else the base model's.
         damping: tau. 0 is what the released code computes, for contexts of at least r tokens.
-        seed: of the sketches.
+        seed: seed of the sketches.
         base_options: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         InputError: a file or model is missing.
-        FormatError: the checkpoint is damaged, uses what is not supported, or does not fit the base model.
+        FormatError: the checkpoint is damaged, uses unsupported features, or does not fit the base model.
     """
     folder = Path(folder)
     config, base_name = _read_config(folder / CONFIG_FILE, damping, seed)
@@ -105,18 +105,18 @@ def read_released(
 def save_released(model: AttachedGenerators, folder: str | Path, base_name: str | None = None) -> None:
     """Write a generator in the authors' layout; `GenerativeAdapter.from_pretrained` and the released code read it.
 
-    The format has no damping and no sketch. The released code computes with neither, so it makes the same adapters up
-    to its random sketch where the damping does not matter.
+    The format has no damping and no sketch. The released code uses neither, so where the damping does not matter it
+    makes the same adapters up to its random sketch.
 
     Args:
         model: the generator.
-        folder: gets `adapter_config.json` and `adapter_model.safetensors`; other files in it stay.
-        base_name: name or path of the base model to write down, if not the one that it was loaded from.
+        folder: receives `adapter_config.json` and `adapter_model.safetensors`; other files in it stay.
+        base_name: name or path of the base model to record, if not the one that it was loaded from.
 
     Raises:
-        InputError: the released code can't compute what this generator does (see the message), or there is a file of
-            that name.
-        OSError: it could not be written; older files are unharmed.
+        InputError: the released code can't compute what this generator does (see the message), or `folder` is a
+            file.
+        OSError: it could not be written; existing files are unchanged.
     """
     _check_expressible(model)
     tensors = {}
@@ -133,15 +133,15 @@ def save_released(model: AttachedGenerators, folder: str | Path, base_name: str 
 
 
 def _read_config(path: Path, damping: float, seed: int) -> tuple[GeneratorConfig, str]:
-    """Settings, but for which layers are adapted, and the name of the base model."""
+    """The settings, except for which layers are adapted, and the name of the base model."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged: it is no JSON ({error})") from error
+        raise FormatError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise FormatError(f"{path} is damaged: it is no JSON object")
+        raise FormatError(f"{path} is damaged: it is not a JSON object")
     if values.get("peft_type") != "FASTLORA":
         raise FormatError(
             f"{path} must be of a released generator (FASTLORA), but it is of {values.get('peft_type')!r}"
@@ -153,7 +153,7 @@ def _read_config(path: Path, damping: float, seed: int) -> tuple[GeneratorConfig
     if values.get("fastlora_inter_size") not in (None, size):
         raise FormatError(f"{path}: fastlora_inter_size must be fastlora_r ({size}), but it is another size")
     if values.get("lora_r"):
-        raise FormatError(f"{path}: lora_r must be 0; a static LoRA beside the generator is not supported")
+        raise FormatError(f"{path}: lora_r must be 0; a static LoRA in addition to the generator is not supported")
     try:
         config = GeneratorConfig(
             state_size=size,
@@ -176,7 +176,7 @@ def _own_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None or match["part"] not in _PARTS:
-            raise FormatError(f"{path} holds {name}, which is no part of a released generator")
+            raise FormatError(f"{path} holds {name}, which is not part of a released generator")
         parameter = _PARTS[match["part"]]
         layer = f"{match['layers']}.{match['number']}.{match['linear']}"
         own[f"{layer}.{parameter}"] = tensor.mT if parameter == _TRANSPOSED and tensor.dim() == 2 else tensor
@@ -184,7 +184,7 @@ def _own_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _sites(path: Path, tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Which decoder layers, and which linear layers in each of them, the tensors are for."""
+    """The decoder layers, and the linear layers in each of them, that the tensors belong to."""
     sites = {_split(name.rpartition(".")[0])[1:] for name in tensors}
     numbers, linears = tuple(sorted({site[0] for site in sites})), tuple(sorted({site[1] for site in sites}))
     if not sites or len(sites) != len(numbers) * len(linears) or len(tensors) != len(_PARTS) * len(sites):
@@ -193,7 +193,7 @@ def _sites(path: Path, tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], 
 
 
 def _check_sizes(path: Path, config: GeneratorConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Before generators of the sizes that a file names are made: a damaged one may name sizes beyond any memory."""
+    """Check sizes before generators of these sizes are made: a damaged file may name sizes that fit no memory."""
     for name, tensor in tensors.items():
         if name.endswith(".input_map") and tensor.shape[:1] != (config.state_size,):
             raise FormatError(f"{path} does not fit its settings: {name} must have {config.state_size} rows")
@@ -216,14 +216,14 @@ def _check_expressible(model: AttachedGenerators) -> None:
 
 
 def _split(name: str) -> tuple[str, int, str]:
-    """`model.layers.3.self_attn.o_proj` to `model.layers`, 3 and `self_attn.o_proj`."""
+    """Split `model.layers.3.self_attn.o_proj` into `model.layers`, 3 and `self_attn.o_proj`."""
     match = re.fullmatch(r"((?:model\.)*layers)\.(\d+)\.(.+)", name)
     assert match is not None, name
     return match[1], int(match[2]), match[3]
 
 
 def _config(config: GeneratorConfig, base_name: str) -> dict[str, Any]:
-    """All fields of the released code's configuration; those that are not ours have its defaults."""
+    """All fields of the released code's configuration; fields that we do not set have its defaults."""
     alpha = config.adapter_scale * config.state_size
     return {
         "peft_type": "FASTLORA",

@@ -1,4 +1,4 @@
-"""The weights of a base model, which many may use at a time and which an adapter can be merged into."""
+"""The weights of a base model: many may use them at a time, and an adapter can be merged into them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear
 
 
 class SharedWeights:
-    """Who uses the weights of adapted linear layers, and the originals of those that have an adapter merged in.
+    """Tracks who uses the weights of adapted linear layers, and keeps the originals while an adapter is merged in.
 
     A copy of a model that is in use has no users.
     """
@@ -24,13 +24,13 @@ class SharedWeights:
 
     @contextmanager
     def in_use(self, merged: bool = False) -> Iterator[None]:
-        """Keep `merge` and `unmerge` from running while the block runs; wait for one that has begun.
+        """Keep `merge` and `unmerge` from running while the block runs; wait for one that has already started.
 
         Args:
             merged: whether the block can use weights with an adapter merged in.
 
         Raises:
-            InputError: an adapter is merged into the base model, and the block can't use that.
+            InputError: an adapter is merged into the base model, and the block can't use merged weights.
         """
         user = object()
         with self._users:
@@ -47,7 +47,7 @@ class SharedWeights:
         """Add deltas (d_out, d_in) to weights, and keep copies of the weights.
 
         Raises:
-            InputError: the weights are in use, or `check_mergeable` refuses them.
+            InputError: the weights are in use, or `check_mergeable` rejects them.
         """
         with self._alone():
             self.check_mergeable(linears)
@@ -77,7 +77,7 @@ class SharedWeights:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """While the block runs, nobody begins to use the weights. Raises: InputError: they are in use."""
+        """Keep new users from the weights while the block runs. Raises: InputError: they are in use."""
         with self._users:
             if self._users.there:
                 raise InputError(
@@ -88,7 +88,7 @@ class SharedWeights:
 
 
 class _Users(OwnLock):
-    """Who uses the weights, behind a lock for whoever wants to begin to."""
+    """The current users of the weights, with a lock to hold while adding one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Sums of states: a state is a sum over tokens (equation 3), so contexts can be added, taken out, weighted and faded.
+"""Sums of states: a state is a sum over tokens (equation 3), so contexts can be added, removed, weighted and faded.
 
-All functions take and give states by adapted layer, compute in float64 and round once, to the dtype of the states.
+All functions take and return states by adapted layer, compute in float64 and round once to the states' dtype.
 """
 
 import math
@@ -19,9 +19,9 @@ class Part:
     """A context whose state was added to another one.
 
     Attributes:
-        fingerprint: of its state, as `state_fingerprint` gives it.
+        fingerprint: fingerprint of its state (`state_fingerprint`).
         tokens: number of its tokens.
-        weight: with which it is in the sum now.
+        weight: its current weight in the sum.
     """
 
     fingerprint: str
@@ -29,18 +29,18 @@ class Part:
     weight: float
 
     def faded(self, factor: float) -> "Part":
-        """The same part after the whole sum was multiplied by a factor."""
+        """The same part after the whole sum has been multiplied by a factor."""
         return replace(self, weight=self.weight * factor)
 
 
 def sum_states(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """sum_i w_i S_i of states (..., d_r, d_r) by adapted layer; all weights are 1 if none are given.
 
-    norm(a S) = norm(S) for a > 0, so weights matter relative to each other only.
+    norm(a S) = norm(S) for a > 0, so only the ratios of the weights matter.
 
     Raises:
-        InputError: there are no states, they differ in layers, shape or dtype, or the weights are not as many finite
-            numbers.
+        InputError: there are no states, they differ in layers, shape or dtype, or the weights are not one finite number
+            per set of states.
     """
     if not parts:
         raise InputError("parts must be at least one set of states, but there is none")
@@ -53,20 +53,20 @@ def sum_states(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float] |
 
 
 def subtract_states(whole: Mapping[str, Tensor], part: Mapping[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
-    """S - w S_part: what is left of a sum when a part of weight w is taken out.
+    """S - w S_part: what is left of a sum after a part of weight w is removed.
 
     The sum was rounded when it was formed, so this differs from the sum of the other parts by up to the unit roundoff
-    of the dtype times |S| + |S - w S_part|, entry by entry. Where little is left beside a large part, that is a large
-    share of it; add up the other parts again to have none.
+    of the dtype times |S| + |S - w S_part|, entry by entry. If the remainder is small compared to the part, that is a
+    large relative error; to avoid it, sum the other parts again.
 
     Raises:
-        InputError: as `sum_states`.
+        InputError: as for `sum_states`.
     """
     return sum_states([whole, part], [1.0, -weight])
 
 
 def scale_states(states: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """a S, to weigh a context before others are added: S_n = sum_i a^(n-i) (S_i - S_(i-1)) for a decay before each.
+    """a S, to weight a context before others are added: decay before each gives S_n = sum_i a^(n-i) (S_i - S_(i-1)).
 
     Raises:
         InputError: the factor is not finite.

@@ -1,4 +1,4 @@
-"""A static LoRA of the same layers, trained with the same windows: the control that knows no context."""
+"""A static LoRA of the same layers, trained on the same windows: the control that sees no context."""
 
 import math
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ STATIC_LORA_FILE = "static_lora.safetensors"  # in the folder of a generator, as
 class StaticLora(nn.Module):
     """One trainable pair of factors per adapted layer, of the generated adapters' rank, the same for every window.
 
-    What it gains over the base model is what any training on such text gives; what the generator gains over it comes
-    from the context.
+    Its gain over the base model is what any training on such text gives; the generator's further gain comes from the
+    context.
     """
 
     def __init__(self, model: GenerativeAdapter) -> None:
@@ -35,14 +35,14 @@ class StaticLora(nn.Module):
             self.lora_b[key] = nn.Parameter(torch.zeros(outputs, rank, device=model.device))
 
     def factors(self) -> dict[str, LowRankFactors]:
-        """By adapted layer, for `GenerativeAdapter.using`."""
+        """The factors by adapted layer, for `GenerativeAdapter.using`."""
         return {
             key.replace("/", "."): LowRankFactors(a[None], self.lora_b[key][None], self._scale)
             for key, a in self.lora_a.items()
         }
 
     def window_losses(self, model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
-        """The same losses as `objectives.window_losses`, every window with this adapter."""
+        """The same losses as `objectives.window_losses`, but every window uses this adapter."""
         batch = to_device(batch, model.device)
         shape = batch.input_ids.shape
         with model.using(self.factors()):
@@ -55,8 +55,8 @@ def static_adapter(model: GenerativeAdapter, factors: Mapping[str, LowRankFactor
     """Trained factors that serve all contexts, as an adapter that can be saved.
 
     Args:
-        model: whose layers they adapt.
-        factors: by adapted layer, one pair each (as `StaticLora.factors` gives them).
+        model: the model whose layers they adapt.
+        factors: one pair per adapted layer (as `StaticLora.factors` returns them).
     """
     return Adapter(
         lora_a={name: pair.lora_a[0].detach().clone() for name, pair in factors.items()},

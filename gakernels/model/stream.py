@@ -21,11 +21,11 @@ from gakernels.model.state_arithmetic import Part, scale_states, state_fingerpri
 
 
 class ContextStream:
-    """A context that is read piece by piece; only its state S_t per adapted layer is kept (equation 3).
+    """A context that is read piece by piece, keeping only its state S_t per adapted layer (equation 3).
 
     Attributes:
-        tokens_seen: number of tokens appended so far, those of added contexts included.
-        parts: the contexts that were added as a whole, and with which weight each of them is in the state.
+        tokens_seen: number of tokens appended so far, including those of added contexts.
+        parts: the contexts that were added as a whole, with their weights in the state.
     """
 
     def __init__(self, model: AttachedGenerators) -> None:
@@ -33,7 +33,7 @@ class ContextStream:
         self._states: dict[str, Tensor] = {}
         self.tokens_seen = 0
         self.parts: tuple[Part, ...] = ()
-        self._lock = OwnLock()  # changes follow one another, and nobody reads half of one
+        self._lock = OwnLock()  # serialises changes, so that nobody reads a half-made one
 
     def append(self, context: str | Sequence[int], chunks_per_pass: int = 8) -> ContextStream:
         """Read more of the context, each chunk with the adapter of everything before it.
@@ -56,10 +56,10 @@ class ContextStream:
         return self
 
     def add(self, other: ContextStream, weight: float = 1.0) -> ContextStream:
-        """Add the state of another context, which was read on its own (docs/method.md).
+        """Add the state of another context that was read separately (docs/method.md).
 
         Args:
-            other: a stream of the same generator; it stays as it is.
+            other: a stream of the same generator; it is not changed.
             weight: factor of its state.
 
         Returns:
@@ -80,16 +80,16 @@ class ContextStream:
         return self
 
     def remove(self, other: ContextStream) -> ContextStream:
-        """Take out a context that was added, by subtraction: exact up to the rounding of the sum.
+        """Remove an added context by subtraction: exact up to the rounding of the sum.
 
-        For no rounding at all, add the other contexts to a new stream. Pieces that were appended while the context was
-        in were encoded with its adapter and stay as they are.
+        To avoid rounding, add the other contexts to a new stream. Pieces that were appended while the context was part
+        of the stream were encoded with its adapter and stay as they are.
 
         Returns:
             The stream itself.
 
         Raises:
-            InputError: this context, in just this state, has not been added.
+            InputError: this context has not been added in exactly this state.
         """
         states = other.states()
         fingerprint = state_fingerprint(states)
@@ -99,7 +99,7 @@ class ContextStream:
                 raise InputError("the context to remove must have been added, in just this state, but it has not been")
             part = self.parts[positions[-1]]
             left = self.parts[: positions[-1]] + self.parts[positions[-1] + 1 :]
-            if part.tokens == self.tokens_seen:  # subtraction would leave rounding, which norm() would raise to 1
+            if part.tokens == self.tokens_seen:  # subtraction would leave rounding, which norm() would scale up to 1
                 self._states, self.tokens_seen, self.parts = {}, 0, ()
             else:
                 self._states = subtract_states(self._states, states, part.weight)
@@ -107,9 +107,9 @@ class ContextStream:
         return self
 
     def decay(self, factor: float) -> ContextStream:
-        """Forget by a factor: multiply the state, so that what is appended or added from now on weighs more.
+        """Fade the state by a factor, so that what is appended or added from now on weighs more.
 
-        The adapter of the stream itself does not change by it: norm(a S) = norm(S).
+        This does not change the adapter of the stream itself: norm(a S) = norm(S).
 
         Returns:
             The stream itself.
@@ -142,7 +142,7 @@ class ContextStream:
         return self._content()[0]
 
     def _content(self) -> tuple[dict[str, Tensor], int, tuple[Part, ...]]:
-        """States, tokens seen and parts at one moment."""
+        """A consistent snapshot of states, tokens seen and parts."""
         with self._lock:
             return self._filled(), self.tokens_seen, self.parts
 
@@ -166,11 +166,11 @@ class ContextStream:
         return make_compact_adapters(self._model, states, [tokens], dtype)[0]
 
     def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file; `load` goes on exactly where it stopped.
+        """Write the state to one safetensors file; after `load`, the stream continues exactly from here.
 
         Raises:
-            InputError: nothing has been appended yet, or there is a folder of that name.
-            OSError: it could not be written; an older file of that name is unharmed.
+            InputError: nothing has been appended yet, or `path` is a folder.
+            OSError: it could not be written; an existing file of that name is unchanged.
         """
         states, tokens, parts = self._content()
         tensors = {name: state[0] for name, state in states.items()}

@@ -1,4 +1,4 @@
-"""Continuing texts by transformers' `generate`."""
+"""Continuing texts with transformers' `generate`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from gakernels.model.encoding import check_tokens, encode_text
 from gakernels.model.positions import check_prompt, position_limit
 from gakernels.model.windows import pad_left
 
-NEW_TOKENS = 32  # unless the caller says how many
+NEW_TOKENS = 32  # unless the caller sets a number
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def end_tokens(model: AttachedGenerators) -> tuple[int, ...]:
 
 
 def _length(model: AttachedGenerators, prompt: int, options: Mapping[str, Any]) -> dict[str, int]:
-    """How many tokens may be written, where the options don't say it. Raises: InputError: beyond the positions."""
+    """The length option to use if the options set none. Raises: InputError: it exceeds the positions."""
     limit, given = position_limit(model.base.config), dict(options)
     config = given.get("generation_config")
     for name in ("max_new_tokens", "max_length"):
@@ -71,8 +71,8 @@ def _length(model: AttachedGenerators, prompt: int, options: Mapping[str, Any]) 
 
 
 def _with_defaults(base: PreTrainedModel, defaults: GenerationConfig) -> Any:
-    """A view of a model that has other generation settings: transformers fills up whatever a caller leaves open from
-    those of the model, and setting them on the model itself would change them for everybody."""
+    """A view of a model with other generation settings: transformers fills in what a caller leaves open from those of
+    the model, and changing them on the model itself would change them for everybody."""
     view = object.__new__(type(base))
     view.__dict__.update({**vars(base), "generation_config": defaults})
     return view

@@ -1,4 +1,4 @@
-"""The pretraining objective (equation 5): which windows a segment becomes, and the losses on them."""
+"""The pretraining objective (equation 5): the windows made from a segment, and the losses on them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class WindowBatch:
         input_ids: (B, W, M); the first `chunks` windows are the context.
         mask: (B, W, M) bool, False for padding on the right.
         chunks: T.
-        seen: (W,), how many context chunks the adapter of each window has seen.
-        targets: by name of a loss, (B, W, M) bool: the tokens whose prediction counts in it. The first token of a
+        seen: (W,), number of context chunks that the adapter of each window has seen.
+        targets: for each loss, by name, (B, W, M) bool: the tokens whose prediction counts. The first token of a
             window is never predicted.
     """
 
@@ -42,7 +42,7 @@ class Loss:
 
     @property
     def mean(self) -> Tensor:
-        """Nats a token; zero where there is no token."""
+        """Nats per token; zero if there are no tokens."""
         return self.total / self.tokens.clamp(min=1)
 
 
@@ -68,7 +68,7 @@ def pretraining_windows(
         generator: draws the slices.
         reconstruction: one of the three.
         slices: reconstruction windows for each of the T adapters, all the first ones before all the second ones; 0
-            leaves completion alone. More than one need slices that differ.
+            trains on completion only. More than one needs slices that differ.
 
     Raises:
         InputError: T does not divide the segment into chunks of two or more tokens, the kind of reconstruction is
@@ -95,7 +95,7 @@ def pretraining_windows(
 
 
 def check_slices(slices: int, chunks: int, reconstruction: str) -> None:
-    """Raises: InputError: so many reconstruction windows of that kind can't be, or there is nothing to train on."""
+    """Raises: InputError: the number of slices does not suit that reconstruction or leaves nothing to train on."""
     if slices < 0 or (slices > 1 and reconstruction != "random_slice"):
         raise InputError(
             f"slices must be 0 or 1, or more with reconstruction 'random_slice', but it is {slices} with "
@@ -106,7 +106,7 @@ def check_slices(slices: int, chunks: int, reconstruction: str) -> None:
 
 
 def _slices(segments: Tensor, chunks: int, length: int, generator: torch.Generator) -> Tensor:
-    """For each t, `length` tokens that start anywhere in the first t chunks and end within them (B, T, length)."""
+    """For each t, `length` consecutive tokens drawn from within the first t chunks (B, T, length)."""
     rows = []
     for segment in segments:
         starts = [int(torch.randint(t * length + 1, (1,), generator=generator)) for t in range(chunks)]
@@ -115,14 +115,14 @@ def _slices(segments: Tensor, chunks: int, length: int, generator: torch.Generat
 
 
 def count_targets(batch: WindowBatch) -> dict[str, int | Tensor]:
-    """How many tokens count in each loss of a batch of windows."""
+    """The number of tokens that count in each loss of a batch of windows."""
     return {name: target[..., 1:].sum() for name, target in batch.targets.items()}
 
 
 def window_losses(model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
-    """Encode a batch of windows with their adapters and take each loss; logits are formed only where a loss is."""
+    """Encode a batch of windows with their adapters and compute each loss; logits are formed only where needed."""
     moved = to_device(batch, model.device)
-    hidden = model(moved.input_ids, moved.mask, batch.chunks, batch.seen)[0]  # the states go: they are large
+    hidden = model(moved.input_ids, moved.mask, batch.chunks, batch.seen)[0]  # drop the states, which are large
     return token_losses(model, hidden, moved.input_ids, batch.targets)
 
 
@@ -131,10 +131,10 @@ def token_losses(
 ) -> dict[str, Loss]:
     """Next-token losses from last hidden states (B, W, M, d_h), one for each set of target tokens.
 
-    Targets that are on the host spare the wait for a GPU that is to say which tokens count.
+    With targets on the host, nothing has to wait for the GPU to tell which tokens count.
     """
     union = torch.stack(list(targets.values())).any(0)[..., 1:]
-    if union.all():  # then nothing is gathered; what follows the last token of a window does not count
+    if union.all():  # then nothing is gathered; the last token of a window predicts nothing
         losses = model.token_loss(hidden.flatten(0, -2), F.pad(input_ids[..., 1:], (0, 1)).flatten())
         chosen = {name: F.pad(target[..., 1:], (0, 1)).flatten().to(losses.device) for name, target in targets.items()}
     else:

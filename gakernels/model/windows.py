@@ -1,4 +1,4 @@
-"""Cutting token sequences into windows: evenly, padded on the right; prompts for generation on the left."""
+"""Cutting token sequences into even windows, padded on the right; prompts for generation are padded on the left."""
 
 import math
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def pad_windows(rows: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Tens
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (int64), both (B, M), of prompts of at most M tokens, for generation."""
+    """Token ids and attention mask (int64), both (B, M), for generating from prompts of at most M tokens."""
     length = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -48,5 +48,5 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def only_first_is_plain(seen: Sequence[int], chunks: int) -> bool:
-    """Whether the first window has no adapter and each of the others has one, out of 1..chunks."""
+    """Whether the first window has no adapter and each of the others has one of 1..chunks."""
     return seen[0] == 0 and all(0 < count <= chunks for count in seen[1:])

@@ -193,7 +193,7 @@ class ContextStore:
                     return
             except FileNotFoundError:
                 pass
-            logger.error("folder %s has been removed or replaced; it is made anew where it is not there", self._folder)
+            logger.error("folder %s has been removed or replaced; it is created again if missing", self._folder)
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 guard = _guarded(self._folder)

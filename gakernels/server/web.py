@@ -150,7 +150,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is malformed or exceeds a limit."},
     401: {"model": ErrorBody, "description": "There is no valid API key."},
     413: {"model": ErrorBody, "description": "The request is too large."},
-    415: {"model": ErrorBody, "description": "The body is not said to be JSON."},
+    415: {"model": ErrorBody, "description": "The Content-Type is not JSON."},
     503: {"model": ErrorBody, "description": "Too much is waiting; try again later."},
 }
 NOT_FOUND: dict[int | str, dict[str, Any]] = {
@@ -324,7 +324,7 @@ class PatientProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer that what arrived is not a request."""
-        self._refuse(ApiError(400, "this is no HTTP/1.1 request, or its headers are too large", "malformed_request"))
+        self._refuse(ApiError(400, "this is not an HTTP/1.1 request or has too large headers", "malformed_request"))
 
     def _await_request(self) -> None:
         """Run the timer while a request is incomplete, not while it is being answered."""

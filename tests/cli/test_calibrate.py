@@ -174,7 +174,7 @@ def test_without_a_gpu(refused: Callable[..., str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert refused("calibrate") == (
-        "gakernels calibrate: an NVIDIA GPU is needed, but this torch can use none (--device cpu only rehearses)\n"
+        "gakernels calibrate: an NVIDIA GPU is needed, but this torch finds none (--device cpu only rehearses)\n"
     )
 
 
@@ -189,7 +189,7 @@ def test_a_rehearsal_checks_everything_and_keeps_nothing(run: Callable[..., Any]
     for operation in dispatch.OPERATIONS:
         assert f"{operation + '.triton':28} right" in outcome.out
     assert "calls measured" in outcome.out
-    assert "nothing is kept" in outcome.out
+    assert "nothing is stored" in outcome.out
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -202,8 +202,8 @@ def test_a_cache_that_can_not_be_written_is_told_before_anything_is_measured(
     monkeypatch.setattr(gpus, "gpu_of", lambda kind, index: GPU)
     monkeypatch.setattr(calibrating, "calibrate", lambda *arguments: pytest.fail("it measures"))
     line = refused("calibrate")
-    assert f"can't be kept in {tmp_path / 'file'}" in line
-    assert "XDG_CACHE_HOME names another place" in line
+    assert f"can't be written to {tmp_path / 'file'}" in line
+    assert "set XDG_CACHE_HOME to use another cache folder" in line
     assert calibration.read(GPU) is None  # nor is there one to read
 
 
@@ -232,7 +232,7 @@ def test_it_keeps_what_it_found(run: Callable[..., Any], monkeypatch: pytest.Mon
     outcome = run("calibrate")
     assert (outcome.code, outcome.err) == (0, "")
     path = calibration.path_of(GPU)
-    assert f"kept in {path}" in outcome.out
+    assert f"stored in {path}" in outcome.out
     record = calibration.read(GPU)
     assert record is not None
     assert record["checks"] == {"lowrank_linear.triton": ""}

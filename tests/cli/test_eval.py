@@ -57,7 +57,7 @@ def test_a_well_known_shape_and_the_papers_table(run: Callable[..., Any], monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--context", "1k"), "--context must be numbers of tokens above 0, with commas, but it is '1k'"),
+        (("--context", "1k"), "--context must be numbers of tokens above 0, separated by commas, but it is '1k'"),
         (("--context", "10,,20"), "--context must be numbers"),
         (("--context", "0"), "--context must be numbers"),
         (("--linears", "o_prj"), "linears: no linear layer is named 'o_prj'"),

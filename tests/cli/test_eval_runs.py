@@ -112,7 +112,7 @@ def test_an_interrupted_run_goes_on(
         patch.setattr(Decoder, "generate", generate)
         outcome = run(*command, "--json", path)
     assert outcome.code == 130
-    assert f"the answers so far are kept beside {path}; the same command goes on" in outcome.err
+    assert f"the answers so far are stored next to {path}; run the command again to resume" in outcome.err
     assert not path.exists()
     kept = (tmp_path / "r.answers.jsonl").read_bytes()
     assert run(*command, "--json", path).code == 0

@@ -131,7 +131,7 @@ def test_the_plan_tells_data_steps_and_padding(
     assert f"{model.base.num_parameters():,}" in row("parameters of the base")
     assert f"{sum(p.numel() for p in model.generators.parameters()):,}" in row("parameters of the generators")
     assert "10, with 30 conversations" in row("contexts to train on")
-    assert "1 x record of no known form" in row("records left out")
+    assert "1 x record of an unknown form" in row("records left out")
     assert "4 of 4 contexts: 1.60 rounds" in row("steps")
     assert "%" in row("tokens in a step")
     assert "seconds" in row("time at 100 TFLOP/s")
@@ -171,7 +171,7 @@ def test_few_rows_that_can_not_be_used_do_not_stop_a_run(
         file.write('{"context": "w5"}\n')
     outcome = run("finetune", *options)
     assert outcome.code == 0, outcome.err
-    assert "left out: 1 x record of no known form" in outcome.err
+    assert "left out: 1 x record of an unknown form" in outcome.err
 
 
 def test_limits_and_broken_files_stop_a_run_too(run: Callable[..., Any], options: list[Any], data: Path) -> None:
@@ -187,7 +187,7 @@ def test_limits_and_broken_files_stop_a_run_too(run: Callable[..., Any], options
     data.rename(folder / "a.jsonl")
     (folder / "b.json").write_text("[")
     options[options.index(data)] = folder
-    assert f"data: {folder} can't be read whole: 1 x file that is no JSON" in stopped(run("finetune", *options))
+    assert f"data: {folder} can't be read whole: 1 x file that is not JSON" in stopped(run("finetune", *options))
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-finetuning", "llama2-7b-finetuning", "cpu-small-finetuning"])
@@ -206,7 +206,7 @@ def test_mistakes_are_told_in_one_line(
     assert "data must have either a path or sources" in refused("finetune", "--generator", files.generator)
     assert "--output is needed" in refused("finetune", "--generator", files.generator, "--data", data)
     assert "model.name is needed" in refused("finetune", *options[2:])
-    assert "batches.batchsize is no setting; did you mean batches.batch_size?" in refused(
+    assert "batches.batchsize is not a setting; did you mean batches.batch_size?" in refused(
         "finetune", *options, "--set", "batches.batchsize=3"
     )
     assert "batch_size must be at least 1" in refused("finetune", *options, "--batch-size", 0)
@@ -216,7 +216,7 @@ def test_mistakes_are_told_in_one_line(
     assert "there is no file or folder" in refused("finetune", *options, "--data", tmp_path / "none.jsonl")
     assert "generator must not be given with start" in refused("finetune", *options, "--set", "generator.rank=4")
     data.write_text('{"text": "x"}\n')
-    assert "has no usable record: 1 x record of no known form" in refused("finetune", *options)
+    assert "has no usable record: 1 x record of an unknown form" in refused("finetune", *options)
     assert "line 1 of" in refused("finetune", *options, "--strict")
     assert "is a file" in refused("finetune", *options, "--output", data)
 

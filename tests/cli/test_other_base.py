@@ -29,12 +29,12 @@ def test_another_base_is_taken_only_with_the_option(
     model = ["--generator", files.generator, "--model", other_base]
     assert "--allow-other-base" in refused("ask", *model, "--no-adapter", "w3")
     for source in (["--no-adapter"], ["--adapter", adapter], ["--document", document]):
-        with pytest.warns(UserWarning, match="taken all the same"):
+        with pytest.warns(UserWarning, match="accepted anyway"):
             assert run("ask", *model, "--allow-other-base", *source, "w3").code == 0
     merged = other_base.parent / "merged"
     export = ["export", "--adapter", adapter, "--format", "merged", "--output", merged, *model]
     assert "--allow-other-base" in refused(*export)
-    with pytest.warns(UserWarning, match="taken all the same"):
+    with pytest.warns(UserWarning, match="accepted anyway"):
         assert run(*export, "--allow-other-base").code == 0
     assert AutoModelForCausalLM.from_pretrained(merged) is not None
 

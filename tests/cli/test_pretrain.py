@@ -144,7 +144,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(run: Callable[..., Any], o
         (["--device", "meta"], "--device must be a device of this machine, but 'meta' is not: "),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--held-out", 1000], "of which 32000 are held out (1000 contexts of 16"),
-        (["--set", "trainer.stepps=3"], "trainer.stepps is no setting; did you mean trainer.steps?"),
+        (["--set", "trainer.stepps=3"], "trainer.stepps is not a setting; did you mean trainer.steps?"),
         (["--set", "trainer.clip=big"], "trainer.clip must be a number, but it is 'big'"),
         (["--set", "trainer.clip"], "must be of the form section.name=value, but it is 'trainer.clip'"),
         (["--set", "windows.segments_at_once=3"], "segments_at_once must divide the 2 segments"),

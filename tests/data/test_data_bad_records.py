@@ -26,11 +26,11 @@ def test_each_kind_has_its_count_and_its_first_places() -> None:
 def test_they_come_back_from_json() -> None:
     bad = BadRecords()
     for number in range(5):
-        bad.add("line that is no JSON", f"line {number}")
+        bad.add("line that is not JSON", f"line {number}")
     again = BadRecords.from_dict(json.loads(json.dumps(bad.to_dict())))
     assert (again.counts, again.places) == (bad.counts, bad.places)
 
 
 def test_strictness_makes_the_first_one_an_error() -> None:
-    with pytest.raises(InputError, match=r"data: line 3 of a\.jsonl: line that is no JSON"):
-        BadRecords(strict=True).add("line that is no JSON", "line 3 of a.jsonl")
+    with pytest.raises(InputError, match=r"data: line 3 of a\.jsonl: line that is not JSON"):
+        BadRecords(strict=True).add("line that is not JSON", "line 3 of a.jsonl")

@@ -161,9 +161,9 @@ def test_bad_records_are_counted_kept_and_reported_each_time(
         with caplog.at_level(logging.WARNING):
             cache = made(FileSource(path))
         assert tokens_of(cache) == 2 * [token for text in texts for token in token_ids(text)]
-        assert cache.bad_records.counts == {"line that is no JSON": number}
-        assert f"left out of {path}: {number} x line that is no JSON (first: line 21 of {path}" in caplog.text
-    with pytest.raises(InputError, match=rf"records that can't be used: {number} x line that is no JSON"):
+        assert cache.bad_records.counts == {"line that is not JSON": number}
+        assert f"left out of {path}: {number} x line that is not JSON (first: line 21 of {path}" in caplog.text
+    with pytest.raises(InputError, match=rf"records that can't be used: {number} x line that is not JSON"):
         made(FileSource(path), strict=True)
 
 
@@ -183,7 +183,7 @@ def test_hidden_files_are_reported_and_never_an_error(
 
 def test_with_strictness_the_first_bad_record_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json_lines(["w3"]) + b"no json\n")
-    with pytest.raises(InputError, match=r"data: line 2 of .*a\.jsonl: line that is no JSON"):
+    with pytest.raises(InputError, match=r"data: line 2 of .*a\.jsonl: line that is not JSON"):
         made(FileSource(path), tmp_path / "cache", strict=True)
     assert files_of(tmp_path / "cache") == {}
 
@@ -227,7 +227,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: next(folder.glob("*.documents")).write_bytes(bytes(8 * 21)),
         r"\.documents is damaged: it must lead from 0 to",
     ),
-    "no json": (lambda folder: (folder / "cache.json").write_text('{"kind'), r"cache\.json is damaged: it is no JSON"),
+    "no json": (lambda folder: (folder / "cache.json").write_text('{"kind'), r"cache\.json is damaged: it is not JSON"),
     "other json": (lambda folder: (folder / "cache.json").write_text("[]"), "does not describe a token cache"),
     "newer": (lambda folder: rewrite(folder, lambda d: d.update(format_version=2)), "has format version 2, and this"),
     "no count": (lambda folder: rewrite(folder, lambda d: d.pop("tokens")), "it has no entry 'tokens'"),
@@ -417,7 +417,7 @@ def test_numbers_that_have_changed_on_the_disk_are_never_used(tmp_path: Path, su
         if folder is None:
             assert tokens_of(made(Invented(300))) == right
         else:
-            with pytest.raises(FormatError, match=f"{cache.folder} is damaged: its numbers do not have the checksum"):
+            with pytest.raises(FormatError, match=f"{cache.folder} is damaged: its numbers do not match the checksum"):
                 made(Invented(300), folder)
 
 

@@ -55,8 +55,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (None, "record whose 'text' entry is no text"),
-        (["w3"], "record whose 'text' entry is no text"),
+        (None, "record whose 'text' entry is not text"),
+        (["w3"], "record whose 'text' entry is not text"),
         ("w3 \0 w4", "text with NUL bytes"),
         ("w3 \ud800", "text with half of a surrogate pair"),
     ],
@@ -74,8 +74,8 @@ def test_records_under_another_key_are_counted_with_the_keys_they_have(tmp_path:
     path = write(tmp_path / "a.jsonl", json_lines(["w3"] * 5, key="body"))
     found, bad = documents(path)
     assert found == []
-    assert bad.counts == {"record whose 'text' entry is no text": 5}
-    assert bad.places["record whose 'text' entry is no text"][0] == f"line 1 of {path} (entries: id, body)"
+    assert bad.counts == {"record whose 'text' entry is not text": 5}
+    assert bad.places["record whose 'text' entry is not text"][0] == f"line 1 of {path} (entries: id, body)"
 
 
 @pytest.mark.parametrize(

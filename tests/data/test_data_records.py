@@ -39,14 +39,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    b"no json": "line that is no JSON",
-    b'{"text": "cut off': "line that is no JSON",
-    b"[" * 100_000: "line that is no JSON",
-    b'{"n": ' + b"1" * 5000 + b"}": "line that is no JSON",
-    b'"w3"': "line that is no JSON object",
-    b"[1]": "line that is no JSON object",
-    b"7": "line that is no JSON object",
-    b"null": "line that is no JSON object",
+    b"no json": "line that is not JSON",
+    b'{"text": "cut off': "line that is not JSON",
+    b"[" * 100_000: "line that is not JSON",
+    b'{"n": ' + b"1" * 5000 + b"}": "line that is not JSON",
+    b'"w3"': "line that is not a JSON object",
+    b"[1]": "line that is not a JSON object",
+    b"7": "line that is not a JSON object",
+    b"null": "line that is not a JSON object",
     '{"text": "größe"}'.encode("latin-1"): "line that is not UTF-8",
 }
 

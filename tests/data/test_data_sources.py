@@ -126,7 +126,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_data_set_of_the_hub_is_read_as_a_stream(asked: list[Any]) -> None:
     found, bad = documents(HubSource("me/data", "en", "test", "body", revision="v2"))
     assert found == ["w3 w4", "w5"]
-    assert bad.places == {"record whose 'body' entry is no text": ["row 2 of hub:me/data@v2:en:test (entries: body)"]}
+    assert bad.places == {"record whose 'body' entry is not text": ["row 2 of hub:me/data@v2:en:test (entries: body)"]}
     assert asked == [(("me/data", "en"), {"split": "test", "revision": "v2", "streaming": True})]
     assert documents(HubSource("me/data", text_key="body", limit=2))[0] == ["w3 w4"]
 

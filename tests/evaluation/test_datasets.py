@@ -142,12 +142,12 @@ def test_a_task(write: Callable[[Any], Path]) -> None:
     ]
     assert task.is_classification
     assert task.skipped.counts == {
-        "line that is no JSON object": 2,
+        "line that is not a JSON object": 2,
         "item without input": 1,
         "item without output": 1,
         "item whose output is not among its options": 1,
     }
-    assert task.skipped.places["line that is no JSON object"][0] == f"{path}:4"
+    assert task.skipped.places["line that is not a JSON object"][0] == f"{path}:4"
 
 
 def test_tasks_with_different_options_or_none_are_no_classification(write: Callable[[Any], Path]) -> None:
@@ -226,7 +226,7 @@ def test_bad_lines_of_conversations_are_counted(write: Callable[[Any], Path]) ->
     data = read_msc(path)
     assert len(data.contexts) == 1
     assert data.skipped.counts == {
-        "line that is no JSON object": 1,
+        "line that is not a JSON object": 1,
         "line without earlier sessions": 2,
         "line without what self_instruct questions need": 1,
     }
@@ -276,7 +276,7 @@ def test_a_file_that_is_no_chat_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must have the columns .*, but 'user 2 personas' is missing"):
         read_persona_chat(path)
     path.write_text(",".join(PERSONA_CHAT_COLUMNS) + '\n"open', encoding="utf-8")
-    with pytest.raises(InputError, match=r"chat.csv:\d is no CSV: unexpected end of data"):
+    with pytest.raises(InputError, match=r"chat.csv:\d is not CSV: unexpected end of data"):
         read_persona_chat(path)
     with pytest.raises(InputError, match="has no context with a question and an answer"):
         read_persona_chat(rows(path))
@@ -395,8 +395,8 @@ def test_what_can_not_be_used_is_counted(tmp_path: Path) -> None:
         "row without context": 1,
         "row without question": 1,
         "row without answer": 1,
-        "line that is no JSON object": 1,
-        "line that is no JSON": 1,
+        "line that is not a JSON object": 1,
+        "line that is not JSON": 1,
     }
     assert "line 2 of" in skipped.places["row without question"][0]
 
@@ -406,7 +406,7 @@ def test_what_can_not_be_used_is_counted(tmp_path: Path) -> None:
     [
         ("a.json", "3", "must be a list of rows"),
         ("a.json", "[", "must be JSON, but it is not"),
-        ("a.json", "[3]", "has no context with a question and an answer: 1 x row that is no JSON object"),
+        ("a.json", "[3]", "has no context with a question and an answer: 1 x row that is not a JSON object"),
         ("a.csv", "context,answer\n", "must have the columns context, question, but 'question' is missing"),
         ("a.jsonl", "", "has no context with a question and an answer"),
     ],

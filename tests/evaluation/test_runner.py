@@ -173,7 +173,7 @@ def test_a_memory_that_is_not_enough_is_told(monkeypatch: pytest.MonkeyPatch) ->
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Decoder, "generate", generate)
-    with pytest.raises(InputError, match=r"closed_book: the memory is not enough .* smaller --batch-tokens"):
+    with pytest.raises(InputError, match=r"closed_book: not enough memory .* smaller --batch-tokens"):
         run(make(), scenario(1), "closed_book")
 
 

@@ -118,7 +118,7 @@ UNABLE = {
         lambda: peft.get_peft_model(OneLayer(), peft.LoHaConfig(target_modules=["linear"])),
         "model must have LoRA layers of peft, but it has none",
     ),
-    "DoRA": (lambda: one_layer({"use_dora": True}), "adapter 'one' is no plain LoRA but a DoraLinearVariant"),
+    "DoRA": (lambda: one_layer({"use_dora": True}), "adapter 'one' is not a plain LoRA but a DoraLinearVariant"),
     "other base layer": (other_base_layer, "its base layer is a Doubled"),
     "trainable base weight": (trainable_base, "its base weight is trainable"),
     "float8 base weight": (small_base, "its base layer has a weight of type Parameter, torch.float8_e4m3fn"),
@@ -170,7 +170,7 @@ def test_only_the_adapters_that_can_run_do(calls: Calls) -> None:
     ours, x = copy.deepcopy(own), torch.randn(4, D_IN, dtype=torch.float64)
     exceptions = use_lowrank_linear(ours).except_when["base_model.model.linear"]
     assert exceptions == (
-        "adapter 'two' is no plain LoRA but a DoraLinearVariant; "
+        "adapter 'two' is not a plain LoRA but a DoraLinearVariant; "
         "adapter 'three' has lora_dropout 0.5 and is in training mode"
     )
     for active, training, expected in (

@@ -363,7 +363,7 @@ def test_another_base_is_refused_unless_it_is_allowed(saved: tuple[GenerativeAda
         other.model.layers[1].mlp.up_proj.weight.mul_(1.1)
     with pytest.raises(InputError, match=r"was trained for .* allow_other_base \(--allow-other-base\) takes it"):
         GenerativeAdapter.from_pretrained(folder, other)
-    with pytest.warns(UserWarning, match="taken all the same"):
+    with pytest.warns(UserWarning, match="accepted anyway"):
         model = GenerativeAdapter.from_pretrained(folder, other, allow_other_base=True)
     stream = plain.stream().append(random_context(9))
     with model.adapted(stream.adapter()), model.adapted(stream.compact()):  # files of the generator's own base fit

@@ -41,7 +41,7 @@ def test_a_setting_out_of_range_is_named(settings: dict[str, object], message: s
 
 @pytest.mark.parametrize(("name", "hint"), [("ranks", r"did you mean rank\?"), ("flux", "known are .*rank, scale")])
 def test_an_unknown_setting_is_named_beside_the_nearest_one_or_all(name: str, hint: str) -> None:
-    with pytest.raises(InputError, match=f"^{name} is no setting; {hint}"):
+    with pytest.raises(InputError, match=f"^{name} is not a setting; {hint}"):
         GeneratorConfig.from_dict({name: 3, "rank": 4})
 
 

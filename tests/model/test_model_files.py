@@ -280,7 +280,7 @@ def test_a_header_that_is_no_description_is_refused(files: Files, kind: str, hea
 
 def test_unknown_settings_of_a_generator_are_named(files: Files) -> None:
     change_header(files.paths["generator"], lambda description: description["config"].update(flux=3))
-    with pytest.raises(FormatError, match=r"generator\.safetensors.*flux is no setting; known are linears"):
+    with pytest.raises(FormatError, match=r"generator\.safetensors.*flux is not a setting; known are linears"):
         files.load("generator")
 
 

@@ -107,7 +107,7 @@ def test_sizes_may_be_given_in_one_override() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (f"{SIZES}, depth: 3", r"model\.shape\.depth is no setting; known are hidden, ffn"),
+        (f"{SIZES}, depth: 3", r"model\.shape\.depth is not a setting; known are hidden, ffn"),
         (SIZES.replace("576", "many"), r"model\.shape\.hidden must be an integer, but it is 'many'"),
         (SIZES.replace("30", "0"), r"model\.shape\.layers must be at least 1, but it is 0"),
         ("hidden: 576", r"model\.shape\.ffn is needed, but it is not given"),

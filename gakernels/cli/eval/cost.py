@@ -26,7 +26,7 @@ def add_cost(tasks: Any) -> None:
         tasks,
         "cost",
         run_cost,
-        "Operations and storage of a context by each method, computed from the shapes of a model (docs/evaluation.md).",
+        "Operations and storage for a context with each method, from the shapes of a model (docs/evaluation.md).",
         "  gakernels eval cost --model my-model --context 1024,8192,32768 --json cost.json\n"
         "  gakernels eval cost --shape mistral-7b --table-1",
     )
@@ -34,12 +34,12 @@ def add_cost(tasks: Any) -> None:
     model.add_argument(
         "--model", type=expanded, help="base model: a folder, its config.json, or a hub name; no weights are loaded"
     )
-    model.add_argument("--shape", choices=SHAPES, help="or the shape of a well-known one")
-    parser.add_argument("--context", default="1024,8192", help="tokens, with commas (default: %(default)s)")
-    parser.add_argument("--linears", default="o_proj", help="adapted linear layers, with commas (default: %(default)s)")
+    model.add_argument("--shape", choices=SHAPES, help="or the shape of a well-known model")
+    parser.add_argument("--context", default="1024,8192", help="tokens, separated by commas (default: %(default)s)")
+    parser.add_argument("--linears", default="o_proj", help="linear layers, separated by commas (default: %(default)s)")
     parser.add_argument("--state-size", type=int, default=1024, help="d_r (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=128, help="r (default: %(default)s)")
-    parser.add_argument("--chunk-size", type=int, default=1024, help="tokens in a chunk (default: %(default)s)")
+    parser.add_argument("--chunk-size", type=int, default=1024, help="tokens per chunk (default: %(default)s)")
     defaults = CostSettings()
     for name, what in (
         ("prompt-tokens", "of a question with its instruction"),
@@ -48,9 +48,11 @@ def add_cost(tasks: Any) -> None:
     ):
         default = getattr(defaults, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=default, help=f"tokens {what} (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=defaults.epochs, help="of fine-tuning (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what is kept (default: %(default)s)")
-    parser.add_argument("--table-1", action="store_true", help="also show table 1 of the paper beside our count of it")
+    parser.add_argument("--epochs", type=int, default=defaults.epochs, help="fine-tuning epochs (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="dtype of what is stored (default: %(default)s)"
+    )
+    parser.add_argument("--table-1", action="store_true", help="also show table 1 of the paper next to our numbers")
     parser.add_argument("--json", type=output_file, help="also write the results to this file")
 
 
@@ -87,7 +89,7 @@ def run_cost(options: argparse.Namespace) -> int:
 def _contexts(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"--context must be numbers of tokens above 0, with commas, but it is {text!r}")
+        raise InputError(f"--context must be numbers of tokens above 0, separated by commas, but it is {text!r}")
     return list(dict.fromkeys(map(int, parts)))
 
 

@@ -42,26 +42,30 @@ def add_run_options(
     parser.add_argument(
         "--methods",
         default=methods,
-        help=f"with commas, of: {', '.join(METHODS)} (default: %(default)s); with an adapter the controls come along",
+        help=f"separated by commas, out of: {', '.join(METHODS)} (default: %(default)s); an adapter adds its controls",
     )
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="official", help="see docs/evaluation.md (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=int, help="questions or documents, of each cell of the results (default: all)")
+    parser.add_argument("--limit", type=int, help="most questions or documents per cell of the results (default: all)")
     parser.add_argument(
         "--json",
         type=output_file,
-        help="write the report here, and .md, .html and plots beside it; answers are kept there too",
+        help="write the report here, with .md, .html, plots and the answers next to it",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning (default: %(default)s)")
     parser.add_argument(
         "--static-lora",
         type=user_path,
-        help=f"trained static LoRA (default: {STATIC_LORA_FILE} of the generator's folder)",
+        help=f"trained static LoRA (default: {STATIC_LORA_FILE} in the generator's folder)",
     )
-    parser.add_argument("--learning-rate", type=float, help="of fine-tuned methods (default: docs/evaluation.md)")
-    parser.add_argument("--epochs", type=int, help="of fine-tuned methods, at most (default: docs/evaluation.md)")
-    parser.add_argument("--batch-tokens", type=int, default=16_384, help="rows x tokens (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="for fine-tuned methods (default: see docs/evaluation.md)")
+    parser.add_argument(
+        "--epochs", type=int, help="most epochs for fine-tuned methods (default: see docs/evaluation.md)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=16_384, help="rows x tokens per batch (default: %(default)s)"
+    )
 
 
 def add_question_options(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +73,15 @@ def add_question_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train", type=user_path, help="questions of the same form to tune on, for the sft and cpt methods"
     )
-    parser.add_argument("--passages", type=int, default=1, help="of 100 words, for retrieval (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, help="most tokens of an answer (default: the paper's)")
+    parser.add_argument("--passages", type=int, default=1, help="100-word passages to retrieve (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, help="most tokens per answer (default: the paper's)")
     parser.add_argument(
-        "--chat", action="store_true", help="ask in the tokenizer's chat template, as instruction tuning does"
+        "--chat", action="store_true", help="ask with the tokenizer's chat template, as in instruction tuning"
     )
-    parser.add_argument("--style", choices=STYLES, help="of the base model's prompts (default: the protocol's)")
-    parser.add_argument("--adapted-style", choices=STYLES, help="of an adapted model's (default: the protocol's)")
+    parser.add_argument("--style", choices=STYLES, help="prompt style of the base model (default: the protocol's)")
+    parser.add_argument(
+        "--adapted-style", choices=STYLES, help="prompt style of adapted models (default: the protocol's)"
+    )
 
 
 def ask_settings(options: argparse.Namespace) -> AskSettings:
@@ -91,7 +97,7 @@ def numbers(text: str, option: str, least: int = 1) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= least for part in parts):
-        raise InputError(f"{option} must be numbers above {least - 1}, with commas, but it is {text!r}")
+        raise InputError(f"{option} must be numbers above {least - 1}, separated by commas, but it is {text!r}")
     return list(dict.fromkeys(map(int, parts)))
 
 
@@ -196,7 +202,7 @@ def _run(runner: Runner, report: Path | None) -> None:
         runner.run()
     except KeyboardInterrupt:
         if report is not None:
-            print(f"the answers so far are kept beside {report}; the same command goes on", file=sys.stderr)
+            print(f"the answers so far are stored next to {report}; run the command again to resume", file=sys.stderr)
         raise
 
 

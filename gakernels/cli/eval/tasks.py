@@ -38,7 +38,7 @@ def add_docqa(tasks: Any) -> None:
         tasks,
         "docqa",
         run_docqa,
-        "Questions about documents, which are grouped to contexts of given lengths: F1 and exact match.",
+        "Questions about documents, grouped into contexts of given lengths: F1 and exact match.",
         "  gakernels eval docqa --generator my-generator --data dev-v1.1.json --lengths 512,2048 \\\n"
         "      --methods closed_book,prompt,adapter --limit 500 --json results.json",
     )
@@ -51,9 +51,9 @@ def add_docqa(tasks: Any) -> None:
     parser.add_argument(
         "--lengths",
         default="512,1024,2048,4096",
-        help="tokens of a context, with commas, or `own`: each document by itself (default: %(default)s)",
+        help="tokens per context, separated by commas, or `own`: each document by itself (default: %(default)s)",
     )
-    parser.add_argument("--part", choices=GROUP_PARTS, help="of the groups of documents (default: the protocol's)")
+    parser.add_argument("--part", choices=GROUP_PARTS, help="which groups of documents (default: the protocol's)")
     add_run_options(parser)
     add_question_options(parser)
 
@@ -147,9 +147,15 @@ def add_icl(tasks: Any) -> None:
     parser.add_argument(
         "--data", type=user_path, required=True, help="MetaICL's folder, or a task file of items to ask"
     )
-    parser.add_argument("--tasks", help="of the folder, with commas (default: MetaICL's 26 that are there)")
-    parser.add_argument("--shots", default=",".join(map(str, SHOTS)), help="demonstrations (default: %(default)s)")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of their draw (default: %(default)s)")
+    parser.add_argument(
+        "--tasks", help="tasks of the folder, separated by commas (default: those of MetaICL's 26 that it has)"
+    )
+    parser.add_argument(
+        "--shots", default=",".join(map(str, SHOTS)), help="numbers of demonstrations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", default=",".join(map(str, SEEDS)), help="seeds for drawing them (default: %(default)s)"
+    )
     add_run_options(parser, "closed_book,prompt,adapter")
     add_question_options(parser)
 
@@ -175,7 +181,7 @@ def _icl_files(options: argparse.Namespace, seeds: list[int]) -> dict[tuple[str,
     """Training and test file of each task and seed, and the validation file if there is one."""
     if not options.data.is_dir():
         if options.train is None:
-            raise InputError("--train must name the items to draw demonstrations from, where --data is a file")
+            raise InputError("--train must name the items to draw demonstrations from if --data is a file")
         return {("", seed): [options.train, options.data] for seed in seeds}
     if options.tasks is None:
         names = [name for name in TEST_TASKS if (options.data / name).is_dir()]
@@ -200,14 +206,17 @@ def add_perplexity(tasks: Any) -> None:
         tasks,
         "perplexity",
         run_perplexity,
-        "Perplexity of a context (reconstruction) and of the text behind it (completion), which is not in the prompt.",
+        "Perplexity of a context (reconstruction) and of the text after it (completion).",
         "  gakernels eval perplexity --generator my-generator --data validation.jsonl --json results.json",
     )
     parser.add_argument(
         "--data", type=user_path, required=True, help="text, or JSON lines with a `text` (also .gz, .xz, .bz2)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=1024, help="of the context, and of what follows (default: %(default)s)"
+        "--tokens",
+        type=int,
+        default=1024,
+        help="tokens of the context, and of the text after it (default: %(default)s)",
     )
     add_run_options(parser, "closed_book,prompt,adapter")
 
@@ -234,39 +243,42 @@ def add_recall(tasks: Any) -> None:
         tasks,
         "recall",
         run_recall,
-        "Facts about invented people, drawn by --seed: how many are recalled, from how long a context, from where in "
-        "it, among distractors, after they changed, a single one. Without --generator: the models of the package.",
+        "Recall of facts about invented people, drawn by --seed: by number of facts, length of the context, position "
+        "in it, distractors, changed facts, and a single fact. Without --generator: with the models of the package.",
         "  gakernels eval recall --methods closed_book,prompt,adapter\n"
         "  gakernels eval recall --generator my-generator --tests length,needle --lengths 512,1024,2048,4096 "
         "--json results.json",
     )
-    parser.add_argument("--tests", default=",".join(TESTS), help="with commas (default: %(default)s)")
+    parser.add_argument("--tests", default=",".join(TESTS), help="separated by commas (default: %(default)s)")
     parser.add_argument(
-        "--contexts", type=int, default=usual.contexts, help="of each cell of the results (default: %(default)s)"
+        "--contexts", type=int, default=usual.contexts, help="per cell of the results (default: %(default)s)"
     )
     for name, what in _RECALL_NUMBERS.items():
         default = ",".join(map(str, getattr(usual, name)))
-        parser.add_argument(f"--{name}", default=default, help=f"{what}, with commas (default: %(default)s)")
+        parser.add_argument(f"--{name}", default=default, help=f"{what}, separated by commas (default: %(default)s)")
     parser.add_argument(
-        "--position-length", type=int, default=usual.position_length, help="tokens, in position (default: %(default)s)"
+        "--position-length",
+        type=int,
+        default=usual.position_length,
+        help="tokens per context, in test position (default: %(default)s)",
     )
     parser.add_argument(
-        "--told", type=int, default=usual.told, help="facts about the person, in other tests (default: %(default)s)"
+        "--told", type=int, default=usual.told, help="facts about the person, in the other tests (default: %(default)s)"
     )
     parser.add_argument(
         "--form",
         choices=FORMS,
         default=usual.form,
-        help="what is asked; a statement is to be ended (default: %(default)s)",
+        help="form of the question; a statement is to be completed (default: %(default)s)",
     )
     add_run_options(parser, "closed_book,prompt,adapter", generator_required=False)
 
 
 _RECALL_NUMBERS = {
-    "facts": "facts about the person, in facts",
-    "lengths": "tokens of a context, in length and needle",
-    "distractors": "in distractors",
-    "overwritten": "facts that are told anew, in overwritten",
+    "facts": "facts about the person, in test facts",
+    "lengths": "tokens per context, in tests length and needle",
+    "distractors": "distractors, in test distractors",
+    "overwritten": "facts that are told again, in test overwritten",
 }
 
 

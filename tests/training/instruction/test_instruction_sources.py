@@ -166,7 +166,7 @@ IMAGE = [{"type": "text", "text": "see"}, {"type": "image", "url": "x.png"}]
     [
         (
             {"conversations": [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": "a"}]},
-            "message whose content is no text",
+            "message whose content is not text",
         ),
         (
             {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None}]},
@@ -177,16 +177,16 @@ IMAGE = [{"type": "text", "text": "see"}, {"type": "image", "url": "x.png"}]
             {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]},
             "conversation that does not begin with the user",
         ),
-        ({"conversations": [{"from": "human", "value": "q"}, "a"]}, "conversation that is no list of messages"),
+        ({"conversations": [{"from": "human", "value": "q"}, "a"]}, "conversation that is not a list of messages"),
         ({"prompt": "q", "completion": " "}, "message without content"),
-        ({"prompt": {"q": 1}, "completion": "a"}, "message whose content is no text"),
+        ({"prompt": {"q": 1}, "completion": "a"}, "message whose content is not text"),
         ({"question": "q", "answer": True}, "answer that is neither text nor number"),
         ({"question": "q", "answer": float("nan")}, "question without answers"),
-        ({"question": ["q", 3], "answer": "a"}, "question that is no text"),
+        ({"question": ["q", 3], "answer": "a"}, "question that is not text"),
         ({"instruction": "i", "output": {"o": 1}}, "answer that is neither text nor number"),
-        ({"instruction": "i", "output": "o", "history": "before"}, "history that is no list of .*"),
-        ({"instruction": "i", "output": "o", "history": [["q"]]}, "history that is no list of .*"),
-        ({"instruction": "i", "output": "o", "system": {"s": 1}}, "system message that is no text"),
+        ({"instruction": "i", "output": "o", "history": "before"}, "history that is not a list of .*"),
+        ({"instruction": "i", "output": "o", "history": [["q"]]}, "history that is not a list of .*"),
+        ({"instruction": "i", "output": "o", "system": {"s": 1}}, "system message that is not text"),
         ({"examples": [{"input": "a", "output": "b"}, {"input": "c"}, {"input": "d", "output": "e"}]}, "example .*"),
     ],
 )
@@ -202,8 +202,8 @@ def test_what_is_wrong_with_them_is_said(row: Row, kind: str) -> None:
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        ({"text": "nothing else"}, "record of no known form"),
-        ({"context": "c"}, "record of no known form"),
+        ({"text": "nothing else"}, "record of an unknown form"),
+        ({"context": "c"}, "record of an unknown form"),
         ({"context": "", "question": "q", "answer": "a"}, "record without context"),
         ({"context": 3, "question": "q", "answer": "a"}, "record without context"),
         ({"instruction": "i", "input": "", "output": "o"}, "record without context"),
@@ -213,9 +213,9 @@ def test_what_is_wrong_with_them_is_said(row: Row, kind: str) -> None:
         ({"context": "c", "qas": []}, "record without questions"),
         ({"context": "c", "qas": ["q"]}, "question without text"),
         ({"context": "c", "conversations": []}, "record without conversation"),
-        ({"context": "c", "messages": "hello"}, "conversation that is no list of messages"),
-        ({"context": "c", "messages": []}, "conversation that is no list of messages"),
-        ({"context": "c", "messages": ["hello"]}, "conversation that is no list of messages"),
+        ({"context": "c", "messages": "hello"}, "conversation that is not a list of messages"),
+        ({"context": "c", "messages": []}, "conversation that is not a list of messages"),
+        ({"context": "c", "messages": ["hello"]}, "conversation that is not a list of messages"),
         ({"context": "c", "messages": [{"role": "tool", "content": "x"}]}, "message whose role is not system, .*"),
         ({"context": "c", "messages": [{"role": "user", "content": ""}]}, "message without content"),
         (
@@ -351,7 +351,7 @@ def test_a_json_file_may_have_its_rows_under_data(tmp_path: Path) -> None:
     bad = BadRecords()
     assert read_source(InstructionSource(str(tmp_path)), bad) == [one(row) for row in (*content, paragraph)]
     ((kind, places),) = bad.places.items()
-    assert kind == "row that is no JSON object"
+    assert kind == "row that is not a JSON object"
     assert [place.split(" of ")[:-1] for place in places] == [["paragraph 2", "row 4"], ["row 5"]]
 
 
@@ -420,9 +420,9 @@ def test_bad_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     records = read_source(InstructionSource(str(tmp_path)), bad)
     assert records[:4] == [one(row) for row in content]
     assert sum(bad.counts.values()) == 8
-    assert bad.counts["record of no known form"] == 1
-    assert bad.counts["file that is no JSON"] == 1
-    assert bad.counts["row that is no JSON object"] == 1
+    assert bad.counts["record of an unknown form"] == 1
+    assert bad.counts["file that is not JSON"] == 1
+    assert bad.counts["row that is not a JSON object"] == 1
     assert bad.counts["JSON file that is neither a list of rows nor of SQuAD's form"] == 1
     with pytest.raises(InputError, match=r"data: line 3 of .*a\.jsonl: "):
         read_source(InstructionSource(str(tmp_path)), BadRecords(strict=True))
@@ -446,7 +446,7 @@ def test_a_source_without_a_usable_record_is_refused_with_the_reasons(tmp_path: 
     with pytest.raises(InputError, match="holds no file that ends in"):
         read_source(InstructionSource(str(tmp_path)), BadRecords())
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
-    message = r"has no usable record: 2 x record of no known form \(first: line 1 of .*, line 2 of .*\)"
+    message = r"has no usable record: 2 x record of an unknown form \(first: line 1 of .*, line 2 of .*\)"
     with pytest.raises(InputError, match=message):
         read_source(InstructionSource(str(tmp_path)), BadRecords())
 
