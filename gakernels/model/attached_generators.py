@@ -1,5 +1,6 @@
 """Generators attached to a base model: passes over windows, and context states."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,10 @@ class AttachedGenerators(nn.Module):
     Attributes:
         weights: tracks who uses the weights of the base model, and what is merged into them.
         tokenizing: lock held while the tokenizer is in use, because threads can't share it.
+        chat_template: the Jinja template of the conversations that the generators were tuned on; None if they were not.
     """
+
+    chat_template: str | None = None
 
     def __init__(
         self,
@@ -112,6 +116,16 @@ class AttachedGenerators(nn.Module):
             self._hooks.append(layers[number].register_forward_pre_hook(before, with_kwargs=True))
         for site in self._sites:
             site.replace(adapted(site.linear))
+
+    def use_chat_template(self, template: str) -> None:
+        """Write conversations with this Jinja template, and store it with the generators.
+
+        The model gets a tokenizer of its own for that; the given one keeps its template.
+        """
+        self.chat_template = template
+        if self.tokenizer is not None:
+            self.tokenizer = copy.copy(self.tokenizer)
+            self.tokenizer.chat_template = template
 
     def detach(self) -> PreTrainedModel:
         """Remove the generators and return the original (frozen) base model. This object can't be used afterwards."""

@@ -32,6 +32,7 @@ class Pretrained:
         source: the file that they come from.
         fingerprints: those accepted for the base model: first the one for new files, then others. Empty: only its own.
         has_sketches: if not, the sketches are drawn from the seed in the settings.
+        chat_template: of the conversations that the generator was tuned on, if it was.
     """
 
     base: PreTrainedModel
@@ -41,6 +42,7 @@ class Pretrained:
     source: Path
     fingerprints: tuple[str, ...] = ()
     has_sketches: bool = True
+    chat_template: str | None = None
 
 
 def save_generator(model: AttachedGenerators, folder: Path, base_name: str | None) -> None:
@@ -52,6 +54,7 @@ def save_generator(model: AttachedGenerators, folder: Path, base_name: str | Non
         "base_fingerprint": model.base_fingerprint(),
         "base_layers_fingerprint": model.base_layers_fingerprint(),
         "generator_fingerprint": model.fingerprint_of(tensors),
+        "chat_template": model.chat_template,
     }
     write_tensors(folder / GENERATOR_FILE, "generator", tensors, description)
     write_text(folder / "generator.json", json.dumps(description, indent=2) + "\n")
@@ -74,15 +77,16 @@ def read_generator(
         name = locate(folder, base_name if base is None else str(base))
         base, tokenizer = load_base(name, tokenizer, **base_options)
     base = unwrapped(base)
+    template = _read_template(path, description)
     own = model_fingerprint(base)
     if own == wanted:
-        return Pretrained(base, tokenizer, config, tensors, path, (own,))
+        return Pretrained(base, tokenizer, config, tensors, path, (own,), chat_template=template)
     layers = entry(path, {"base_layers_fingerprint": "", **description}, "base_layers_fingerprint", str)
     same_layers = layers == layers_fingerprint(base)
     _check_other_base(path, base_name, wanted, own, same_layers, allow_other_base)
     # With the same layers it produces the same adapters as the generator's own base model.
     fingerprints = (wanted, own) if same_layers else (own, wanted)
-    return Pretrained(base, tokenizer, config, tensors, path, fingerprints)
+    return Pretrained(base, tokenizer, config, tensors, path, fingerprints, chat_template=template)
 
 
 def put_in(model: AttachedGenerators, found: Pretrained) -> None:
@@ -99,6 +103,8 @@ def put_in(model: AttachedGenerators, found: Pretrained) -> None:
         model.detach()
         raise
     model.set_base_fingerprints(found.fingerprints)
+    if found.chat_template is not None:
+        model.use_chat_template(found.chat_template)
 
 
 def _check_other_base(path: Path, name: str, wanted: str, own: str, same_layers: bool, allowed: bool) -> None:
@@ -123,6 +129,13 @@ def _read_config(path: Path, description: Mapping[str, Any]) -> GeneratorConfig:
         return GeneratorConfig.from_dict(config)
     except InputError as error:
         raise FormatError(f"{path} can't be read: {error}") from error
+
+
+def _read_template(path: Path, description: Mapping[str, Any]) -> str | None:
+    template = description.get("chat_template")  # files of earlier versions have none
+    if template is not None and not isinstance(template, str):
+        raise FormatError(f"{path} is damaged: chat_template must be a text, but it is {type(template).__name__}")
+    return template
 
 
 def _check_sketches(path: Path, config: GeneratorConfig, tensors: Mapping[str, Tensor]) -> None:

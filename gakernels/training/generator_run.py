@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from gakernels.distributed import Parallel, Ranks, Replicas
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
+from gakernels.training.base_model import BaseConfig, load_base_model
 from gakernels.training.checkpoint import find_checkpoints
 from gakernels.training.objective import Objective
 from gakernels.training.recipes import recipe_text
@@ -28,6 +31,18 @@ class RunRecipe(Protocol):
 
 
 Recipe = TypeVar("Recipe", bound=RunRecipe)
+
+
+def generator_on(start: str, config: BaseConfig, device: torch.device | str) -> GenerativeAdapter:
+    """A saved generator on the base model of a recipe.
+
+    Raises:
+        InputError: one of them can't be loaded.
+        FormatError: the generator is damaged or belongs to another base model.
+        BackendError: the device can't compute with weights of the recipe's quantization.
+    """
+    base, tokenizer = load_base_model(config, device)
+    return GenerativeAdapter.from_pretrained(start, base=base, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True)

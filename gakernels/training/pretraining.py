@@ -15,13 +15,14 @@ from gakernels.distributed import Parallel, Ranks, Replicas
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.compilation import compile_layers, uncompile_layers
+from gakernels.model.config import GeneratorConfig
 from gakernels.model.positions import check_chunk_size
 from gakernels.model.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
 from gakernels.model.window_losses import WindowBatch, pretraining_windows, window_losses
 from gakernels.nn import LowRankFactors
 from gakernels.training.base_model import load_base_model
 from gakernels.training.distillation import NAME as DISTILLATION
-from gakernels.training.generator_run import GeneratorRun
+from gakernels.training.generator_run import GeneratorRun, generator_on
 from gakernels.training.objective import WindowObjective
 from gakernels.training.perplexity import HeldOutContexts, PerplexityReport, context_perplexity
 from gakernels.training.plan import largest_step, step_setting
@@ -33,14 +34,34 @@ from gakernels.training.trainer import Trainer
 
 
 def make_model(recipe: PretrainingRecipe, device: torch.device | str) -> GenerativeAdapter:
-    """The base model of a recipe with untrained generators.
+    """The base model of a recipe with the generators that it starts from, or untrained ones.
 
     Raises:
-        InputError: the base model can't be loaded, or does not have the layers that the recipe adapts.
+        InputError: a model can't be loaded, the base model does not have the layers that the recipe adapts, or the
+            recipe has other settings than the generator that it starts from.
+        FormatError: that generator is damaged or belongs to another base model.
         BackendError: the device can't compute with weights of the recipe's quantization.
     """
-    base, tokenizer = load_base_model(recipe.model, device)
-    return GenerativeAdapter(base, recipe.generator, tokenizer)
+    if recipe.start is None:
+        base, tokenizer = load_base_model(recipe.model, device)
+        return GenerativeAdapter(base, recipe.generator, tokenizer)
+    model = generator_on(recipe.start, recipe.model, device)
+    model.config = _continued(model.config, recipe)
+    return model
+
+
+def _continued(config: GeneratorConfig, recipe: PretrainingRecipe) -> GeneratorConfig:
+    """The settings of a saved generator with the recipe's chunk size."""
+    config = replace(config, chunk_size=recipe.generator.chunk_size)
+    found, wanted = asdict(config), asdict(replace(recipe.generator, seed=config.seed))
+    different = [name for name in found if found[name] != wanted[name]]
+    if different:
+        name = different[0]
+        raise InputError(
+            f"generator.{name} must be {found[name]!r}, as in the generator to start from ({recipe.start}), but it is "
+            f"{wanted[name]!r}"
+        )
+    return config
 
 
 def pretrain(
@@ -157,6 +178,7 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
                 "weights": [source.weight for source in self.recipe.data.all_sources().values()],
             },
             "generator": self.model.config.to_dict(),
+            **({} if self.recipe.start is None else {"start": self.model.generator_fingerprint()}),
             "distillation": distillation and asdict(distillation),
             "base": {**base, "quantization": self.recipe.model.quantization},
         }

@@ -9,7 +9,7 @@ from gakernels.cost.memory import parse_bytes
 from gakernels.errors import InputError
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.window_losses import RECONSTRUCTIONS, check_slices
-from gakernels.settings import AtLeastTwo, Count, Flag, Int, Number, Seed, one_of, settings
+from gakernels.settings import AtLeastTwo, Count, Flag, Int, Number, PathText, Seed, one_of, settings
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
 from gakernels.training.pretraining_data import DataConfig
@@ -96,6 +96,8 @@ class PretrainingRecipe:
         data: what it reads.
         trainer: how it optimises, and what it logs and keeps.
         generator: what is adapted, and the generators' sizes.
+        start: folder or hub name of a generator to go on training, whose settings must be those of `generator`, but for
+            chunk_size and seed; None starts with untrained ones.
         windows: segments, windows and batches.
         evaluation: what is scored.
         seed: of the order of the segments and of the slices.
@@ -115,6 +117,7 @@ class PretrainingRecipe:
     data: DataConfig
     trainer: TrainerConfig
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    start: PathText | None = None
     windows: WindowsConfig = field(default_factory=WindowsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: Seed = 0

@@ -204,6 +204,7 @@ WRONG: list[tuple[str, str, object]] = [
     ("quantized", "loss", {}),
     ("quantized", "loss", {"somewhere": 0.1}),
     ("quantized", "loss", [0.1]),
+    ("generator", "chat_template", 5),
 ]
 
 

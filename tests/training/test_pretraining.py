@@ -1,6 +1,7 @@
 """Pretraining from text files to the report."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
 from gakernels.training.perplexity import context_perplexity
 from gakernels.training.plan import step_setting
-from gakernels.training.pretraining import pretrain, segment_windows
+from gakernels.training.pretraining import make_model, pretrain, segment_windows
 from gakernels.training.pretraining_data import DataConfig, HeldOutSize, PretrainingData, load_data
 from gakernels.training.pretraining_recipe import EvaluationConfig, PretrainingRecipe, WindowsConfig
 from gakernels.training.recipes import load_recipe
@@ -321,6 +322,29 @@ def test_the_same_data_in_another_place_can_be_gone_on_with(data: Path, tmp_path
     again = pretrain(second, recipe, tmp_path / "out", progress=False)
     assert again.reconstruction.perplexity == pytest.approx(report.reconstruction.perplexity, rel=1e-4)
     assert load_recipe(PretrainingRecipe, tmp_path / "out" / "recipe.yaml") == recipe
+
+
+def test_a_run_starts_from_another_generator(data: Path, tmp_path: Path) -> None:
+    base, tokenizer = make_base(), make_tokenizer()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    first = replace(make_recipe(data, trainer={"steps": 10}), model=BaseConfig(str(tmp_path / "base")))
+    pretrain(make_model(first, "cpu"), first, tmp_path / "first", progress=False)
+    longer = replace(first, start=str(tmp_path / "first"), generator=make_config(chunk_size=2 * CHUNK))
+    model = make_model(longer, "cpu")
+    before = GenerativeAdapter.from_pretrained(tmp_path / "first")
+    assert model.generator_fingerprint() == before.generator_fingerprint()
+    pretrain(model, longer, tmp_path / "second", progress=False)
+    after = GenerativeAdapter.from_pretrained(tmp_path / "second")
+    assert after.config == longer.generator
+    assert after.generator_fingerprint() != before.generator_fingerprint()
+    pretrain(make_model(longer, "cpu"), longer, tmp_path / "second", progress=False)  # resumed at its end
+    shutil.copytree(tmp_path / "second", tmp_path / "first", dirs_exist_ok=True)
+    with pytest.raises(FormatError, match="start"):  # it is another generator now
+        pretrain(make_model(longer, "cpu"), longer, tmp_path / "second", progress=False)
+    wider = replace(longer, generator=make_config(chunk_size=CHUNK, rank=3))
+    with pytest.raises(InputError, match=r"generator\.rank must be \d+, as in the generator .*first\), but it is 3"):
+        make_model(wider, "cpu")
 
 
 def test_a_model_without_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:

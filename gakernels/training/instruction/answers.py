@@ -14,6 +14,7 @@ from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.window_losses import Loss, token_losses
 from gakernels.nn import LowRankFactors
+from gakernels.nn.cpu_attention import CpuAttention
 from gakernels.nn.token_loss import LOGITS_AT_ONCE
 from gakernels.training.instruction.batches import InstructionBatch, count_answers, instruction_batch
 from gakernels.training.instruction.steps import InstructionSteps
@@ -51,7 +52,7 @@ def conversation_losses(
 def encode_windows(model: GenerativeAdapter, batch: InstructionBatch, factors: Mapping[str, LowRankFactors]) -> Tensor:
     """The last hidden states (N, M, d_h) of the windows of conversations, each under its adapter."""
     batch = batch.to(model.device)
-    with model.using(factors):
+    with model.using(factors), CpuAttention():
         # No attention mask: padding is on the right, and restarting positions separate the conversations.
         output = model.base.get_decoder()(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state

@@ -17,9 +17,9 @@ from gakernels.distributed import Parallel, Ranks
 from gakernels.errors import FormatError, InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.config import GeneratorConfig
-from gakernels.training.base_model import BaseConfig, check_tokenizer, load_base_model
+from gakernels.training.base_model import check_tokenizer, load_base_model
 from gakernels.training.checkpoint import find_checkpoints, saved_settings
-from gakernels.training.generator_run import RECIPE_FILE, GeneratorRun
+from gakernels.training.generator_run import RECIPE_FILE, GeneratorRun, generator_on
 from gakernels.training.instruction.answers import AnswerReport, InstructionObjective, can_pack, score_answers
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.instruction.steps import InstructionSteps
@@ -52,14 +52,9 @@ def make_tuned_model(recipe: FinetuningRecipe, device: torch.device | str) -> Ge
             check_tokenizer(model.base, model.tokenizer)
         model.base.to(device)
     else:
-        model = _on_base(recipe.start, recipe.model, device)
+        model = generator_on(recipe.start, recipe.model, device)
     model.generators.to(device)
     return model
-
-
-def _on_base(start: str, config: BaseConfig, device: torch.device | str) -> GenerativeAdapter:
-    base, tokenizer = load_base_model(config, device)
-    return GenerativeAdapter.from_pretrained(start, base=base, tokenizer=tokenizer)
 
 
 def finetune(
@@ -91,6 +86,7 @@ def finetune(
     ranks = ranks or Ranks()
     if model.tokenizer is None:
         raise InputError("tokenizer is needed to tune on conversations; pass one to GenerativeAdapter")
+    model.use_chat_template(recipe.data.chat_template or model.chat_template or template_of(model.tokenizer))
     recipe = _with_clock(recipe, model.tokenizer, folder, ranks)
     data = load_tuning_data(
         recipe.data,

@@ -30,6 +30,8 @@ class InstructionDataConfig:
         path: the only source: a file or folder of JSON lines, JSON or Parquet, or `hub:` and the name of a data set.
         sources: or several sources, by name.
         held_out_path: a source for the held-out contexts alone.
+        chat_template: Jinja template that writes conversations; None for the one that the generator in `start` was
+            tuned with, else the tokenizer's, else a plain one. It is stored with the generator.
         context_tokens: longer contexts are left out.
         strict: a record that can't be used is an error; if not, such records are counted and reported.
         allow_skipped: train on what is left, even if more than 5% of a source's rows can't be used.
@@ -42,6 +44,7 @@ class InstructionDataConfig:
     path: PathText | None = None
     sources: Mapping[str, InstructionSource] = field(default_factory=dict)
     held_out_path: PathText | None = None
+    chat_template: str | None = None
     context_tokens: AtLeastTwo = 8192
     strict: Flag = False
     allow_skipped: Flag = False

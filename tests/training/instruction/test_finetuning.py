@@ -17,11 +17,12 @@ import torch.nn.functional as F
 import transformers
 from drawn_examples import drawn_example
 from regression import log_of
-from tiny import make_model
+from tiny import make_model, plain_copy
 
 import gakernels.training.instruction.finetuning as finetuning
 from gakernels import FormatError, GenerativeAdapter, GeneratorConfig, InputError
-from gakernels.data.chat import EncodedRecord
+from gakernels.data.chat import ChatEncoder, EncodedRecord
+from gakernels.data.conversations import Message
 from gakernels.data.instruction_sources import InstructionSource
 from gakernels.data.people import draw_document
 from gakernels.demo.experiment import accuracy, answer
@@ -310,6 +311,23 @@ def test_a_template_without_a_date_needs_no_clock(people: Path, tmp_path: Path) 
     recipe = recipe_of(people)
     finetune(start(recipe), recipe, tmp_path / "out", progress=False)
     assert load_recipe(FinetuningRecipe, tmp_path / "out" / "recipe.yaml").clock is None
+
+
+def test_the_template_is_stored_with_the_generator(people: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(people, data=InstructionDataConfig(str(people), chat_template=TEMPLATE))
+    model = make_tuned_model(recipe, "cpu")
+    given = model.tokenizer
+    before = given.chat_template
+    assert before != TEMPLATE
+    finetune(model, recipe, tmp_path / "first", progress=False)
+    assert given.chat_template == before
+    loaded = GenerativeAdapter.from_pretrained(tmp_path / "first", plain_copy(model), given)
+    asked = [Message("user", "Who?")]
+    assert ChatEncoder(loaded.tokenizer).prompt(asked) == given("Question: Who? Answer:")["input_ids"]
+    # Tuning that starts there writes conversations in the same way, unless its recipe says otherwise.
+    more = replace(recipe_of(people), start=str(tmp_path / "first"), generator=None)
+    finetune(make_tuned_model(more, "cpu"), more, tmp_path / "second", progress=False)
+    assert make_tuned_model(replace(more, start=str(tmp_path / "second")), "cpu").chat_template == TEMPLATE
 
 
 @pytest.mark.parametrize("text", ["2031-03-04", "2031-03-04T05:06:07", "2031-03-04 05:06:07"])
