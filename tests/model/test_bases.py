@@ -361,7 +361,7 @@ def test_another_base_is_refused_unless_it_is_allowed(saved: tuple[GenerativeAda
     other = copy.deepcopy(plain).detach()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.1)
-    with pytest.raises(InputError, match=r"was trained for .* allow_other_base \(--allow-other-base\) takes it"):
+    with pytest.raises(InputError, match=r"was trained for .* allow_other_base \(--allow-other-base\) accepts it"):
         GenerativeAdapter.from_pretrained(folder, other)
     with pytest.warns(UserWarning, match="accepted anyway"):
         model = GenerativeAdapter.from_pretrained(folder, other, allow_other_base=True)
