@@ -276,9 +276,12 @@ def test_opcheck(generator: Generator, device: torch.device, masked: bool) -> No
     rest = (mask, initial.requires_grad_()) if masked else (None, None)
     torch.library.opcheck(torch.ops.gakernels.context_state.default, (hidden, a2, b1, *rest, "triton"))
     states, projected = torch.ops.gakernels.context_state(hidden, a2, b1, *rest, "triton")
-    arguments = (torch.ones_like(states), hidden, a2, b1, rest[0], projected, True, masked, True, "triton")
+    arguments = (torch.ones_like(states), hidden, a2, b1, rest[0], projected, [True, masked, True], "triton")
     detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
     torch.library.opcheck(torch.ops.gakernels.context_state_backward.default, detached)
+    grad_hidden, *_ = torch.ops.gakernels.context_state_backward(*arguments)
+    with pytest.raises(RuntimeError, match="context_state has no second derivative with this backend"):
+        grad_hidden.sum().backward()
 
 
 def test_compile_checkpoint_and_autocast_give_the_same_bits(generator: Generator, device: torch.device) -> None:

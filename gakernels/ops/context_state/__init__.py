@@ -1,5 +1,6 @@
 """The running state of a context: S_t = S_{t-1} + A2 H_t^T H_t B1 (equation 3), all chunks at once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from gakernels.errors import InputError
 from gakernels.ops import autocast, checks
 from gakernels.ops.context_state import eager, reference
-from gakernels.ops.dispatch import choose, module
+from gakernels.ops.dispatch import choose
+from gakernels.ops.registration import differentiate, operator
 
 __all__ = ["context_state"]
 
@@ -58,21 +60,8 @@ def _check(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_
         checks.check_dtype("initial_state", initial_state, (eager.accumulator_dtype(hidden.dtype),))
 
 
-@torch.library.custom_op("gakernels::context_state", mutates_args=())
+@operator("context_state")
 def _operator(
-    hidden: Tensor,
-    a2: Tensor,
-    b1: Tensor,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    backend: str = "eager",
-) -> tuple[Tensor, Tensor]:
-    states, projected = module("context_state", backend).forward(hidden, a2, b1, mask, initial_state)
-    return states, projected
-
-
-@_operator.register_fake
-def _(
     hidden: Tensor,
     a2: Tensor,
     b1: Tensor,
@@ -100,16 +89,15 @@ def _backward(ctx: Any, grad_states: Tensor | None, _: None) -> tuple[Tensor | N
     if grad_states is None:
         return None, None, None, None, None, None
     hidden, a2, b1, mask, projected = ctx.saved_tensors
-    if ctx.backend == "eager":  # plain operations, which torch.compile may fuse
-        grads = eager.backward(grad_states, hidden, a2, b1, mask, projected, ctx.needs)
-    else:
-        grads = _kernel_backward(grad_states, hidden, a2, b1, mask, projected, *ctx.needs, ctx.backend)
+    arguments = grad_states, hidden, a2, b1, mask, projected, ctx.needs
+    # The eager form is plain operations, which torch.compile may fuse.
+    grads = eager.backward(*arguments) if ctx.backend == "eager" else _kernel_backward(*arguments, ctx.backend)
     needed = (*ctx.needs, ctx.has_initial_state)
     grad_hidden, grad_a2, grad_b1, grad_initial = (g if need else None for g, need in zip(grads, needed, strict=True))
     return grad_hidden, grad_a2, grad_b1, None, grad_initial, None
 
 
-@torch.library.custom_op("gakernels::context_state_backward", mutates_args=())
+@operator("context_state", "backward")
 def _kernel_backward(
     grad_states: Tensor,
     hidden: Tensor,
@@ -117,37 +105,15 @@ def _kernel_backward(
     b1: Tensor,
     mask: Tensor | None,
     projected: Tensor,
-    needs_hidden: bool,
-    needs_a2: bool,
-    needs_b1: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward of a kernel, opaque to tracing; a gradient that is not needed is an empty tensor."""
-    backward = module("context_state", backend).backward
-    grads = backward(grad_states, hidden, a2, b1, mask, projected, (needs_hidden, needs_a2, needs_b1))
-    grad_hidden, grad_a2, grad_b1, grad_initial = (hidden.new_empty(0) if g is None else g for g in grads)
-    return grad_hidden, grad_a2, grad_b1, grad_initial
-
-
-@_kernel_backward.register_fake
-def _(
-    grad_states: Tensor,
-    hidden: Tensor,
-    a2: Tensor,
-    b1: Tensor,
-    mask: Tensor | None,
-    projected: Tensor,
-    needs_hidden: bool,
-    needs_a2: bool,
-    needs_b1: bool,
-    backend: str,
+    needs: Sequence[bool],
+    backend: str = "eager",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = (
-        hidden.new_empty(like.shape if needed else (0,))
-        for like, needed in ((hidden, needs_hidden), (a2, needs_a2), (b1, needs_b1))
+        hidden.new_empty(like.shape) if needed else grad_states.new_empty(0)
+        for like, needed in zip((hidden, a2, b1), needs, strict=True)
     )
     grad_hidden, grad_a2, grad_b1 = grads
     return grad_hidden, grad_a2, grad_b1, grad_states.new_empty(grad_states[:, 0].shape)
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+differentiate("context_state", _backward, _setup_context)

@@ -1,6 +1,7 @@
 """norm(S) = u v^T: rank-r singular directions of a state, all singular values one (equations 6-9), without an SVD."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.ops import checks
-from gakernels.ops.dispatch import choose, module
+from gakernels.ops.dispatch import choose
 from gakernels.ops.low_rank_polar import eager, reference
 from gakernels.ops.low_rank_polar.precision import is_exact
+from gakernels.ops.registration import differentiate, operator
 
 __all__ = ["DEFAULT_DAMPING", "low_rank_polar"]
 
@@ -61,16 +63,8 @@ def _check(states: Tensor, sketch: Tensor, power_iterations: int, damping: float
         raise InputError(f"damping must be finite and at least 0, but it is {damping}")
 
 
-@torch.library.custom_op("gakernels::low_rank_polar", mutates_args=())
+@operator("low_rank_polar")
 def _operator(
-    states: Tensor, sketch: Tensor, power_iterations: int, damping: float, backend: str = "eager"
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    u, v, steps = module("low_rank_polar", backend).forward(states, sketch, power_iterations, damping)
-    return u, v, *steps
-
-
-@_operator.register_fake
-def _(
     states: Tensor, sketch: Tensor, power_iterations: int, damping: float, backend: str = "eager"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, (state_size, rank) = states.shape[:-2], sketch.shape
@@ -101,43 +95,26 @@ def _backward(ctx: Any, grad_u: Tensor | None, grad_v: Tensor | None, *_: None) 
     if ctx.backend == "eager":  # plain operations, which torch.compile may fuse
         grad = eager.backward(grad_u, grad_v, states, sketch, eager.Steps(*steps), ctx.damping)
     else:
-        grad = _kernel_backward(grad_u, grad_v, states, sketch, *steps, ctx.damping, ctx.backend)
+        grad = _kernel_backward(grad_u, grad_v, states, sketch, steps, ctx.damping, ctx.backend)
     return grad, None, None, None, None
 
 
-@torch.library.custom_op("gakernels::low_rank_polar_backward", mutates_args=())
+def _with_steps(*arguments: Any) -> tuple[Any, ...]:
+    *tensors, steps, damping = arguments
+    return *tensors, eager.Steps(*steps), damping
+
+
+@operator("low_rank_polar", "backward", _with_steps)
 def _kernel_backward(
     grad_u: Tensor,
     grad_v: Tensor,
     states: Tensor,
     sketch: Tensor,
-    inputs: Tensor,
-    transforms: Tensor,
-    roots: Tensor,
-    vectors: Tensor,
+    steps: Sequence[Tensor],
     damping: float,
-    backend: str,
-) -> Tensor:
-    """The backward of a kernel, opaque to tracing."""
-    steps = eager.Steps(inputs, transforms, roots, vectors)
-    grad: Tensor = module("low_rank_polar", backend).backward(grad_u, grad_v, states, sketch, steps, damping)
-    return grad
-
-
-@_kernel_backward.register_fake
-def _(
-    grad_u: Tensor,
-    grad_v: Tensor,
-    states: Tensor,
-    sketch: Tensor,
-    inputs: Tensor,
-    transforms: Tensor,
-    roots: Tensor,
-    vectors: Tensor,
-    damping: float,
-    backend: str,
+    backend: str = "eager",
 ) -> Tensor:
     return states.new_empty(states.shape)
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+differentiate("low_rank_polar", _backward, _setup_context)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.ops import autocast, checks
-from gakernels.ops.dispatch import choose, module
+from gakernels.ops.dispatch import choose
 from gakernels.ops.lowrank_linear import eager, reference
+from gakernels.ops.registration import differentiate, operator
 
 __all__ = ["lowrank_linear"]
 
@@ -74,24 +75,8 @@ def _check(
             raise InputError(f"{name} must be frozen (requires_grad=False): this operation computes no gradient for it")
 
 
-@torch.library.custom_op("gakernels::lowrank_linear", mutates_args=())
+@operator("lowrank_linear")
 def _operator(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    adapter_index: Tensor | None,
-    bias: Tensor | None,
-    backend: str = "eager",
-) -> tuple[Tensor, Tensor]:
-    forward = module("lowrank_linear", backend).forward
-    y, z = forward(x, weight, lora_a, lora_b, scale, adapter_index, bias)
-    return y, z
-
-
-@_operator.register_fake
-def _(
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,
@@ -127,7 +112,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, 
     return grad_x, None, grad_a, grad_b, None, None, None, None
 
 
-@torch.library.custom_op("gakernels::lowrank_linear_backward", mutates_args=())
+@operator("lowrank_linear", "backward")
 def _kernel_backward(
     grad_y: Tensor,
     x: Tensor | None,
@@ -138,31 +123,11 @@ def _kernel_backward(
     scale: float,
     adapter_index: Tensor | None,
     needs_x: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of a kernel, opaque to tracing; a gradient that is not needed is an empty tensor."""
-    backward = module("lowrank_linear", backend).backward
-    grads = backward(grad_y, x, z, weight, lora_a, lora_b, scale, adapter_index, needs_x)
-    grad_x, grad_a, grad_b = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
-    return grad_x, grad_a, grad_b
-
-
-@_kernel_backward.register_fake
-def _(
-    grad_y: Tensor,
-    x: Tensor | None,
-    z: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    adapter_index: Tensor | None,
-    needs_x: bool,
-    backend: str,
+    backend: str = "eager",
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1]) if needs_x else (0,))
     grad_a = grad_y.new_empty((0,) if x is None else lora_a.shape)
     return grad_x, grad_a, grad_y.new_empty((0,) if z is None else lora_b.shape)
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+differentiate("lowrank_linear", _backward, _setup_context)

@@ -1,0 +1,68 @@
+"""Custom operators of PyTorch for the forwards and backwards of the operations."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gakernels.ops.dispatch import module
+
+Autograd = Callable[..., tuple[Tensor | None, ...]]
+
+
+def operator(
+    operation: str, part: str = "forward", convert: Callable[..., Sequence[Any]] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Turn a fake, a function that returns empty tensors of the right shapes and dtypes, into a custom operator.
+
+    The operator has the signature of the fake, whose last argument, `backend`, names an implementation. It calls the
+    implementation's `forward` or `backward` with the other arguments, and is opaque to tracing. A named tuple among the
+    results is flattened; None becomes an empty tensor in the dtype of the first argument.
+
+    Args:
+        operation: the operator is `gakernels::operation`, or `gakernels::operation_backward`.
+        part: `forward` or `backward`.
+        convert: turns the arguments into those of the implementation, where no schema can describe these.
+    """
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        name = operation if part == "forward" else f"{operation}_{part}"
+        backend = inspect.signature(fake).parameters["backend"].default
+        count = len(inspect.signature(fake).parameters)
+
+        def run(*arguments: Any) -> tuple[Tensor, ...] | Tensor:
+            # PyTorch drops trailing arguments that have their default.
+            *given, chosen = arguments if len(arguments) == count else (*arguments, backend)
+            function = getattr(module(operation, chosen), part)
+            return _tensors(function(*(given if convert is None else convert(*given))), given[0])
+
+        torch.library.define(f"gakernels::{name}", torch.library.infer_schema(fake, mutates_args=()))
+        torch.library.impl(f"gakernels::{name}", "CompositeExplicitAutograd")(run)
+        torch.library.register_fake(f"gakernels::{name}")(fake)
+        made: Callable[..., Any] = getattr(torch.ops.gakernels, name).default
+        return made
+
+    return register
+
+
+def differentiate(operation: str, backward: Autograd, setup_context: Callable[..., None]) -> None:
+    """Register the gradient of an operation's forward operator; its backward operator has none."""
+    torch.library.register_autograd(f"gakernels::{operation}", backward, setup_context=setup_context)
+
+    def refuse(*_: Any) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"{operation} has no second derivative with this backend; GAKERNELS_BACKEND=reference has one"
+        )
+
+    torch.library.register_autograd(f"gakernels::{operation}_backward", refuse)
+
+
+def _tensors(results: Any, like: Tensor) -> tuple[Tensor, ...] | Tensor:
+    if isinstance(results, Tensor):
+        return results
+    flat: list[Tensor] = []
+    for result in results:
+        flat += [like.new_empty(0) if result is None else result] if not isinstance(result, tuple) else result
+    return tuple(flat)
