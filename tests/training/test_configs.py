@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from jinja2 import Template
 
 from gakernels.cost.shapes import SHAPES
 from gakernels.training.instruction.recipe import FinetuningRecipe
@@ -67,6 +68,13 @@ def test_the_papers_are_those_of_its_appendix(name: str, shape: str, rate: float
 @pytest.mark.parametrize("name", FINETUNING)
 def test_a_tuning_is_read(name: str) -> None:
     assert load_recipe(FinetuningRecipe, Path(name)).start is not None
+
+
+def test_smollm2_is_asked_in_few_tokens() -> None:
+    template = Template(load_recipe(FinetuningRecipe, Path("smollm2-135m-finetuning")).data.chat_template)
+    asked, said = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}
+    assert template.render(messages=[asked], add_generation_prompt=True) == "Question: Who?\nAnswer:"
+    assert template.render(messages=[asked, said]) == "Question: Who?\nAnswer: Ada<|im_end|>\n"
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-finetuning", "llama2-7b-finetuning"])
