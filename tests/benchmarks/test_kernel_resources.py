@@ -7,6 +7,7 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def compiled(tmp_path: Path, folder: str | None, *options: str) -> Path:
     return table
 
 
-@pytest.mark.parametrize("version", ["development", "oldest"])
+@pytest.mark.parametrize("version", [pytest.param("development", marks=pytest.mark.slow), "oldest"])
 def test_every_kernel_fits_a_hopper_gpu_and_the_table_is_true(tmp_path: Path, version: str) -> None:
     pytest.importorskip("triton")
     folder = os.environ.get(OLDEST) if version == "oldest" else None
@@ -70,6 +71,30 @@ def test_every_kernel_fits_a_hopper_gpu_and_the_table_is_true(tmp_path: Path, ve
     stored = STORE / table.name
     if version == "oldest" or stored.exists():
         assert stored.read_text(encoding="utf-8") == table.read_text(encoding="utf-8"), "run it with --store"
+
+
+@pytest.mark.parametrize(
+    ("operation", "case", "kernels"),
+    [
+        ("context_state", "hidden 4096, state 1024, bf16, masked", 5),
+        ("low_rank_polar", "state 512, rank 64, 8", 13),
+        ("lowrank_linear", "4096 -> 4096, rank 128, bf16, indexed", 6),
+    ],
+)
+def test_kernels_of_the_development_version_are_those_of_the_table(
+    tmp_path: Path, operation: str, case: str, kernels: int
+) -> None:
+    """A part of the test above that takes seconds."""
+    triton = pytest.importorskip("triton")
+    table = compiled(tmp_path, None, "--operations", operation, "--only", case)
+    rows = read_csv(table)
+    assert len(rows) == kernels
+    assert not any(row.faults for row in rows)
+    stored = STORE / table.name
+    if not stored.exists():
+        pytest.skip(f"there is no table for Triton {triton.__version__}")
+    known = [replace(row, cases=[case]) for row in read_csv(stored) if case in row.cases]
+    assert sorted(map(repr, rows)) == sorted(map(repr, known))
 
 
 @pytest.mark.slow
