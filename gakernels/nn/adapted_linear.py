@@ -154,7 +154,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The same dictionaries: what is hooked into one is hooked into the other, and can be taken off there."""
+    """Share the hook dictionaries: a hook added to one layer runs on the other too, and can be removed from either."""
     for name in _HOOKS:
         target.__dict__[name] = source.__dict__[name]
 

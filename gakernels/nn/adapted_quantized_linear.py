@@ -40,10 +40,10 @@ def adapted(linear: Any) -> AdaptedLinear:
 
 
 class AdaptedQuantizedLinear(AdaptedLinear):
-    """A frozen layer of any kind that maps (..., d_in) to (..., d_out), with an exchangeable adapter beside it.
+    """A frozen layer of any kind that maps (..., d_in) to (..., d_out), with an exchangeable adapter.
 
-    The layer itself computes its product and hands back the gradient of its input; the low-rank term is added in the
-    dtype of that product. Parameters, buffers and their names are those of the layer, so state dicts stay as they were.
+    The layer itself computes its product and the gradient of its input; the low-rank term is added in the dtype of that
+    product. Parameters, buffers and their names are those of the layer, so state dicts don't change.
     """
 
     def __init__(self, original: Any) -> None:
@@ -84,7 +84,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
             *x.shape[:-1], self.out_features
         )
 
-    # What a layer does with its tensors in a way of its own, it goes on doing.
+    # The layer keeps its own ways of moving, casting and saving its tensors.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedQuantizedLinear":
         self.original._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""AdapterGenerator: hidden states of a context in, the factors of a low-rank adapter of one linear layer out."""
+"""AdapterGenerator: turns the hidden states of a context into a low-rank adapter of one linear layer."""
 
 import math
 
@@ -21,11 +21,11 @@ class AdapterGenerator(nn.Module):
     At start the adapter is zero (A1 is); the other maps start as in the released code, normal with standard deviation
     sqrt(1/3) / sqrt(fan_in).
 
-    A static term, scale B_s A_s with `static_rank` > 0, is learned beside the generated one and is part of every
-    adapter, also of that of a zero state. It takes over what all contexts have in common, as in Doc-to-LoRA.
+    A static term, scale B_s A_s with `static_rank` > 0, is learned in addition to the generated one and is part of
+    every adapter, even that of a zero state. It learns what all contexts have in common, as in Doc-to-LoRA.
 
     Args:
-        hidden_size: d_h, size of the hidden states that make up the context.
+        hidden_size: d_h, size of the context's hidden states.
         in_features: d_in of the adapted linear layer.
         out_features: d_out of the adapted linear layer.
         state_size: d_r.
@@ -118,7 +118,7 @@ class AdapterGenerator(nn.Module):
     def _normalize(self, hidden: Tensor) -> Tensor:
         dtype = self.value_projection.dtype
         if autocast.is_enabled(hidden.device) and hidden.dtype == torch.get_autocast_dtype(hidden.device.type):
-            return rms_norm(hidden, None, self.eps)  # what autocast would make of the wide result, without keeping that
+            return rms_norm(hidden, None, self.eps)  # the same as autocasting the wide result, without keeping it
         if hidden.dtype != dtype:  # else rms_norm itself computes in float32 and rounds once
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         return F.rms_norm(hidden, self.norm_weight.shape, eps=self.eps).to(dtype)
@@ -143,7 +143,8 @@ class AdapterGenerator(nn.Module):
     def shared_maps(self) -> tuple[Tensor, Tensor]:
         """What the adapters of all contexts share: [A1, B_s] (d_out, d_r + k) and [B2; A_s] (d_r + k, d_in).
 
-        k is the static rank. With U and V in a diagonal block beside the identity of size k they make up the adapter.
+        k is the static rank. With U and V as one diagonal block and the identity of size k as the other, they form
+        the adapter.
         """
         if self.static_lora_a is None or self.static_lora_b is None:
             return self.output_map, self.input_map

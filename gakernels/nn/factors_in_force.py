@@ -1,4 +1,4 @@
-"""Which factors adapted layers use: they belong to a thread or asyncio task (`contextvars`), not to the layers."""
+"""Which factors adapted layers use: a property of the thread or asyncio task (`contextvars`), not of the layers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Block:
     """The factors of some layers while a block of code runs.
 
     Args:
-        factors: by layer; None for no adapter. They may change while the block runs. A layer that is not in it has the
-            factors of the block around.
-        work: what the block is for, where something in it has to know (`contextualization.ContextPass`).
+        factors: by layer; None for no adapter. They may change while the block runs. A layer that is not in it uses the
+            factors of the enclosing block.
+        work: what the block is for, if code inside needs to know (`model.context_pass.ContextPass`).
     """
 
     def __init__(self, factors: dict[nn.Module, Any], work: Any = None) -> None:
         self.factors, self.work = factors, work
         self.outer: Block | None = None
-        self.ended = False  # for contexts that can't be told: only the one that a block ends in can
+        self.ended = False  # for other contexts, which can't be reset: only the one that the block ends in can
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Put the factors in force for the current thread or task, and those that it starts with a copy of its context.
+        """Use the factors in the current thread or task, and in those that it starts with a copy of its context.
 
         Raises:
-            InputError: it ends in another context than it began in, or before one that began inside it (a generator
-                that yields in a block can do both). Its factors are out of force all the same.
+            InputError: it ends in a different context than it began in, or before a block that began inside it (a
+                generator that yields in a block can do both). Its factors are no longer used in either case.
         """
         self.outer = innermost()
         token = _INNERMOST.set(self)

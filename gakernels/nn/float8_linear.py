@@ -16,7 +16,7 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_linear(linear: nn.Linear) -> None:
-    """Whether products in 8-bit floating point can stand for a layer's; nothing slower runs in their place.
+    """Whether products in 8-bit floating point can replace a layer's; there is no slower fallback.
 
     Raises:
         InputError: the weight is of another type; or, on a GPU, a size is not a multiple of 16.

@@ -26,7 +26,7 @@ class FrozenRMSNorm(nn.Module):
 
     @property
     def original(self) -> Any:
-        """The module that this one stands for, with the weight that is here now."""
+        """The module that this one replaces, with this module's current weight."""
         (original,) = self._original
         original.weight = self.weight
         return original

@@ -21,7 +21,7 @@ class GatedMLP(nn.Module):
     the backward (silu of the gate is computed again), and nothing is kept for gradients of the frozen weights.
 
     Attributes:
-        recompute: keep the input alone, and compute gate and up again in the backward: the same bits, for less memory.
+        recompute: keep only the input and recompute gate and up in the backward: the same bits in less memory.
     """
 
     recompute: bool = False
@@ -36,7 +36,7 @@ class GatedMLP(nn.Module):
 
     @property
     def original(self) -> Any:
-        """The module that this one stands for, with the linear layers that are here now."""
+        """The module that this one replaces, with this module's current linear layers."""
         (original,) = self._original
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(original, name, getattr(self, name))

@@ -1,4 +1,4 @@
-"""The low-rank term alone, added to what a frozen layer of any kind made of the same input."""
+"""The low-rank term alone, added to the output of a frozen layer of any kind for the same input."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from gakernels.ops.lowrank_linear.eager import select, thin_gradients
 def add_low_rank_term(
     y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, adapter_index: Tensor | None
 ) -> Tensor:
-    """y + scale lora_B (lora_A x), in the dtype of y; `lowrank_linear` where the frozen product is made elsewhere.
+    """y + scale lora_B (lora_A x), in the dtype of y: `lowrank_linear` with the frozen product computed elsewhere.
 
-    Kept for the backward, as there: x only where lora_a needs a gradient, lora_A x only where lora_b does.
+    The backward keeps x only if lora_a needs a gradient, and lora_A x only if lora_b does.
 
     Args:
         y: (windows, M, d_out).
@@ -70,7 +70,7 @@ def _gradients(
     adapter_index: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_a and lora_b, as far as they are needed."""
+    """Gradients of x, lora_a and lora_b; None for those that are not needed."""
     grad_z, grad_a, grad_b = thin_gradients(grad, x, z, lora_a, lora_b, scale, adapter_index, needs_x)
     grad_x = torch.bmm(grad_z, select(lora_a, adapter_index)) if needs_x and grad_z is not None else None
     return grad_x, grad_a, grad_b

@@ -1,6 +1,6 @@
-"""What accelerate's hooks do with a module: where it computes, and where its weights are meanwhile.
+"""What accelerate's hooks do with a module: where it computes, and where its weights are kept.
 
-accelerate itself is not needed: a model only carries these hooks where it is there.
+accelerate itself is not needed: without it no model has these hooks.
 """
 
 from itertools import chain
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 def _hooks(module: Any) -> list[Any]:
-    module = getattr(module, "original", module)  # a module of ours that stands for another one
+    module = getattr(module, "original", module)  # one of our modules that replaces another
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def only_aligns(module: nn.Module) -> bool:
-    """Whether a module has accelerate's forward, and that only brings the input to the module's device."""
+    """Whether a module has accelerate's forward, and it only moves the input to the module's device."""
     hooks = _hooks(module)
     return bool(hooks) and all(getattr(hook, "offload", None) is False for hook in hooks)
 
@@ -32,6 +32,6 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def offloaded_weight(module: nn.Module, attribute: str) -> Tensor | None:
-    """A weight that is brought in for each forward pass, from where it is kept; None if it is not."""
+    """The stored copy of a weight that is loaded for each forward pass; None if the weight is not offloaded."""
     maps = [getattr(hook, "weights_map", None) for hook in _hooks(module)]
     return next((weights[attribute] for weights in maps if weights is not None), None)

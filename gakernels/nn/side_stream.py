@@ -1,4 +1,4 @@
-"""Work beside the current stream of a GPU: started behind what it needs, waited for where its result is used."""
+"""Work on a second stream of a GPU: queued after its inputs, and waited for where its result is used."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,25 +11,25 @@ T = TypeVar("T")
 
 
 class Streams(Protocol):
-    """The current stream and one beside it."""
+    """The current stream and a side stream."""
 
     def mark(self) -> Any:
-        """A place in the current stream: everything that was queued there until now."""
+        """A point in the current stream, after everything that has been queued there so far."""
 
     def beside(self, place: Any) -> AbstractContextManager[None]:
-        """Inside the block the side stream is the current one; it waits for that place first."""
+        """Inside the block the side stream is the current one; it waits for that point first."""
 
     def join(self) -> None:
-        """Let the current stream wait for all that was queued beside it."""
+        """Make the current stream wait for everything queued on the side stream."""
 
     def lend(self, tensors: Iterable[Tensor], beside: bool) -> None:
-        """Keep the memory of tensors of one stream, when they are freed, until the other (the one beside, or the
-        current one) has passed its last use of them."""
+        """Don't reuse the memory of freed tensors of one stream until the other stream (the side stream if `beside`, or
+        the current one) has finished using them."""
 
 
 class SideStream:
     """A second stream of one GPU. Autograd runs the backward of an operation on the stream of its forward, and itself
-    makes a gradient's consumer wait for its producer."""
+    makes the consumer of a gradient wait for its producer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -82,16 +82,16 @@ def streams_of(device: torch.device) -> Streams:
 
 
 class Later(Generic[T]):
-    """A value that is formed beside the current stream when it is first asked for.
+    """A value that is computed on the side stream when it is first needed.
 
-    The work waits for what the current stream had been given when this was made, not for what came after. It is queued
-    only when its result is needed, behind the work of the current stream that it runs beside: a part of it that makes
-    the host wait does not hold that up.
+    The work waits for what was queued on the current stream when this object was made, not for what came later. It is
+    queued only when its result is needed, after the work that it overlaps with, so a step that makes the host wait does
+    not delay that work.
 
     Args:
-        streams: where.
+        streams: the two streams.
         inputs: tensors of the current stream that the work reads.
-        form: makes the value, and lists the tensors in it that the current stream will read.
+        form: returns the value and the tensors in it that the current stream will read.
     """
 
     def __init__(self, streams: Streams, inputs: Iterable[Tensor], form: Callable[[], tuple[T, list[Tensor]]]) -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token behind a frozen head, without the logits of all tokens at once."""
+"""Next-token cross-entropy through a frozen head, without forming the logits of all tokens at once."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,22 +11,22 @@ LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}  # a block of 2 MiB in bfloat
 LEAST_TOKENS = 256  # every block reads the whole head: on fewer tokens the product waits for memory
 LOGITS_IN_CACHE = {"cpu": 1 << 18}  # float32 numbers that stay in a core's cache between two passes over them
 
-# From a block (n, d_h), what stands beside it and whether a gradient is wanted: the losses (n,) of its tokens and the
-# gradient (n, d_h) of their sum, or None.
+# Takes a block (n, d_h), its part of the other argument and whether a gradient is wanted; returns the losses (n,) of
+# its tokens and the gradient (n, d_h) of their sum, or None.
 BlockLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def token_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
     """Negative log-likelihood of each target token, in nats.
 
-    The head's parameters are frozen, so that all a token's loss hands back is the gradient of its own hidden state. It
-    is computed along with the loss, for a block of tokens at a time, and scaled in the backward.
+    The head's parameters are frozen, so a token's loss has a gradient only for its own hidden state. That gradient is
+    computed along with the loss, for a block of tokens at a time, and scaled in the backward.
 
     Args:
         hidden: (N, d_h), last hidden states.
         targets: (N,) int64, the token that follows each of them.
         head: from hidden states (n, d_h) to logits (n, vocabulary), row by row; none of its parameters gets a gradient.
-        vocabulary: number of logits of a token, from which the size of the blocks follows.
+        vocabulary: number of logits of a token, which determines the size of the blocks.
 
     Returns:
         (N,), float32 or wider.
@@ -67,7 +67,7 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def by_autograd(loss: Callable[[Tensor, Tensor], Tensor]) -> BlockLoss:
-    """A differentiable loss (n,) of a block and what stands beside it, for `loss_in_blocks`."""
+    """A differentiable loss (n,) of a block and its part of `beside`, for `loss_in_blocks`."""
 
     def take(block: Tensor, beside: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled(needs_gradient):
@@ -80,13 +80,13 @@ def by_autograd(loss: Callable[[Tensor, Tensor], Tensor]) -> BlockLoss:
 
 
 def loss_in_blocks(hidden: Tensor, beside: Tensor, take: BlockLoss, logits_per_token: int) -> Tensor:
-    """A loss of each token (N,), of which the gradient of its hidden state is all that is kept.
+    """A loss for each token (N,); only the gradient of its hidden state is kept for the backward.
 
     Args:
         hidden: (N, d_h).
-        beside: (N, ...), what else the loss of a token needs; it gets no gradient.
-        take: the losses of a block of both, each of its own hidden state alone, with the gradient.
-        logits_per_token: from which the size of the blocks follows.
+        beside: (N, ...), other inputs of each token's loss; they get no gradient.
+        take: returns the losses of a block of both, each a function of its own hidden state, with the gradient.
+        logits_per_token: determines the size of the blocks.
     """
     losses: Tensor = _LossInBlocks.apply(hidden, beside, take, logits_per_token)  # type: ignore[no-untyped-call]
     return losses

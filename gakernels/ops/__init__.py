@@ -1,4 +1,4 @@
-"""The three operations. Each is one public function with a plain definition beside it (`reference.py`)."""
+"""The three operations. Each is one public function, defined in plain PyTorch in its `reference.py`."""
 
 from gakernels.ops.context_state import context_state
 from gakernels.ops.low_rank_polar import low_rank_polar

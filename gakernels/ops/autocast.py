@@ -34,10 +34,10 @@ def cast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype: the last operation of an autograd Function's forward, in place of `x.to`.
+    """Cast x as the last operation of an autograd Function's forward; use it instead of `x.to` there.
 
-    Where an operation hands back the tensor it was given, as one in place or a cast that changes nothing, and the
-    forward returns that, torch.compile of PyTorch 2.11 silently drops the Function's gradient.
+    If an operation returns the tensor that it was given, as an in-place one or a cast that changes nothing does, and
+    the forward returns it too, torch.compile in PyTorch 2.11 silently drops the gradient of the Function.
     """
     return x if x.dtype == dtype else x.to(dtype)
 

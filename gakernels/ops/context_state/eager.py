@@ -1,7 +1,7 @@
 """`context_state` in plain PyTorch: one GEMM for both projections, prefix sums in place.
 
 Bytes: the projections P | Q (2 M d_r a chunk) are saved for the backward; recomputing them would cost the GEMM again,
-2 M d_h (2 d_r) operations, to save 4 M d_r bytes in bf16, next to the M d_h of the hidden states that are kept anyway.
+2 M d_h (2 d_r) operations, to save 4 M d_r bytes in bf16. The hidden states, M d_h numbers, are kept anyway.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 The algorithm is that of eager.py, with two differences. The symmetric inverse square root of the last step is a sum of
 shifted inverses, all found at once, with the best poles for the spectrum that the damping allows; and the power of two
-multiplies the tiles of the state. The counts behind both are in docs/low_rank_polar.md.
+multiplies the tiles of the state. docs/low_rank_polar.md has the operation counts.
 """
 
 import functools

@@ -11,7 +11,7 @@ from gakernels.ops.lowrank_linear import kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_RANK_BLOCK = 128
-SHORT = 64  # windows of at most so many tokens have settings of their own
+SHORT = 64  # windows of at most this many tokens have their own settings
 
 
 def unsupported(

@@ -1,7 +1,7 @@
-"""What the operations took on GPUs: committed measurements, and those that `gakernels calibrate` made on this machine.
+"""Times of the operations on GPUs: committed measurements, and those that `gakernels calibrate` made on this machine.
 
-`<gpu>.json` is written by `python -m benchmarks.rows defaults` from committed result rows; no one edits it by hand. A
-GPU without a file goes by those of its compute capability.
+`<gpu>.json` is written by `python -m benchmarks.rows defaults` from committed result rows; don't edit it by hand. A
+GPU without a file uses those of its compute capability.
 """
 
 import functools
