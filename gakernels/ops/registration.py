@@ -1,6 +1,5 @@
 """Custom operators of PyTorch for the forwards and backwards of the operations."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Turn a fake, a function that returns empty tensors of the right shapes and dtypes, into a custom operator.
 
-    The operator has the signature of the fake, whose last argument, `backend`, names an implementation. It calls the
+    The operator has the signature of the fake, whose last argument names the implementation. It calls the
     implementation's `forward` or `backward` with the other arguments, and is opaque to tracing. A named tuple among the
     results is flattened; None becomes an empty tensor in the dtype of the first argument.
 
@@ -29,16 +28,14 @@ def operator(
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         name = operation if part == "forward" else f"{operation}_{part}"
-        backend = inspect.signature(fake).parameters["backend"].default
-        count = len(inspect.signature(fake).parameters)
 
         def run(*arguments: Any) -> tuple[Tensor, ...] | Tensor:
-            # PyTorch drops trailing arguments that have their default.
-            *given, chosen = arguments if len(arguments) == count else (*arguments, backend)
-            function = getattr(module(operation, chosen), part)
+            *given, backend = arguments
+            function = getattr(module(operation, backend), part)
             return _tensors(function(*(given if convert is None else convert(*given))), given[0])
 
-        torch.library.define(f"gakernels::{name}", torch.library.infer_schema(fake, mutates_args=()))
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        torch.library.define(f"gakernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(f"gakernels::{name}", "CompositeExplicitAutograd")(run)
         torch.library.register_fake(f"gakernels::{name}")(fake)
         made: Callable[..., Any] = getattr(torch.ops.gakernels, name).default

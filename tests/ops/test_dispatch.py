@@ -35,7 +35,7 @@ def context_state_call(generator: Generator, dtype: torch.dtype, variant: int) -
         return context_state(hidden, a2, b1, mask, initial)
 
     arguments = (*inputs[:3], mask, inputs[3] if variant == 2 else None)
-    return Call(function, inputs, torch.ops.gakernels.context_state.default, arguments)
+    return Call(function, inputs, torch.ops.gakernels.context_state.default, (*arguments, "eager"))
 
 
 def low_rank_polar_call(generator: Generator, dtype: torch.dtype, variant: int) -> Call:
@@ -48,7 +48,7 @@ def low_rank_polar_call(generator: Generator, dtype: torch.dtype, variant: int) 
         return (u[..., :, None, :] * v[..., None, :, :]).sum(-1)
 
     arguments = (states, sketch, power_iterations, damping)
-    return Call(function, (states,), torch.ops.gakernels.low_rank_polar.default, arguments)
+    return Call(function, (states,), torch.ops.gakernels.low_rank_polar.default, (*arguments, "eager"))
 
 
 def lowrank_linear_call(generator: Generator, dtype: torch.dtype, variant: int) -> Call:
@@ -62,7 +62,7 @@ def lowrank_linear_call(generator: Generator, dtype: torch.dtype, variant: int) 
         return lowrank_linear(x, frozen[0], lora_a, lora_b, 0.5, index, frozen[1])
 
     arguments = (inputs[0], weight, *inputs[1:], 0.5, index, bias)
-    return Call(function, inputs, torch.ops.gakernels.lowrank_linear.default, arguments)
+    return Call(function, inputs, torch.ops.gakernels.lowrank_linear.default, (*arguments, "eager"))
 
 
 OPERATIONS = [context_state_call, low_rank_polar_call, lowrank_linear_call]
@@ -339,6 +339,14 @@ def test_shapes_without_data(generator: Generator, make: Callable[..., Call], va
     for without_data, with_data in zip(fake, real, strict=True):
         assert (without_data.shape, without_data.dtype) == (with_data.shape, with_data.dtype)
         assert without_data.stride() == with_data.stride()
+
+
+@every_operation
+def test_operators_may_be_compiled(generator: Generator, make: Callable[..., Call]) -> None:
+    forward = make(generator, torch.float32, 0).operator
+    backward = getattr(torch.ops.gakernels, forward.overloadpacket.__name__ + "_backward").default
+    for operator in (forward, backward):
+        assert torch.Tag.pt2_compliant_tag in operator.tags
 
 
 def test_public_functions_on_meta_tensors_with_backward() -> None:

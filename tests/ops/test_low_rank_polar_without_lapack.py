@@ -108,7 +108,7 @@ def test_the_shapes_of_what_is_saved_follow_the_device() -> None:
     with FakeTensorMode():
         for device, width in (("cpu", 5), ("cuda", 0)):
             states, sketch = torch.empty(2, 3, 16, 16, device=device), torch.empty(16, 5, device=device)
-            *_, roots, vectors = torch.ops.gakernels.low_rank_polar(states, sketch, 1, 1e-3)
+            *_, roots, vectors = torch.ops.gakernels.low_rank_polar(states, sketch, 1, 1e-3, "eager")
             assert roots.shape == (2, 3, width)
             assert vectors.shape == (2, 3, width, width)
 
@@ -192,7 +192,7 @@ def test_the_poles_give_the_inverse_square_root(damping: float, error: float) ->
 @pytest.mark.parametrize("damping", [0.0, DEFAULT_DAMPING])
 def test_opcheck(generator: Generator, damping: float) -> None:
     states, sketch = draw(generator, 2, 12, 12).requires_grad_(), draw(generator, 12, 5)
-    torch.library.opcheck(torch.ops.gakernels.low_rank_polar.default, (states, sketch, 1, damping))
+    torch.library.opcheck(torch.ops.gakernels.low_rank_polar.default, (states, sketch, 1, damping, "eager"))
 
 
 @pytest.mark.usefixtures("without_lapack")

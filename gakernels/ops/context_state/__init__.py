@@ -67,7 +67,7 @@ def _operator(
     b1: Tensor,
     mask: Tensor | None,
     initial_state: Tensor | None,
-    backend: str = "eager",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, chunks, tokens, _ = hidden.shape
     state_size = a2.shape[0]
@@ -106,7 +106,7 @@ def _kernel_backward(
     mask: Tensor | None,
     projected: Tensor,
     needs: Sequence[bool],
-    backend: str = "eager",
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = (
         hidden.new_empty(like.shape) if needed else grad_states.new_empty(0)

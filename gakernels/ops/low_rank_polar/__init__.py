@@ -65,7 +65,7 @@ def _check(states: Tensor, sketch: Tensor, power_iterations: int, damping: float
 
 @operator("low_rank_polar")
 def _operator(
-    states: Tensor, sketch: Tensor, power_iterations: int, damping: float, backend: str = "eager"
+    states: Tensor, sketch: Tensor, power_iterations: int, damping: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, (state_size, rank) = states.shape[:-2], sketch.shape
     count = 2 + 2 * power_iterations
@@ -112,7 +112,7 @@ def _kernel_backward(
     sketch: Tensor,
     steps: Sequence[Tensor],
     damping: float,
-    backend: str = "eager",
+    backend: str,
 ) -> Tensor:
     return states.new_empty(states.shape)
 

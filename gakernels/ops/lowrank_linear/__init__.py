@@ -84,7 +84,7 @@ def _operator(
     scale: float,
     adapter_index: Tensor | None,
     bias: Tensor | None,
-    backend: str = "eager",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     windows, tokens, _ = x.shape
     return x.new_empty(windows, tokens, weight.shape[0]), x.new_empty(windows, tokens, lora_a.shape[1])
@@ -123,7 +123,7 @@ def _kernel_backward(
     scale: float,
     adapter_index: Tensor | None,
     needs_x: bool,
-    backend: str = "eager",
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1]) if needs_x else (0,))
     grad_a = grad_y.new_empty((0,) if x is None else lora_a.shape)
