@@ -57,7 +57,7 @@ class LinearAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output (B, tokens, hidden_size) of hidden (B, tokens, hidden_size), and the state to go on from."""
+        """Output (B, tokens, hidden_size) of hidden (B, tokens, hidden_size), and the state to continue from."""
         queries, keys, values = self.split(self.qkv_proj(hidden))
         y, state = chunked_attention(F.elu(queries) + 1, F.elu(keys) + 1, values, self.chunk_size, state)
         return self.o_proj(y.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)), state

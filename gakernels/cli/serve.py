@@ -42,7 +42,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--api-keys", type=user_path, help="file with one API key per line; each key sees only its own contexts"
     )
-    parser.add_argument("--chat-template", type=user_path, help="Jinja template (default: the tokenizer's)")
+    parser.add_argument(
+        "--chat-template",
+        type=user_path,
+        help="Jinja template (default: the one that the generator was tuned with, or the tokenizer's)",
+    )
     parser.add_argument(
         "--cors-origin",
         action="append",

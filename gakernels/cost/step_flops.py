@@ -35,7 +35,7 @@ def pretraining_flops(
     shape: ModelShape, config: GeneratorConfig, chunks: int, window_tokens: int, plain: bool = False, slices: int = 1
 ) -> StepFlops:
     """Operations for a segment of T chunks of M tokens and its reconstruction windows, `slices` for each of T adapters
-    (`objectives.pretraining_windows`).
+    (`model.window_losses.pretraining_windows`).
 
     With `plain` the first chunk carries a loss too. The backward of the norm is counted as twice its forward, which is
     slightly too much; everything else is exact.

@@ -38,7 +38,7 @@ class StepShape:
 
     @classmethod
     def pretraining(cls, rows: int, window_tokens: int, chunks: int, slices: int = 1) -> StepShape:
-        """Segments of T chunks with `slices` reconstruction windows per chunk (`objectives.pretraining_windows`)."""
+        """Segments of T chunks with `slices` reconstruction windows per chunk (`pretraining_windows`)."""
         seen = (*range(chunks), *(tuple(range(1, chunks + 1)) * slices))
         return cls(rows, window_tokens, chunks, seen, rows * (len(seen) - 1) * (window_tokens - 1))
 

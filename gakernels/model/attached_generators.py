@@ -52,7 +52,7 @@ class _BeforeLayer:
 
 
 class AttachedGenerators(nn.Module):
-    """A frozen base model with generators, see `GenerativeAdapter`; for text it only holds the tokenizer's lock.
+    """A frozen base model with generators, see `GenerativeAdapter`.
 
     Attributes:
         weights: tracks who uses the weights of the base model, and what is merged into them.

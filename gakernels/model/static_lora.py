@@ -42,7 +42,7 @@ class StaticLora(nn.Module):
         }
 
     def window_losses(self, model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
-        """The same losses as `objectives.window_losses`, but every window uses this adapter."""
+        """The same losses as `model.window_losses.window_losses`, but every window uses this adapter."""
         batch = to_device(batch, model.device)
         shape = batch.input_ids.shape
         with model.using(self.factors()):

@@ -107,7 +107,8 @@ class Settings:
         cpu_mebibytes: of cached adapters in main memory.
         disk_mebibytes: of cached adapters on disk.
         threads: of the CPU operations; None for PyTorch's default.
-        chat_template: Jinja template of a conversation; by default the tokenizer's own.
+        chat_template: Jinja template of a conversation; by default the one that the generator was tuned with, or the
+            tokenizer's.
         cors_origins: origins (`https://example.org`) whose web pages may use it from a browser; `*` for all.
         patience: seconds in which a request must arrive, see `PatientProtocol`.
         vllm_url: URL of the vLLM server that decodes; None: this process decodes.

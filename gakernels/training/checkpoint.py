@@ -147,7 +147,7 @@ def newest_good(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
         _put_aside([bad for bad in find_checkpoints(folder) if bad > path])
         return path, damage
     if damage:
-        raise FormatError("; ".join(damage) + ". None is left to go on from: delete them, or use another folder")
+        raise FormatError("; ".join(damage) + ". None is left to resume from: delete them, or use another folder")
     return None, damage
 
 

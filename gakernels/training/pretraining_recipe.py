@@ -96,8 +96,8 @@ class PretrainingRecipe:
         data: what it reads.
         trainer: how it optimises, and what it logs and keeps.
         generator: what is adapted, and the generators' sizes.
-        start: folder or hub name of a generator to go on training, whose settings must be those of `generator`, but for
-            chunk_size and seed; None starts with untrained ones.
+        start: folder or hub name of a generator to continue training, whose settings must be those of `generator`,
+            except for chunk_size and seed; None starts with untrained ones.
         windows: segments, windows and batches.
         evaluation: what is scored.
         seed: of the order of the segments and of the slices.

@@ -283,7 +283,7 @@ class Trainer:
         return next((int(number) for number, count in zip(numbers, counts, strict=True) if count), 0)
 
     def _stopped(self, number: int, done: int) -> TrainingStopped:
-        where = f"; the same command goes on from {self.folder / 'checkpoints'}" if self.folder else ""
+        where = f"; the same command resumes from {self.folder / 'checkpoints'}" if self.folder else ""
         message = f"{self.config.label}: stopped by {signal.Signals(number).name} after step {done}{where}"
         if self._leads:
             tqdm.write(message, file=sys.stderr)

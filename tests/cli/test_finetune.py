@@ -255,7 +255,7 @@ def test_two_processes_do_what_one_does(
     ours, theirs = (GenerativeAdapter.from_pretrained(tmp_path / name).generator_tensors() for name in ("out", "two"))
     for name, tensor in ours.items():
         assert (theirs[name] - tensor).norm() <= 1e-3 * tensor.norm()
-    assert run("finetune", *options, "--output", tmp_path / "two").code == 0  # gone on with by one process
+    assert run("finetune", *options, "--output", tmp_path / "two").code == 0  # resumed by one process
 
 
 def losses_of(log: Path) -> list[dict[str, float]]:

@@ -120,5 +120,5 @@ def test_no_segments_are_refused() -> None:
 
 
 def test_the_order_does_not_change_from_version_to_version() -> None:
-    """A run that is gone on with after an update sees the segments that it would have seen."""
+    """A run resumed after an update sees the segments that it would have seen."""
     assert ShuffledOrder(10).indices(0, 10, seed=0) == [2, 5, 0, 6, 4, 7, 1, 8, 3, 9]

@@ -18,6 +18,7 @@ from safetensors.torch import load
 from starlette.testclient import TestClient
 
 from gakernels import Adapter, CompactAdapter, GenerativeAdapter
+from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
 from gakernels.generation import Sampling, generate
 from gakernels.server.settings import ApiKeys, Limits
 
@@ -151,6 +152,20 @@ def test_chat_uses_the_template(client: TestClient, demo: GenerativeAdapter, use
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert "".join(delta.get("content", "") for delta in deltas) == f" {user.answer}"
     assert streamed[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_chat_uses_the_template_that_the_generator_was_tuned_with(
+    make_client: Callable[..., TestClient], demo: GenerativeAdapter, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "tokenizer", demo.tokenizer)
+    monkeypatch.setattr(demo, "chat_template", None)
+    demo.use_chat_template(DEMO_CHAT_TEMPLATE)
+    client = make_client(chat_template=None)
+    question = user.question.removeprefix("Question: ").removesuffix(" Answer:")
+    messages = [{"role": "user", "content": question}]
+    body = {"model": create(client, user), "messages": messages, "temperature": 0, "stop": ["."]}
+    answer = client.post("/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == f" {user.answer}"
 
 
 def test_without_a_template_chat_is_refused(make_client: Callable[..., TestClient]) -> None:

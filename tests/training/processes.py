@@ -103,7 +103,7 @@ def scenarios(ranks: Ranks, folder: Path, seed: int) -> dict[str, Any]:
     run("shards from replicas", sharded=ranks, folder=stopped_after(ranks, folder / "a", seed, parallel=replicas()))
     run("replicas from shards", parallel=replicas(), folder=stopped_after(ranks, folder / "b", seed, sharded=ranks))
     found["stopped"] = stop_at(ranks, folder / "stopped", seed, parallel=replicas())
-    run("gone on", parallel=replicas(), folder=folder / "stopped")
+    run("resumed", parallel=replicas(), folder=folder / "stopped")
     found["skipped"] = skipped(ranks, seed, replicas())
     found["unused"] = unused(ranks)
     found["stale"] = stale(ranks, seed)

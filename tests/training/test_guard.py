@@ -115,7 +115,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(tmp_pa
         make_trainer(problem, tmp_path, objective, most_skipped=3).run()
     assert [path.name for path in find_checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
     good = Problem(problem.seed)
-    make_trainer(good, tmp_path, most_skipped=3).run()  # goes on from the last good state
+    make_trainer(good, tmp_path, most_skipped=3).run()  # resumes from the last good state
     assert good.steps_taken[0] == 5
     assert all(value.isfinite().all() for value in good.values())
 

@@ -78,7 +78,7 @@ def test_they_differ_by_rounding_alone(one: dict[str, Any], two: list[dict[str, 
 
 
 @pytest.mark.parametrize(
-    "name", ["replicas from one", "shards from one", "shards from replicas", "replicas from shards", "gone on"]
+    "name", ["replicas from one", "shards from one", "shards from replicas", "replicas from shards", "resumed"]
 )
 def test_a_checkpoint_is_gone_on_with_in_another_way(one: dict[str, Any], two: list[dict[str, Any]], name: str) -> None:
     for found in two:

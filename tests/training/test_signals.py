@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step under way is finished, and the run can be gone on with."""
+"""SIGTERM and SIGINT: the step under way is finished, and the run can be resumed."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def test_the_run_leaves_with_a_checkpoint_and_goes_on_as_if_nothing_had_been(
         make_trainer(problem, tmp_path / "parts", signalled(problem, 8, number)).run()
     assert stopped.value.code == code
     assert signal.getsignal(number) == before
-    message = f"stopped by {number.name} after step 8; the same command goes on from {tmp_path}/parts/checkpoints"
+    message = f"stopped by {number.name} after step 8; the same command resumes from {tmp_path}/parts/checkpoints"
     assert message in str(stopped.value)
     assert message in capsys.readouterr().err
     assert problem.steps_taken == list(range(8))
