@@ -51,7 +51,7 @@ def pretraining_flops(
     low_rank = flops.low_rank_products(shape, config, window_tokens)
     forward += _with_static_term(low_rank, config) * in_graph
     forward += flops.states(shape, config, window_tokens) * chunks
-    adapters = chunks + (config.static_rank > 0) - (slices == 0)  # then nothing uses the adapter of the last chunk
+    adapters = chunks - (slices == 0)  # then nothing uses the adapter of the last chunk
     made = (flops.norm(shape, config) + flops.expansion(shape, config)) * adapters
     through = flops.lora_training_pass(shape, config, window_tokens)
     once = flops.decoder(shape, window_tokens) + flops.head(shape, window_tokens)

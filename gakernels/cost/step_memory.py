@@ -148,16 +148,19 @@ class StepMemory:
         return (chunk, (self.step.chunks - 1) * chunk) if self.split else (self.step.chunks * chunk,)
 
     @property
+    def formed(self) -> int:
+        """Number of adapters of a linear layer that come from a state."""
+        return self.step.rows * len(set(self.step.seen) - {0})
+
+    @property
     def adapters(self) -> int:
-        """Number of different adapters of a linear layer."""
-        has_zero = self.config.static_rank > 0
-        return self.step.rows * len({count for count in self.step.seen if count or has_zero})
+        """Number of different adapters of a linear layer: with a static term one more, for windows that saw nothing."""
+        return self.formed + (self.config.static_rank > 0 and 0 in self.step.seen)
 
     @property
     def states(self) -> int:
-        """Bytes of the states of a linear layer: S_1 to S_T, and S_0 if there is a static term."""
-        count = self.step.rows * (self.step.chunks + (self.config.static_rank > 0))
-        return int(count * self.config.state_size**2 * self.s)
+        """Bytes of the states of a linear layer."""
+        return int(self.step.rows * self.step.chunks * self.config.state_size**2 * self.s)
 
     @cached_property
     def layers(self) -> list[int]:
@@ -257,12 +260,12 @@ class StepMemory:
         d, r = self.config.state_size, self.config.rank
         widths = linear.inputs + linear.outputs
         size = self.states + self.adapters * self.rank * widths * self.a
-        size += 2 * self.adapters * adapter_rank(self.config) * d * self.c  # U and V
+        size += 2 * self.formed * adapter_rank(self.config) * d * self.c  # U and V
         if self.c != self.p:
             size += d * widths * self.c  # A1 and B2 in the lower precision
         if self.config.norm == "polar":
             steps = 2 + 2 * self.config.power_iterations
-            size += self.adapters * (steps * (d * r * self.s + 8 * r * r) + 8 * (r * r + r))
+            size += self.formed * (steps * (d * r * self.s + 8 * r * r) + 8 * (r * r + r))
         return size
 
     # Temporary
@@ -303,7 +306,7 @@ class StepMemory:
     def in_polar(self) -> int:
         """During the backward of the norm of a linear layer's states."""
         d, r, steps = self.config.state_size, self.config.rank, 2 + 2 * self.config.power_iterations
-        return 2 * self.tokens * self.h * self.a + self.adapters * d * (4 * steps * r + d) * self.s
+        return 2 * self.tokens * self.h * self.a + self.formed * d * (4 * steps * r + d) * self.s
 
     def in_states(self) -> int:
         """During the backward of a linear layer's states, down to the hidden states."""

@@ -224,34 +224,66 @@ class AttachedGenerators(nn.Module):
             InputError: a shape does not fit, a window is longer than the base model reads, or an adapter is merged into
                 it.
         """
+        hidden, context = self._pass(input_ids, mask, chunks, seen, initial_states)
+        return hidden, context.states
+
+    def read(
+        self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int], owner: Tensor
+    ) -> tuple[Tensor, dict[str, LowRankFactors]]:
+        """As `forward`, but returns the adapters of the whole contexts, for further windows about them.
+
+        Args:
+            input_ids: as in `forward`.
+            mask: as in `forward`.
+            chunks: as in `forward`.
+            seen: as in `forward`.
+            owner: (N,), for each further window the row of its context.
+        """
+        hidden, context = self._pass(input_ids, mask, chunks, seen, None)
+        scale = self.config.adapter_scale
+        return hidden, {
+            name: context.last_factors(name, self.generator(name), scale, owner) for name in self.adapted_names
+        }
+
+    def _pass(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        chunks: int,
+        seen: Sequence[int],
+        initial_states: Mapping[str, Tensor] | None,
+    ) -> tuple[Tensor, ContextPass]:
         self._check_pass(input_ids, mask, chunks, seen, initial_states)
         first_is_plain = initial_states is None and chunks > 1 and only_first_is_plain(seen, chunks)
         if torch.is_grad_enabled() and first_is_plain and not self.config.static_rank:
-            return self._forward_in_two(input_ids, mask, chunks, seen)
+            return self._pass_in_two(input_ids, mask, chunks, seen)
         context = ContextPass(len(input_ids), chunks, tuple(seen), mask[:, :chunks], initial_states)
-        return self._encode(context, input_ids)
+        return self._encode(context, input_ids), context
 
-    def _forward_in_two(
+    def _pass_in_two(
         self, input_ids: Tensor, mask: Tensor, chunks: int, seen: Sequence[int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, ContextPass]:
         """Run the first window alone, without an autograd graph, since nothing in it depends on the generators, then
         the rest as a context that continues its states."""
         batch = len(input_ids)
         alone = ContextPass(batch, 1, (0,), mask[:, :1])  # made while gradients are enabled: its states carry them
         with torch.no_grad():
-            first, first_states = self._encode(alone, input_ids[:, :1])
-        rest = ContextPass(batch, chunks - 1, tuple(count - 1 for count in seen[1:]), mask[:, 1:chunks], first_states)
-        hidden, states = self._encode(rest, input_ids[:, 1:])
-        return torch.cat([first, hidden], dim=1), states
+            first = self._encode(alone, input_ids[:, :1])
+        counts = tuple(count - 1 for count in seen[1:])
+        rest = ContextPass(batch, chunks - 1, counts, mask[:, 1:chunks], alone.states)
+        return torch.cat([first, self._encode(rest, input_ids[:, 1:])], dim=1), rest
 
-    def _encode(self, context: ContextPass, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run one pass: the last hidden states (B, W, M, d_h) and the states after the context by adapted layer."""
+    def _encode(self, context: ContextPass, input_ids: Tensor) -> Tensor:
+        """Run one pass: the last hidden states (B, W, M, d_h); states and adapters go into `context`."""
         with self._block({}, context), CpuAttention():
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
-            for name in self.adapted_names:  # form all adapters, so that all states exist
-                self._linear(name).current_factors()
-        return output.last_hidden_state.unflatten(0, input_ids.shape[:2]), context.states
+            for name in self.adapted_names:  # wait for all adapters, so that all states exist
+                factors = self._linear(name).current_factors()
+                if isinstance(factors, LowRankFactors):
+                    context.formed[name] = factors
+        hidden: Tensor = output.last_hidden_state
+        return hidden.unflatten(0, input_ids.shape[:2])
 
     def _check_pass(
         self,

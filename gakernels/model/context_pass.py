@@ -7,7 +7,7 @@ is encoded with the adapter of the chunks before it (section 2.2 and appendix B 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class ContextPass:
         differentiable: whether the adapters and states carry gradients, even if the pass itself does not; if not given,
             whether gradients are enabled when this object is made.
         states: the state after all T chunks, by name; filled in by the pass.
+        formed: the adapters of all windows, by name; filled in by the pass.
     """
 
     batch: int
@@ -40,6 +41,8 @@ class ContextPass:
     initial_states: Mapping[str, Tensor] | None = None
     differentiable: bool = field(default_factory=torch.is_grad_enabled)
     states: dict[str, Tensor] = field(default_factory=dict)
+    formed: dict[str, LowRankFactors] = field(default_factory=dict)
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not all(0 <= count <= self.chunks for count in self.seen):
@@ -63,30 +66,59 @@ class ContextPass:
         given = (self.mask, None if self.initial_states is None else self.initial_states[name])
         return Later(streams, [hidden, *(tensor for tensor in given if tensor is not None)], form)
 
+    def last_factors(self, name: str, generator: AdapterGenerator, scale: float, owner: Tensor) -> LowRankFactors:
+        """After the pass: the adapters of the whole context, for further windows (N,) about the rows `owner`."""
+        if self.chunks not in self.seen:
+            lora_a, lora_b = generator.factors(self.states[name])
+            return LowRankFactors(lora_a, lora_b, scale, owner.to(lora_a.device))
+        factors = self.formed[name]
+        index = (owner + 1) * len(self._distinct()) - 1  # the last one of the row
+        return replace(factors, adapter_index=index.to(factors.lora_a.device))
+
     def _factors(self, name: str, generator: AdapterGenerator, hidden: Tensor, scale: float) -> LowRankFactors | None:
         windows = hidden.unflatten(0, (self.batch, len(self.seen)))[:, : self.chunks]
         initial = None if self.initial_states is None else self.initial_states[name]
         mask = None if self.mask is None else self.mask.to(hidden.device)
         states = generator.states(windows, mask, initial)
         self.states[name] = states[:, -1]
-        if generator.static_rank and initial is None and 0 in self.seen:
-            initial = torch.zeros_like(states[:, 0])  # norm(0) = 0: only the static term is left
-        distinct = self._distinct(initial is not None)
-        if not distinct:
+        distinct = self._distinct()
+        lora_a, lora_b = [], []
+        if distinct:
+            formed_a, formed_b = generator.factors(_prefixes(states, initial, distinct))
+            lora_a, lora_b = [formed_a.flatten(0, 1)], [formed_b.flatten(0, 1)]
+        if generator.static_rank and not self._all_formed:
+            empty_a, empty_b = generator.empty_factors()
+            lora_a, lora_b = [*lora_a, empty_a[None]], [*lora_b, empty_b[None]]
+        if not lora_a:
             return None
-        lora_a, lora_b = generator.factors(_prefixes(states, initial, distinct))
-        index = self._adapter_index(distinct).to(hidden.device)
-        return LowRankFactors(lora_a.flatten(0, 1), lora_b.flatten(0, 1), scale, index)
+        index = self._adapter_index(hidden.device, bool(generator.static_rank))
+        return LowRankFactors(_joined(lora_a), _joined(lora_b), scale, index)
 
-    def _distinct(self, has_initial: bool) -> list[int]:
+    def _distinct(self) -> list[int]:
         """The distinct prefix lengths that windows see; each needs one adapter per row."""
-        return sorted({count for count in self.seen if count or has_initial})
+        return sorted({count for count in self.seen if count or self.initial_states is not None})
 
-    def _adapter_index(self, distinct: Sequence[int]) -> Tensor:
-        """(B W,): index of the adapter of each window, row by row; -1 where it sees none."""
-        slots = torch.tensor([distinct.index(count) if count in distinct else -1 for count in self.seen])
-        rows = torch.arange(self.batch)[:, None] * len(distinct)
-        return torch.where(slots < 0, -1, rows + slots).flatten()
+    @property
+    def _all_formed(self) -> bool:
+        """Whether every window sees an adapter that comes from a state."""
+        return self.initial_states is not None or 0 not in self.seen
+
+    def _adapter_index(self, device: torch.device, has_static: bool) -> Tensor:
+        """(B W,): index of the adapter of each window, row by row, the same for all layers.
+
+        A window that has seen nothing has -1, or with a static term the adapter after those of all rows.
+        """
+        if device not in self._indices:
+            distinct = self._distinct()
+            none = self.batch * len(distinct) if has_static else -1
+            slots = torch.tensor([distinct.index(count) if count in distinct else -1 for count in self.seen])
+            rows = torch.arange(self.batch)[:, None] * len(distinct)
+            self._indices[device] = torch.where(slots < 0, none, rows + slots).flatten().to(device)
+        return self._indices[device]
+
+
+def _joined(factors: Sequence[Tensor]) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
 
 
 def _prefixes(states: Tensor, initial: Tensor | None, distinct: Sequence[int]) -> Tensor:

@@ -140,6 +140,17 @@ class AdapterGenerator(nn.Module):
         static_a, static_b = (static.expand(*front, -1, -1) for static in (self.static_lora_a, self.static_lora_b))
         return torch.cat([lora_a, static_a], dim=-2), torch.cat([lora_b, static_b], dim=-1)
 
+    def empty_factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A (r + k, d_in) and lora_B (d_out, r + k) of a zero state, whose norm is zero: the static term alone.
+
+        Raises:
+            InputError: there is no static term.
+        """
+        if self.static_lora_a is None or self.static_lora_b is None:
+            raise InputError("the generator has no static term, so a zero state has no adapter")
+        rank = self.sketch.shape[0 if self.norm == "frobenius" else 1]
+        return F.pad(self.static_lora_a, (0, 0, rank, 0)), F.pad(self.static_lora_b, (rank, 0))
+
     def shared_maps(self) -> tuple[Tensor, Tensor]:
         """What the adapters of all contexts share: [A1, B_s] (d_out, d_r + k) and [B2; A_s] (d_r + k, d_in).
 

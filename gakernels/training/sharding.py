@@ -14,7 +14,7 @@ from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.attachment import decoder_layers
 
-GENERATOR_METHODS = ("states", "factors")  # the methods that a pass over windows calls
+GENERATOR_METHODS = ("states", "factors", "empty_factors")  # the methods that a pass over windows calls
 
 
 class Shards(Parallel):
@@ -51,6 +51,7 @@ class Shards(Parallel):
         for tensor in (*outside, *model.buffers()):
             tensor.data = tensor.data.to(device)
         fully_shard(model, mesh=mesh, ignored_params=outside)
+        register_fsdp_forward_method(model, "read")
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)

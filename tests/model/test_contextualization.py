@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gakernels import GenerativeAdapter
 from gakernels.model.windows import pad_windows
+from gakernels.nn import AdapterGenerator
 from gakernels.ops.low_rank_polar.reference import low_rank_polar
 
 WITH_FLOAT64_NORMS = {
@@ -346,3 +347,52 @@ def test_the_pass_without_a_graph_changes_nothing(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         model(ids, mask, chunks, seen)
     assert passes[3:] == [2 * len(seen)]  # without gradients there is nothing to save
+
+
+@pytest.mark.parametrize("settings", [{}, {"static_rank": 3}, {"norm": "frobenius", "static_rank": 3}])
+@pytest.mark.parametrize(
+    ("chunks", "seen"), [(1, (0,)), (1, (0, 1)), (2, (0, 1)), (2, (0, 1, 2, 1)), (3, (0, 1, 2, 3))]
+)
+def test_what_is_read_gives_the_adapters_of_the_whole_contexts(
+    settings: dict[str, object], chunks: int, seen: tuple[int, ...]
+) -> None:
+    """For further windows, in any order, with the gradients of adapters that are formed anew from the states."""
+    model, owner = float64_model(**settings), torch.tensor([1, 0, 1, 1])
+    ids = torch.randint(4, 60, (2, len(seen), 7))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    hidden, found = model.read(ids, mask, chunks, seen, owner)
+    wanted_hidden, states = model(ids, mask, chunks, seen)
+    torch.testing.assert_close(hidden, wanted_hidden)
+    parameters = [p for p in model.generators.parameters() if p.requires_grad]
+    upstream = {name: torch.randn(4, *model.base.get_submodule(name).weight.shape).double() for name in states}
+
+    def products(adapters: dict[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [lora_b[owner] @ lora_a[owner] for lora_a, lora_b in adapters.values()]
+
+    wanted = products({name: model.generator(name).factors(state) for name, state in states.items()})
+    given = [f.lora_b[f.adapter_index] @ f.lora_a[f.adapter_index] for f in found.values()]
+    torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-11)
+
+    def gradients(results: list[Tensor]) -> tuple[Tensor | None, ...]:
+        total = sum((result * up).sum() for result, up in zip(results, upstream.values(), strict=True))
+        return torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+
+    torch.testing.assert_close(gradients(given), gradients(wanted), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("static_rank", [0, 3])
+@pytest.mark.parametrize("seen", [(0,), (0, 1)])
+def test_each_adapter_is_formed_once(monkeypatch: pytest.MonkeyPatch, static_rank: int, seen: tuple[int, ...]) -> None:
+    """Even if windows of the pass and further ones use it; the static term alone needs no norm."""
+    model, formed = make_model(static_rank=static_rank), 0
+    norm_factors = AdapterGenerator.norm_factors
+
+    def counting(generator: AdapterGenerator, states: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal formed
+        formed += states.shape[:-2].numel()
+        return norm_factors(generator, states)
+
+    monkeypatch.setattr(AdapterGenerator, "norm_factors", counting)
+    ids = random_ids(2 * len(seen), 7).unflatten(0, (2, -1))
+    model.read(ids, torch.ones_like(ids, dtype=torch.bool), 1, seen, torch.tensor([0, 1, 1]))
+    assert formed == 2 * len(model.adapted_names)

@@ -26,10 +26,10 @@ PACKED_ATTENTION = ("sdpa", "eager")
 def instruction_losses(model: GenerativeAdapter, batch: InstructionBatch) -> dict[str, Loss]:
     """Encode the contexts, then the conversations under the adapters of the contexts, and take each loss."""
     batch = batch.to(model.device)
-    hidden, states = model(batch.context.input_ids, batch.context.mask, batch.context.chunks, batch.context.seen)
-    targets = batch.context.targets
-    losses = token_losses(model, hidden, batch.context.input_ids, targets) if targets else {}
-    return {**conversation_losses(model, batch, adapters(model, states, batch.owner)), **losses}
+    context = batch.context
+    hidden, factors = model.read(context.input_ids, context.mask, context.chunks, context.seen, batch.owner)
+    losses = token_losses(model, hidden, context.input_ids, context.targets) if context.targets else {}
+    return {**conversation_losses(model, batch, factors), **losses}
 
 
 def adapters(model: GenerativeAdapter, states: Mapping[str, Tensor], owner: Tensor) -> dict[str, LowRankFactors]:
