@@ -23,6 +23,6 @@ fi
 "$python" -m gakernels finetune --config smollm2-135m-finetuning --output smollm2-135m-generator --set "trainer.steps=$steps"
 for name in squad nq_swap; do
   "$python" -m gakernels eval docqa --generator smollm2-135m-generator --data "data/held-out/$name.jsonl" \
-    --lengths own --part all --chat --style bare --adapted-style bare --new-tokens 16 --dtype bfloat16 \
+    --lengths own --part all --style paper --adapted-style plain --new-tokens 16 --dtype bfloat16 \
     --methods closed_book,prompt,adapter,other_adapter --json "report-$name.json"
 done

@@ -260,8 +260,9 @@ FLAT_QA_COLUMNS = ("context", "question")
 def read_flat_qa(name: str) -> Dataset:
     """The contexts of flat rows `{context, question, answer}`, with all questions of each.
 
-    `answers` may stand for `answer`; either is a text, a number, a list of them, or SQuAD's `{"text": [...]}`. Other
-    entries are ignored. Left out and counted: rows without a context, a question or an answer.
+    `answers` may stand for `answer`; either is a text, a number, a list of them, or SQuAD's `{"text": [...]}`. A row
+    may have several questions: `{context, qas: [{question, answer}, ...]}`. Other entries are ignored. Left out and
+    counted: rows without a context, a question or an answer.
 
     Args:
         name: a file of JSON (a list of rows), JSON lines, Parquet (both also compressed) or CSV, by its suffix, or
@@ -272,7 +273,7 @@ def read_flat_qa(name: str) -> Dataset:
     """
     by_context: dict[str, list[Question]] = {}
     skipped = BadRecords()
-    for place, row in _flat_rows(name, skipped):
+    for place, row in _one_question_each(_flat_rows(name, skipped), skipped):
         context, question, answers = text_of(row.get("context")), text_of(row.get("question")), flat_answers(row)
         empty = _first_empty({"context": context, "question": question, "answer": answers})
         if empty:
@@ -281,6 +282,19 @@ def read_flat_qa(name: str) -> Dataset:
             by_context.setdefault(context, []).append(Question(question, answers, id=str(row.get("id", place))))
     contexts = (EvaluationContext(text, tuple(asked), asked[0].id) for text, asked in by_context.items())
     return _dataset(Path(name), contexts, skipped)
+
+
+def _one_question_each(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], skipped: BadRecords
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for place, row in rows:
+        if "qas" not in row:
+            yield place, row
+        elif not row["qas"]:
+            skipped.add("row without questions", place)
+        else:
+            for number, asked in enumerate(map(dict_of, _list(row["qas"])), 1):
+                yield f"question {number} of {place}", {**asked, "context": row.get("context")}
 
 
 def flat_answers(row: Mapping[str, Any]) -> tuple[str, ...]:

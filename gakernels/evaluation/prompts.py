@@ -19,7 +19,7 @@ ICL_INSTRUCTION = (
     "Instruction: Based on the demonstration above, provide a short and concise answer, without any explanation or "
     "additional words."
 )
-STYLES = ("paper", "released", "bare")
+STYLES = ("paper", "released", "plain", "bare")
 
 QA_STOPS, QA_NEW_TOKENS = ("\n", "Question:"), 20
 ICL_STOPS, ICL_NEW_TOKENS = ("\n",), 10
@@ -31,14 +31,16 @@ def qa_prompt(question: str, context: str | None = None, style: str = "paper") -
     Args:
         question: the question.
         context: the documents, or None to ask closed-book.
-        style: `paper`: figure 7; `released`: the authors' code, which puts "## " before the instruction; `bare`:
-            the question itself without an instruction, as that code asks tuned and adapted models.
+        style: `paper`: figure 7; `released`: the authors' code, which puts "## " before the instruction; `plain`:
+            "Question: ... Answer:" without an instruction; `bare`: the question itself, as that code asks tuned and
+            adapted models.
 
     Raises:
         InputError: there is no such style.
     """
     _check_style(style)
-    text = question if style == "bare" else f"{_instruction(QA_INSTRUCTION, style)}Question: {question}\nAnswer:"
+    instruction = _instruction(QA_INSTRUCTION, style)
+    text = question if style == "bare" else f"{instruction}Question: {question}\nAnswer:"
     return text if context is None else f"{context}\n\n{text}"
 
 
@@ -49,14 +51,13 @@ def icl_prompt(item: str, demonstrations: str | None = None, style: str = "paper
         item: the input to answer.
         demonstrations: as `demonstration_text` writes them, or None for no demonstrations.
         style: `paper`: figure 7 (the paper's Llama-2 runs); `released`: the same with "## " before the
-            instruction; `bare`: no instruction (the paper's Mistral runs).
+            instruction; `plain` and `bare`: no instruction (the paper's Mistral runs).
 
     Raises:
         InputError: there is no such style.
     """
     _check_style(style)
-    instruction = "" if style == "bare" else _instruction(ICL_INSTRUCTION, style)
-    text = f"{instruction}Input: {item}\nOutput:"
+    text = f"{_instruction(ICL_INSTRUCTION, style)}Input: {item}\nOutput:"
     return text if demonstrations is None else f"{demonstrations}\n\n{text}"
 
 
@@ -73,7 +74,7 @@ def cut_answer(text: str, stops: Sequence[str]) -> str:
 
 
 def _instruction(text: str, style: str) -> str:
-    return f"{'## ' if style == 'released' else ''}{text}\n\n"
+    return {"paper": f"{text}\n\n", "released": f"## {text}\n\n"}.get(style, "")
 
 
 def _check_style(style: str) -> None:

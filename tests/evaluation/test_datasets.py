@@ -386,6 +386,16 @@ def test_answers_in_every_form(row: dict[str, Any], answers: tuple[str, ...]) ->
     assert flat_answers(row) == answers
 
 
+def test_a_row_may_have_several_questions(tmp_path: Path) -> None:
+    path, asked = tmp_path / "rows.jsonl", [{**row, "context": None} for row in FLAT_ROWS[::2]]
+    rows = [{"context": "Warsaw is old.", "qas": [*asked, {"question": "Who?"}]}, {"context": "c", "qas": []}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, FLAT_ROWS[1]]))
+    data = read_flat_qa(str(path))
+    assert data.contexts == read_documents(str(flat_file(tmp_path, ".json"))).contexts
+    assert data.skipped.counts == {"row without answer": 1, "row without questions": 1}
+    assert data.skipped.places["row without answer"] == [f"question 3 of line 1 of {path}"]
+
+
 def test_what_can_not_be_used_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     bad = [{"question": "?", "answer": "a"}, {"context": "c", "answer": "a"}, {"context": "c", "question": "?"}, [1]]

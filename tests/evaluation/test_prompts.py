@@ -42,6 +42,7 @@ def test_the_lines_are_those_of_the_released_code() -> None:
     assert qa_prompt("Who?", "A text.", "released") == f"A text.\n\n## {instruction}Question: Who?\nAnswer:"
     assert qa_prompt("Who?") == f"{instruction}Question: Who?\nAnswer:"
     assert qa_prompt("Who?", style="bare") == "Who?"
+    assert qa_prompt("Who?", "A text.", "plain") == "A text.\n\nQuestion: Who?\nAnswer:"
     assert qa_prompt("Who?", "A text.", "bare") == "A text.\n\nWho?"
     shown = demonstration_text([("1", "one"), ("2", "two")])
     assert shown == "Input: 1\nOutput: one\n\nInput: 2\nOutput: two"
@@ -69,7 +70,7 @@ def test_an_answer_ends_at_the_first_stop(text: str, answer: str) -> None:
 
 def test_other_styles_are_refused() -> None:
     for prompt in (qa_prompt, icl_prompt):
-        with pytest.raises(InputError, match="style must be one of paper, released, bare, but it is 'mine'"):
+        with pytest.raises(InputError, match="style must be one of paper, released, plain, bare, but it is 'mine'"):
             prompt("x", None, "mine")
 
 
