@@ -61,7 +61,7 @@ def short_seconds(seconds: float | None) -> str:
     """Seconds or milliseconds; a dash for None."""
     if seconds is None:
         return "-"
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 # Of a report
@@ -195,7 +195,7 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
             short_seconds(run["latency_seconds"]),
             short_count(run["peak_bytes"]),
             f"{run['requests']:,}",
-            f"{run['truncated']:,}",
+            f"{run['truncated']:,}" if run["truncated"] else "-",
             "; ".join(f"{count} x {reason}" for reason, count in run["left_out"].items()) or "-",
         )
         for run in report["methods"]
@@ -208,7 +208,9 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
         f"Measured on {report['device']}. Questions are requests to the model: answers, options to rank or windows to "
         "score. The peak is that of PyTorch on a GPU, elsewhere that of the process."
     )
-    return ReportTable("Time and memory", headings, rows, note)
+    told = [column for column in range(len(headings)) if any(row[column] != "-" for row in rows)]
+    rows = tuple(tuple(row[column] for column in told) for row in rows)
+    return ReportTable("Time and memory", tuple(headings[column] for column in told), rows, note)
 
 
 def _skipped(report: Mapping[str, Any]) -> ReportTable:
