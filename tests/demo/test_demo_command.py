@@ -6,9 +6,13 @@ from random import Random
 
 import pytest
 
+import gakernels.demo
+from gakernels import GenerativeAdapter
 from gakernels.cli import main
+from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
 from gakernels.data.people import draw_document
 
+ASSETS = Path(gakernels.demo.__path__[0]) / "assets"
 WAYS = {"closed_book", "prompt", "adapter", "other_adapter"}
 
 
@@ -50,25 +54,65 @@ def test_where_the_prompt_binds_names_the_adapter_does_too(results: dict) -> Non
             assert size["adapter"]["accuracy"] >= 0.9 * size["prompt"]["accuracy"]
 
 
-def test_a_document_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's generator, as if it had been tuned on conversations of the demo's form."""
+    folder = tmp_path_factory.mktemp("generator")
+    model = GenerativeAdapter.from_pretrained(ASSETS / "generator")
+    model.use_chat_template(DEMO_CHAT_TEMPLATE)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_text_of_the_users_own(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = draw_document(Random(99), 1, (12, 12), "test")
     path, output = tmp_path / "document.txt", tmp_path / "results.json"
     path.write_text(document.text())
-    questions, expected = zip(*document.questions()[:4], strict=True)
-    asked = [argument for question in questions for argument in ("--question", question)]
-    assert main(["demo", "--document", str(path), *asked, "--json", str(output)]) == 0
-    answers = json.loads(output.read_text())["answers"]
-    assert answers["adapter"] == answers["prompt"] == list(expected)
+    prompts, expected = zip(*document.questions()[:4], strict=True)
+    questions = [prompt.removeprefix("Question: ").removesuffix(" Answer:") for prompt in prompts]
+    asked = [argument for question in questions for argument in ("--ask", question)]
+    options = ["--generator", str(generator_folder), "--base", str(ASSETS / "base"), "--json", str(output)]
+    assert main(["demo", *options, "--text", str(path), *asked]) == 0
+    results = json.loads(output.read_text())
+    reading = results["reading"]
+    assert set(reading["answers"]) == WAYS
+    answers = {way: [answer.split(".")[0] for answer in given] for way, given in reading["answers"].items()}
+    assert answers["adapter"] == list(expected)
     assert answers["closed_book"] != list(expected)  # one may be right by chance, not all
-    assert expected[0] in capsys.readouterr().out
+    assert answers["other_adapter"] != list(expected)
+    assert 0 < reading["adapter_bytes"] < reading["cache_bytes"]
+    shown = capsys.readouterr().out
+    assert questions[0].split()[-1] in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_held_out_questions(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results.json"
+    options = ["--generator", str(generator_folder), "--base", str(ASSETS / "base"), "--json", str(output)]
+    assert main(["demo", *options, "--questions", "6", "--new-tokens", "2", "--dtype", "float32"]) == 0
+    results = json.loads(output.read_text())
+    for data in ("squad", "nq_swap"):
+        assert set(results[data]) == WAYS
+        for found in results[data].values():
+            assert found["n"] == 3
+            assert 0 <= found["low"] <= found["f1"] <= found["high"] <= 1
+    assert results["seconds"] > 0
+    assert results["peak_rss_bytes"] > 0
+    shown = capsys.readouterr().out
+    assert "NQ-Swap" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--question", "Who?"], "--document"),
+        (["--generator", ".", "--ask", "Who?"], "--ask needs --text"),
+        (["--generator", ".", "--text", "a.txt"], "--text needs --ask"),
+        (["--text", "a.txt", "--ask", "Who?"], "--text needs --generator"),
+        (["--base", "."], "--base needs --generator"),
         (["--questions", "0"], "--questions"),
-        (["--document", "nowhere.txt"], "nowhere.txt"),
+        (["--new-tokens", "0"], "--new-tokens"),
+        (["--generator", ".", "--text", "nowhere.txt", "--ask", "Who?"], "nowhere.txt"),
         (["--generator", "nowhere"], "nowhere"),
     ],
 )

@@ -145,7 +145,9 @@ def test_short_counts(count: int, shown: str) -> None:
     assert short_count(count) == shown
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(None, "-"), (0.0, "0 ms"), (0.25, "250 ms"), (0.01234, "12.3 ms"), (61.5, "61.50 s")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(None, "-"), (0.0, "0 ms"), (0.25, "250 ms"), (0.01234, "12.3 ms"), (61.5, "61.50 s")]
+)
 def test_short_seconds(seconds: float | None, shown: str) -> None:
     assert short_seconds(seconds) == shown
 

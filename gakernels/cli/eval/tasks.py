@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gakernels.cli.common import add_command
-from gakernels.cli.demo import one_thread
+from gakernels.cli.demo_people import one_thread
 from gakernels.cli.eval.running import add_question_options, add_run_options, ask_settings, evaluate, numbers, refuse
 from gakernels.data.sources import HUB
 from gakernels.errors import InputError
