@@ -175,7 +175,7 @@ def _hub_loader() -> tuple[Callable[..., Any], tuple[type[Exception], ...]]:
     try:
         import datasets
     except ImportError as error:
-        raise InputError("reading data sets of the hub needs the package datasets: pip install datasets") from error
+        raise InputError("reading data sets of the hub needs the package datasets: pip install 'gakernels[hub]'") from error
     return datasets.load_dataset, (OSError, ValueError, datasets.exceptions.DatasetsError)
 
 

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from gakernels.ops.dispatch import module
+from gakernels.ops.dispatch import module, needs_backward
 
 Autograd = Callable[..., tuple[Tensor | None, ...]]
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def operator(
@@ -18,7 +20,8 @@ def operator(
 
     The operator has the signature of the fake, whose last argument names the implementation. It calls the
     implementation's `forward` or `backward` with the other arguments, and is opaque to tracing. A named tuple among the
-    results is flattened; None becomes an empty tensor in the dtype of the first argument.
+    results is flattened; None becomes an empty tensor in the dtype of the first argument. A call that nothing observes
+    goes straight to the implementation: the way through PyTorch's dispatcher takes longer than a small product.
 
     Args:
         operation: the operator is `gakernels::operation`, or `gakernels::operation_backward`.
@@ -38,10 +41,29 @@ def operator(
         torch.library.define(f"gakernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(f"gakernels::{name}", "CompositeExplicitAutograd")(run)
         torch.library.register_fake(f"gakernels::{name}")(fake)
-        made: Callable[..., Any] = getattr(torch.ops.gakernels, name).default
-        return made
+        made = getattr(torch.ops.gakernels, name).default
+
+        def call(*arguments: Any) -> Any:
+            if not torch.compiler.is_compiling() and _is_unobserved(arguments):
+                return run(*arguments)
+            return made(*arguments)
+
+        return call
 
     return register
+
+
+def _is_unobserved(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call is the same to everybody without the operator: no gradient, tracing, transform, mode or profiler,
+    and plain tensors with data."""
+    return (
+        _get_current_dispatch_mode() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and not needs_backward(arguments)
+        and all(type(one) in _PLAIN and not one.is_meta for one in arguments if isinstance(one, Tensor))
+    )
 
 
 def differentiate(operation: str, backward: Autograd, setup_context: Callable[..., None]) -> None:

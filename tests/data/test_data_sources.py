@@ -135,7 +135,7 @@ def test_a_data_set_that_can_not_be_had_is_told(asked: list[Any], monkeypatch: p
     with pytest.raises(InputError, match="data: hub:me/nowhere:train can't be read: no such data set"):
         documents(HubSource("me/nowhere"))
     monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="needs the package datasets: pip install datasets"):
+    with pytest.raises(InputError, match=r"needs the package datasets: pip install 'gakernels\[hub\]'"):
         documents(HubSource("me/data"))
 
 

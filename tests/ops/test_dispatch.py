@@ -1,14 +1,18 @@
 """The dispatch rule, and what all operations share: opcheck, compile, autocast, checkpoint, func, meta, repetition."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 
 import pytest
 import torch
 from oracles import draw, gradients, relative, well_conditioned
 from torch import Generator, Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from gakernels import AdapterGenerator, BackendError, context_state, low_rank_polar, lowrank_linear
 from gakernels.ops.dispatch import choose
@@ -339,6 +343,42 @@ def test_shapes_without_data(generator: Generator, make: Callable[..., Call], va
     for without_data, with_data in zip(fake, real, strict=True):
         assert (without_data.shape, without_data.dtype) == (with_data.shape, with_data.dtype)
         assert without_data.stride() == with_data.stride()
+
+
+@every_operation
+def test_a_call_that_nothing_observes_goes_around_the_dispatcher(
+    generator: Generator, make: Callable[..., Call]
+) -> None:
+    """And computes the same; with a gradient, a mode, a profiler or a transform it is an operator."""
+    call = make(generator, torch.float64, 0)
+    leaves = [value.clone().requires_grad_() for value in call.inputs]
+    wanted = call.function(*leaves)
+    assert _is_dispatched(lambda: call.function(*leaves))
+    assert not _is_dispatched(lambda: call.function(*call.inputs))
+    assert torch.equal(call.function(*call.inputs), wanted)
+    with torch.no_grad():
+        assert not _is_dispatched(lambda: call.function(*leaves))
+    for observer in (FlopCounterMode(display=False), profile(activities=[ProfilerActivity.CPU])):
+        with observer:
+            assert _is_dispatched(lambda: call.function(*call.inputs))
+
+
+def _is_dispatched(function: Callable[[], object]) -> bool:
+    """Whether something calls an operator of this library."""
+    found = False
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        nonlocal found
+        if event == "call" and frame.f_code is torch._ops.OpOverload.__call__.__code__:
+            found = found or "gakernels" in str(frame.f_locals["self"])
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return found
 
 
 @every_operation
