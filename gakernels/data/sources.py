@@ -175,7 +175,8 @@ def _hub_loader() -> tuple[Callable[..., Any], tuple[type[Exception], ...]]:
     try:
         import datasets
     except ImportError as error:
-        raise InputError("reading data sets of the hub needs the package datasets: pip install 'gakernels[hub]'") from error
+        needed = "reading data sets of the hub needs the package datasets: pip install 'gakernels[hub]'"
+        raise InputError(needed) from error
     return datasets.load_dataset, (OSError, ValueError, datasets.exceptions.DatasetsError)
 
 

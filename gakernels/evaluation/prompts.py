@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -64,13 +64,6 @@ def icl_prompt(item: str, demonstrations: str | None = None, style: str = "paper
 def demonstration_text(pairs: Iterable[tuple[str, str]]) -> str:
     """Demonstrations, each an input and an output, joined in order."""
     return "\n\n".join(f"Input: {given}\nOutput: {wanted}" for given, wanted in pairs)
-
-
-def cut_answer(text: str, stops: Sequence[str]) -> str:
-    """The part of a generated text before the first stop, stripped of surrounding space."""
-    for stop in stops:
-        text = text.split(stop, 1)[0]
-    return text.strip()
 
 
 def _instruction(text: str, style: str) -> str:

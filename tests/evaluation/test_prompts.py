@@ -5,7 +5,7 @@ from invented import make_tokenizer
 from worlds import answer_of, make, merged, run, scenario, text
 
 from gakernels.errors import InputError
-from gakernels.evaluation.prompts import QA_STOPS, Asker, cut_answer, demonstration_text, icl_prompt, qa_prompt
+from gakernels.evaluation.prompts import Asker, demonstration_text, icl_prompt, qa_prompt
 
 # The figure's words; where its lines end does not show in the text of the paper, so space is compared as one.
 FIGURE_7_QA = """
@@ -53,19 +53,6 @@ def test_the_lines_are_those_of_the_released_code() -> None:
     )
     assert icl_prompt("3", shown, "released") == f"{shown}\n\n{instruction}Input: 3\nOutput:"
     assert icl_prompt("3", style="released") == f"{instruction}Input: 3\nOutput:"
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (" Santa Clara\nQuestion: next", "Santa Clara"),
-        ("Santa Clara Question: next\n", "Santa Clara"),
-        ("\nSanta Clara", ""),
-        ("Santa Clara ", "Santa Clara"),
-    ],
-)
-def test_an_answer_ends_at_the_first_stop(text: str, answer: str) -> None:
-    assert cut_answer(text, QA_STOPS) == answer
 
 
 def test_other_styles_are_refused() -> None:
