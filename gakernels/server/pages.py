@@ -27,17 +27,17 @@ def page_routes() -> APIRouter:
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in _TYPES}
 
     @router.get("/page/{name}")
-    def file(name: str) -> Response:
+    async def file(name: str) -> Response:
         if name not in files:
             raise ApiError(404, "Not Found")
         return Response(files[name], media_type=_TYPES[Path(name).suffix], headers=HEADERS)
 
     @router.get("/")
-    def page() -> Response:
-        return file("index.html")
+    async def page() -> Response:
+        return await file("index.html")
 
     @router.get("/docs")
-    def docs() -> Response:
-        return file("docs.html")
+    async def docs() -> Response:
+        return await file("docs.html")
 
     return router

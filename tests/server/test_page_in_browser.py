@@ -473,6 +473,8 @@ def test_it_can_be_read_and_used_on_every_screen(visits: Visits, tmp_path: Path,
         read(page, text, title)
     answers = ask(page, question)
     assert answers[0] == "grey hamster"
+    first, second = (one.bounding_box() or {} for one in page.locator(".pair > section").all())
+    assert first["x" if phone else "y"] == second["x" if phone else "y"]  # below each other, or side by side
     page.get_by_text("Settings").click()
     if not phone:
         page.get_by_text("What was sent").click()
