@@ -52,11 +52,13 @@ DROPPED = """(files) => {
   for (const [name, text] of files) data.items.add(new File([text], name));
   return data;
 }"""
+PATIENCE = 30_000  # milliseconds; a busy machine takes its time
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
     with installed.started() as browser:
         yield browser
 
@@ -73,7 +75,7 @@ class Visits:
         """A page in a browser without a past."""
         context = self._browser.new_context(locale="en-GB", timezone_id="UTC", **options)
         self._contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on("request", lambda request: self.loaded.append(request.url))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
