@@ -94,11 +94,13 @@ class ContextStore:
         """Release the folder for other processes."""
         self._guard.close()
 
-    def create(self, owner: str, label: str = "") -> Context:
-        """A new, empty context."""
+    def create(
+        self, owner: str, label: str = "", states: Mapping[str, Tensor] | None = None, tokens: int = 0
+    ) -> Context:
+        """A new context, empty or with states (1, d_r, d_r) by adapted layer of so many tokens as its first append."""
         self._check_folder()
-        context = Context(f"ctx-{secrets.token_hex(16)}", owner, label, int(time.time()))
-        self._write(context, {})
+        context = Context(f"ctx-{secrets.token_hex(16)}", owner, label, int(time.time()), int(bool(states)), tokens)
+        self._write(context, states or {})
         return context
 
     def get(self, identifier: str, owner: str) -> Context | None:
@@ -155,7 +157,22 @@ class ContextStore:
             raise StaleError(f"context {context.id} has been deleted or is not of revision {context.revision} any more")
         self._check_folder()
         new = replace(context, revision=context.revision + 1, tokens_seen=context.tokens_seen + tokens)
-        self._write(new, {name: state[0] for name, state in states.items()})
+        self._write(new, states)
+        return new
+
+    def rename(self, context: Context, label: str) -> Context:
+        """Give a context another label; its states and revision stay.
+
+        Must not run at the same time as a commit to this context, or its deletion.
+
+        Raises:
+            StaleError: the context has another revision by now, or is deleted.
+            OSError: it could not be written; the context is unchanged.
+        """
+        states = self.states(context)
+        self._check_folder()
+        new = replace(context, label=label)
+        self._write(new, states)
         return new
 
     def delete(self, context: Context) -> None:
@@ -166,7 +183,8 @@ class ContextStore:
         self._sync_folder()
 
     def _write(self, context: Context, states: Mapping[str, Tensor]) -> None:
-        write_tensors(self._path(context.id), KIND, states, {**asdict(context), **self._fingerprints})
+        tensors = {name: state[0] for name, state in states.items()}
+        write_tensors(self._path(context.id), KIND, tensors, {**asdict(context), **self._fingerprints})
         with self._lock:
             self._contexts[context.id] = context
 

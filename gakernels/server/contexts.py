@@ -22,11 +22,20 @@ from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context
+from gakernels.model.state_arithmetic import sum_states
 from gakernels.server.adapter_cache import AdapterCache
 from gakernels.server.context_store import Context, ContextStore, StaleError
 from gakernels.server.engine import Engine
 from gakernels.server.metrics import Metrics
-from gakernels.server.protocol import AppendText, ContextInfo, ContextList, CreateContext, Deleted
+from gakernels.server.protocol import (
+    AppendText,
+    ComposeContexts,
+    ContextInfo,
+    ContextList,
+    CreateContext,
+    Deleted,
+    RenameContext,
+)
 from gakernels.server.settings import Limits
 from gakernels.server.web import (
     CONFLICT,
@@ -45,7 +54,7 @@ _FILE: dict[int | str, dict[str, Any]] = {
 
 
 class Contexts:
-    """Create, append, read, export, delete. Belongs to one event loop.
+    """Create, append, compose, rename, read, export, delete. Belongs to one event loop.
 
     Appends to one context run one after the other; the states of a context depend only on its own appends, since each
     append is encoded separately, never in a batch with another.
@@ -77,7 +86,7 @@ class Contexts:
         self._text_thread = ThreadPoolExecutor(1, "gakernels-text")
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._creating = asyncio.Lock()
-        self._exporting = asyncio.Semaphore(2)  # exports are held in memory
+        self._in_memory = asyncio.Semaphore(2)  # exports and sums
         self._deleted: list[Callable[[Context], Awaitable[None]]] = []
         self.adapter_bytes = _adapter_bytes(model)
 
@@ -107,12 +116,7 @@ class Contexts:
             ApiError: there are too many contexts, or the text can't be read; then no context is created.
         """
         tokens = None if text is None else await self._encode(text, first=True)
-        limits = self._limits
-        async with self._creating:
-            if len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key:
-                raise ApiError(409, "there are as many contexts as there may be; delete one first", "too_many_contexts")
-            with _storage("the context could not be written"):
-                context = await asyncio.to_thread(self.store.create, owner, label)
+        context = await self._add(owner, label)
         if tokens is None:
             return context
         try:
@@ -120,6 +124,37 @@ class Contexts:
         except Exception:
             await self.delete(context.id, owner)
             raise
+
+    async def compose(self, owner: str, label: str, identifiers: Sequence[str]) -> Context:
+        """A new context whose state is the sum of others' states (equation 3); it is on disk when this returns.
+
+        Raises:
+            ApiError: there is no such context, one is empty or changes meanwhile, they have too many tokens together,
+                or there are too many contexts.
+        """
+        parts = [self._filled(identifier, owner) for identifier in identifiers]
+        tokens = sum(part.tokens_seen for part in parts)
+        self._check_length(tokens)
+        async with self._in_memory:
+            try:
+                with _storage("a context could not be read"):
+                    states = await asyncio.to_thread(lambda: sum_states([self.store.states(part) for part in parts]))
+            except StaleError as error:
+                raise ApiError(409, "one of the contexts has just changed; try again", "wrong_revision") from error
+            context = await self._add(owner, label, states, tokens)
+        self.adapter(context)  # ahead of time
+        return context
+
+    async def rename(self, identifier: str, owner: str, label: str) -> Context:
+        """Give a context another label. Raises: ApiError: there is no such context, or it changes meanwhile."""
+        self.get(identifier, owner)
+        async with self._lock(identifier):
+            context = self.get(identifier, owner)
+            try:
+                with _storage("the context could not be written; it is as it was before"):
+                    return await asyncio.to_thread(self.store.rename, context, label)
+            except StaleError as error:
+                raise self._changed(identifier, owner) from error
 
     async def append(self, identifier: str, owner: str, more: str | Sequence[int], revision: int | None) -> Context:
         """Read more of a context; it is on disk when this returns.
@@ -143,8 +178,7 @@ class Contexts:
             if revision is not None and revision != context.revision:
                 raise ApiError(409, f"the context is of revision {context.revision}, not {revision}", "wrong_revision")
             tokens = await self._encode(more, first=context.tokens_seen == 0)
-            if context.tokens_seen + len(tokens) > self._limits.context_tokens:
-                raise bad_request(f"a context may have {self._limits.context_tokens} tokens; this would be more")
+            self._check_length(context.tokens_seen + len(tokens))
             try:
                 with _storage("the context could not be read"):
                     before = await asyncio.to_thread(self._states, context)
@@ -152,9 +186,8 @@ class Contexts:
                 after = await asyncio.wrap_future(work)
                 with _storage("the context could not be written; it is as it was before"):
                     new = await asyncio.to_thread(self.store.commit, context, after, len(tokens))
-            except StaleError as error:  # somebody has changed or removed its file
-                now = self.get(identifier, owner)
-                raise ApiError(409, f"the context is of revision {now.revision}", "wrong_revision") from error
+            except StaleError as error:
+                raise self._changed(identifier, owner) from error
             for name in (_key(context), _key(new)):  # the new key may exist from before a backup was restored
                 await asyncio.to_thread(self.cache.drop, name)
             self.adapter(new)  # ahead of time
@@ -179,15 +212,14 @@ class Contexts:
         Args:
             identifier: of the context.
             owner: the user.
-            form: `compact` and `adapter`: this library's files; `peft`: a zip archive of a PEFT folder.
+            form: `compact` and `adapter`: this library's files; `peft`: a zip archive of a PEFT folder; `gguf`: a file
+                for llama.cpp.
 
         Raises:
-            ApiError: there is no such context, or it is empty.
+            ApiError: there is no such context, it is empty, or it can't be written in this form.
         """
-        context = self.get(identifier, owner)
-        if not context.revision:
-            raise ApiError(409, "the context is empty; append to it first", "empty_context")
-        async with self._exporting:
+        context = self._filled(identifier, owner)
+        async with self._in_memory:
             try:
                 with _storage("the adapter could not be written"):
                     compact = await asyncio.wrap_future(self.adapter(context))
@@ -206,6 +238,31 @@ class Contexts:
         return outcome
 
     # Steps
+
+    def _filled(self, identifier: str, owner: str) -> Context:
+        """The user's context. Raises: ApiError: there is no such context, or it is empty."""
+        context = self.get(identifier, owner)
+        if not context.revision:
+            raise ApiError(409, "the context is empty; append to it first", "empty_context")
+        return context
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self._limits.context_tokens:
+            raise bad_request(f"a context may have {self._limits.context_tokens} tokens; this would be more")
+
+    def _changed(self, identifier: str, owner: str) -> ApiError:
+        """Somebody has changed a context's file. Raises: ApiError: it is gone."""
+        now = self.get(identifier, owner)
+        return ApiError(409, f"the context is of revision {now.revision}", "wrong_revision")
+
+    async def _add(self, owner: str, label: str, states: dict[str, Tensor] | None = None, tokens: int = 0) -> Context:
+        """A new context on disk. Raises: ApiError: there are too many."""
+        limits = self._limits
+        async with self._creating:
+            if len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key:
+                raise ApiError(409, "there are as many contexts as there may be; delete one first", "too_many_contexts")
+            with _storage("the context could not be written"):
+                return await asyncio.to_thread(self.store.create, owner, label, states, tokens)
 
     def _bring(self, context: Context, outcome: Future[CompactAdapter]) -> None:
         """The adapter goes into `outcome`. Methods: functions that name each other are a cycle, which would hold it."""
@@ -272,6 +329,12 @@ class Contexts:
             if form == "adapter":
                 adapter.save(path)
                 return f"{name}.safetensors", path.read_bytes()
+            if form == "gguf":
+                try:
+                    adapter.save_gguf(path)
+                except InputError as error:  # llama.cpp has no such model, or the package is not installed
+                    raise bad_request(str(error), "format") from error
+                return f"{name}.gguf", path.read_bytes()
             adapter.save_peft(path)
             return f"{name}.peft.zip", _zipped(path)
 
@@ -305,7 +368,7 @@ def _zipped(folder: Path) -> bytes:
 
 
 def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> APIRouter:
-    """The routes to create, list, read, append to, export and delete contexts.
+    """The routes to create, compose, list, read, rename, append to, export and delete contexts.
 
     Args:
         contexts: carries them out.
@@ -336,10 +399,20 @@ def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> A
         """The user's contexts."""
         return ContextList(data=[info(context) for context in contexts.store.of(owner)])
 
+    @router.post("/compose", status_code=201, responses=NOT_FOUND | CONFLICT)
+    async def compose(body: ComposeContexts, owner: Annotated[str, owner]) -> ContextInfo:
+        """A new context that holds what several others hold: the sum of their states."""
+        return info(await contexts.compose(owner, body.label, body.contexts))
+
     @router.get("/{identifier}", responses=NOT_FOUND)
     async def read(identifier: str, owner: Annotated[str, owner]) -> ContextInfo:
         """What is known about a context."""
         return info(contexts.get(identifier, owner))
+
+    @router.post("/{identifier}", responses=NOT_FOUND | CONFLICT)
+    async def rename(identifier: str, body: RenameContext, owner: Annotated[str, owner]) -> ContextInfo:
+        """Give a context another label."""
+        return info(await contexts.rename(identifier, owner, body.label))
 
     @router.post("/{identifier}/append", responses=NOT_FOUND | CONFLICT)
     async def append(identifier: str, body: AppendText, owner: Annotated[str, owner]) -> ContextInfo:
@@ -354,9 +427,9 @@ def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> A
 
     @router.get("/{identifier}/export", responses=NOT_FOUND | CONFLICT | _FILE, response_class=Response)
     async def export(
-        identifier: str, owner: Annotated[str, owner], format: Literal["peft", "adapter", "compact"] = "peft"
+        identifier: str, owner: Annotated[str, owner], format: Literal["peft", "gguf", "adapter", "compact"] = "peft"
     ) -> Response:
-        """The context's adapter as a file: a zip archive of a PEFT folder, or this library's own."""
+        """The context's adapter as a file: a zip archive of a PEFT folder, one for llama.cpp, or this library's own."""
         name, content = await contexts.export(identifier, owner, format)
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return Response(content, media_type="application/octet-stream", headers=headers)

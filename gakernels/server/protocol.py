@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_STOPS = 8
+MAX_PARTS = 16  # the states of all are in memory at once
 
 
 def _whole(text: str) -> str:
@@ -63,6 +64,21 @@ class AppendText(Request):
     tokens: list[Token] | None = None
     revision: int | None = Field(
         None, ge=0, description="refuse the append if the context is not of this revision: for a retry without harm"
+    )
+
+
+class RenameContext(Request):
+    """Another label."""
+
+    label: Text = Field(max_length=200)
+
+
+class ComposeContexts(Request):
+    """A new context from several others."""
+
+    label: Text = Field("", max_length=200)
+    contexts: list[Text] = Field(
+        min_length=1, max_length=MAX_PARTS, description="ids; one that is given twice counts twice"
     )
 
 

@@ -23,6 +23,7 @@ from gakernels.server.context_store import ContextStore
 from gakernels.server.contexts import Contexts, context_routes, depends
 from gakernels.server.engine import Engine
 from gakernels.server.metrics import Metrics
+from gakernels.server.pages import page_routes
 from gakernels.server.process import allow_files, share_arenas
 from gakernels.server.protocol import Health
 from gakernels.server.settings import ApiKeys, Limits, Settings
@@ -73,7 +74,7 @@ class Parts:
 def create_app(parts: Parts) -> FastAPI:
     """The application of a server.
 
-    /health, /metrics and /openapi.json need no key: they reveal no content and no names.
+    The pages, /health, /metrics and /openapi.json need no key: they reveal no content and no names.
     """
 
     @asynccontextmanager
@@ -92,6 +93,7 @@ def create_app(parts: Parts) -> FastAPI:
     store = parts.contexts.store
     app.include_router(context_routes(parts.contexts, parts.metrics, depends(owner)))
     app.include_router(openai_routes(parts.completions, store, parts.base_name, int(time.time()), depends(owner)))
+    app.include_router(page_routes())
 
     @app.get("/health", responses={503: RESPONSES[503]})
     async def health() -> Health:

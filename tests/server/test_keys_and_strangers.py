@@ -39,7 +39,10 @@ def requests(name: str) -> list[dict[str, Any]]:
         {"method": "GET", "url": path},
         {"method": "GET", "url": f"{path}/export"},
         {"method": "GET", "url": f"{path}/export?format=compact"},
+        {"method": "GET", "url": f"{path}/export?format=gguf"},
         {"method": "GET", "url": f"/v1/models/{name}"},
+        {"method": "POST", "url": path, "json": {"label": "mine"}},
+        {"method": "POST", "url": "/v1/contexts/compose", "json": {"contexts": [name]}},
         {"method": "POST", "url": f"{path}/append", "json": {"text": "The pet"}},
         {"method": "POST", "url": f"{path}/append", "json": {"text": "The pet", "revision": 0}},
         {"method": "POST", "url": f"{path}/append", "json": {"tokens": [10**6]}},
@@ -65,7 +68,7 @@ def test_a_foreign_context_is_one_that_does_not_exist(make_client: Callable[...,
     for path in ("/v1/contexts", "/v1/models"):
         assert not any(name in client.get(path, headers=bearer(MINE)).text for name in names)
         assert all(name in client.get(path, headers=bearer(THEIRS)).text for name in names)
-    for path in ("/health", "/metrics", "/openapi.json"):
+    for path in ("/", "/docs", "/health", "/metrics", "/openapi.json"):
         assert not any(word in client.get(path).text for word in (*names, MINE, THEIRS))
 
 

@@ -137,7 +137,9 @@ def test_paths_and_names_that_lead_elsewhere_lead_nowhere(guarded: TestClient, t
             ("GET", f"/v1/contexts/{name}", None),
             ("DELETE", f"/v1/contexts/{name}", None),
             ("GET", f"/v1/contexts/{name}/export", None),
+            ("POST", f"/v1/contexts/{name}", {"label": "The"}),
             ("POST", f"/v1/contexts/{name}/append", {"text": "The"}),
+            ("POST", "/v1/contexts/compose", {"contexts": [name]}),
             ("POST", "/v1/completions", {"model": name, "prompt": "The"}),
             ("POST", "/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "The"}]}),
         ):

@@ -53,6 +53,7 @@ def everything(client: TestClient, name: str) -> list[Any]:
         client.get(path),
         append(client, name, "The pet"),
         client.get(f"{path}/export"),
+        client.post(path, json={"label": "mine"}),
         ask(client, name, "The"),
         ask(client, name, "The", stream=True),
         client.post("/v1/chat/completions", json={"model": name, "messages": turns, "max_tokens": 1}),
