@@ -23,11 +23,12 @@ from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context
 from gakernels.server.adapter_cache import AdapterCache
-from gakernels.server.context_store import Context, ContextStore, StaleError
+from gakernels.server.context_store import Context, ContextStore, StaleError, text_identifier
 from gakernels.server.engine import Engine
 from gakernels.server.metrics import Metrics
 from gakernels.server.protocol import AppendText, ContextInfo, ContextList, CreateContext, Deleted
 from gakernels.server.settings import Limits
+from gakernels.server.text_contexts import TextContexts
 from gakernels.server.web import (
     CONFLICT,
     NOT_FOUND,
@@ -77,6 +78,7 @@ class Contexts:
         self._text_thread = ThreadPoolExecutor(1, "gakernels-text")
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._creating = asyncio.Lock()
+        self._texts = TextContexts()
         self._exporting = asyncio.Semaphore(2)  # exports are held in memory
         self._deleted: list[Callable[[Context], Awaitable[None]]] = []
         self.adapter_bytes = _adapter_bytes(model)
@@ -107,12 +109,7 @@ class Contexts:
             ApiError: there are too many contexts, or the text can't be read; then no context is created.
         """
         tokens = None if text is None else await self._encode(text, first=True)
-        limits = self._limits
-        async with self._creating:
-            if len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key:
-                raise ApiError(409, "there are as many contexts as there may be; delete one first", "too_many_contexts")
-            with _storage("the context could not be written"):
-                context = await asyncio.to_thread(self.store.create, owner, label)
+        context = await self._create(owner, label)
         if tokens is None:
             return context
         try:
@@ -120,6 +117,66 @@ class Contexts:
         except Exception:
             await self.delete(context.id, owner)
             raise
+
+    async def of_texts(self, owner: str, texts: Sequence[str]) -> tuple[Context, int]:
+        """The context of some texts, read one after the other, and how many tokens of it were read just now.
+
+        It has been read if the same user brought the same texts before; reading that was interrupted is continued. It
+        stays until `release`; after that it may make room for another.
+
+        Raises:
+            ApiError: there are too many contexts, or a text can't be read.
+        """
+        identifier = text_identifier(owner, texts)
+        self._texts.hold(identifier)
+        try:
+            async with self._lock(f"{identifier} texts"):
+                return await self._of_texts(identifier, owner, texts)
+        except BaseException:
+            self._texts.release(identifier)
+            raise
+
+    def release(self, context: Context) -> None:
+        """A request does not need the context of its texts any more."""
+        self._texts.release(context.id)
+
+    async def _of_texts(self, identifier: str, owner: str, texts: Sequence[str]) -> tuple[Context, int]:
+        context = self.store.get(identifier, owner)
+        if context is not None and context.revision == len(texts):
+            return context, 0
+        tokens = [await self._encode(text, first=number == 0) for number, text in enumerate(texts)]
+        self._check_length(sum(map(len, tokens)))
+        if context is None:
+            context = await self._create(owner, "", identifier)
+        before = context.tokens_seen
+        for revision in range(context.revision, len(texts)):
+            context = await self.append(identifier, owner, tokens[revision], revision)
+        return context, context.tokens_seen - before
+
+    async def _create(self, owner: str, label: str, identifier: str | None = None) -> Context:
+        """An empty context; one that a request brought with it goes if there are too many."""
+        async with self._creating:
+            while self._full(owner):
+                oldest = self._texts.dispensable(self.store.of(owner))
+                if oldest is None:
+                    message = "there are as many contexts as there may be; delete one first"
+                    raise ApiError(409, message, "too_many_contexts")
+                await self._dispense(oldest)
+            with _storage("the context could not be written"):
+                return await asyncio.to_thread(self.store.create, owner, label, identifier)
+
+    async def _dispense(self, context: Context) -> None:
+        """Remove a context of texts that no request uses; one that asks for it now waits, and reads the texts again."""
+        async with self._lock(f"{context.id} texts"):
+            try:
+                await self.delete(context.id, context.owner)
+            except ApiError as error:
+                if error.status != 404:  # its owner was faster
+                    raise
+
+    def _full(self, owner: str) -> bool:
+        limits = self._limits
+        return len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key
 
     async def append(self, identifier: str, owner: str, more: str | Sequence[int], revision: int | None) -> Context:
         """Read more of a context; it is on disk when this returns.
@@ -143,8 +200,7 @@ class Contexts:
             if revision is not None and revision != context.revision:
                 raise ApiError(409, f"the context is of revision {context.revision}, not {revision}", "wrong_revision")
             tokens = await self._encode(more, first=context.tokens_seen == 0)
-            if context.tokens_seen + len(tokens) > self._limits.context_tokens:
-                raise bad_request(f"a context may have {self._limits.context_tokens} tokens; this would be more")
+            self._check_length(context.tokens_seen + len(tokens))
             try:
                 with _storage("the context could not be read"):
                     before = await asyncio.to_thread(self._states, context)
@@ -170,6 +226,7 @@ class Contexts:
             with _storage("the context could not be removed"):
                 await asyncio.to_thread(self.store.delete, context)
             await asyncio.to_thread(self.cache.drop, _key(context))
+        self._texts.forget(identifier)
         for callback in self._deleted:
             await callback(context)
 
@@ -245,6 +302,10 @@ class Contexts:
         if not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise bad_request(f"token ids must be between 0 and {vocabulary - 1}", "tokens")
         return tokens
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self._limits.context_tokens:
+            raise bad_request(f"a context may have {self._limits.context_tokens} tokens; this would be more")
 
     def _states(self, context: Context) -> dict[str, Tensor]:
         """The context's states, on the devices of its generators."""
@@ -347,9 +408,11 @@ def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> A
         more = body.text if body.tokens is None else body.tokens
         if more is None or (body.text is not None and body.tokens is not None):
             raise bad_request("give exactly one of text and tokens", "text")
-        before = contexts.get(identifier, owner).tokens_seen
+        before = contexts.get(identifier, owner)
+        if before.fixed:
+            raise ApiError(409, "the context stands for the texts of a request: nothing can be appended", "fixed")
         context = await contexts.append(identifier, owner, more, body.revision)
-        metrics.context_tokens.inc(context.tokens_seen - before)
+        metrics.context_tokens.inc(context.tokens_seen - before.tokens_seen)
         return info(context)
 
     @router.get("/{identifier}/export", responses=NOT_FOUND | CONFLICT | _FILE, response_class=Response)
