@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gakernels.generation.log_probabilities import TokenLogprob
 from gakernels.generation.text_output import token_text
 from gakernels.server import protocol
 from gakernels.server.answers import CompletionForm, Part, TokenTexts
+from gakernels.server.engine import Engine
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 
@@ -162,17 +164,25 @@ def test_several_answers_are_those_of_the_seeds_that_follow(
 # Penalties and biases
 
 
-def test_penalties_and_biases_reach_the_decoder(client: TestClient, demo: GenerativeAdapter, user: User) -> None:
-    name, values = create(client, user), {"presence_penalty": 2.0, "frequency_penalty": 1.5, "max_tokens": 20}
-    expected = generate(
-        demo,
-        [user.question],
-        [user.adapter],
-        Sampling(20, presence_penalty=2.0, frequency_penalty=1.5, logit_bias=((9, 4.0),)),
-    )[0].text
-    assert complete(client, name, user.question, logit_bias={"9": 4}, **values)["choices"][0]["text"] == expected
-    assert complete(client, name, user.question, max_tokens=20)["choices"][0]["text"] != expected
-    first = list(demo.tokenizer(f" {user.answer}")["input_ids"])
+def test_what_is_asked_for_reaches_the_decoder(
+    client: TestClient, demo: GenerativeAdapter, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, submit = [], Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda own, row: (asked.append(row.sampling), submit(own, row))[1])
+    common: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": -0.25, "temperature": 0.7, "top_p": 0.9}
+    values = {**common, "seed": 3, "logit_bias": {"9": 4, "7": -1.5}, "stop": ["."], "max_tokens": 5}
+    sampling = Sampling(5, seed=3, stop=(".",), logit_bias=((9, 4.0), (7, -1.5)), **common)
+    complete(client, "demo", user.question, logprobs=2, echo=True, **values)
+    assert asked.pop() == replace(sampling, logprobs=2, prompt_logprobs=True)
+    chat(client, "demo", user, logprobs=True, **values)
+    assert asked.pop() == replace(sampling, logprobs=0)
+    chat(client, "demo", user, **values)
+    assert asked.pop() == sampling
+
+
+def test_a_banned_token_does_not_come(client: TestClient, demo: GenerativeAdapter, user: User) -> None:
+    name, first = create(client, user), list(demo.tokenizer(f" {user.answer}")["input_ids"])
+    assert complete(client, name, user.question, max_tokens=20)["choices"][0]["text"].startswith(f" {user.answer}")
     banned = complete(client, name, user.question, logit_bias={str(token): -100 for token in first})
     assert not banned["choices"][0]["text"].startswith(f" {user.answer}")
 
