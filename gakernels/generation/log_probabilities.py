@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gakernels.generation.sampling import moved
 from gakernels.model import GenerativeAdapter
 
 _BLOCK = 256  # tokens of a prompt whose logits are in memory at once
@@ -29,7 +30,7 @@ class TokenLogprob:
 
 
 class Scores:
-    """Log-probabilities on their way from the device. Makes no one wait: read them when its work so far is done.
+    """Log-probabilities on their way from the device. Nobody waits for them here: read them when its work so far is done.
 
     Args:
         logits: (N, vocabulary).
@@ -59,6 +60,6 @@ def prompt_scores(model: GenerativeAdapter, hidden: Tensor, prompt: Sequence[int
         prompt: token ids.
         top: number of the most likely tokens to tell.
     """
-    targets = torch.tensor(prompt[1:]).to(hidden.device, non_blocking=True)
+    targets = moved(torch.tensor(prompt[1:]), hidden.device)
     blocks = zip(hidden[:-1].split(_BLOCK), targets.split(_BLOCK), strict=True) if len(targets) else ()
     return [Scores(model.logits(states), tokens, top) for states, tokens in blocks]

@@ -231,14 +231,14 @@ class TokensToCome:
         for row, scores in self._prompts:
             first = TokenLogprob(row.prompt[0], None)
             row.prompt_logprobs = [first, *(found for block in scores for found in block.read())]
-        found = {} if self._scores is None else dict(zip(self._scored, self._scores.read(), strict=True))
-        for place, (row, token) in enumerate(zip(self.rows, self._copy.tolist(), strict=True)):
-            row.accept(token, _cut(found.get(place), row.sampling.logprobs))
-
-
-def _cut(logprob: TokenLogprob | None, top: int | None) -> TokenLogprob | None:
-    """Without the alternatives that only another row of the batch asked for."""
-    return None if logprob is None else replace(logprob, top=logprob.top[:top])
+        tokens = self._copy.tolist()
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        if self._scores is not None:
+            for place, found in zip(self._scored, self._scores.read(), strict=True):
+                own = self.rows[place].sampling.logprobs  # another row of the batch may have asked for more
+                logprobs[place] = replace(found, top=found.top[:own])
+        for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
+            row.accept(token, logprob)
 
 
 class Scheduler:
