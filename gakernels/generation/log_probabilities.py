@@ -30,7 +30,7 @@ class TokenLogprob:
 
 
 class Scores:
-    """Log-probabilities on their way from the device. Nobody waits for them here: read them when its work so far is done.
+    """Log-probabilities on their way from the device, whose work so far must be done before they are read.
 
     Args:
         logits: (N, vocabulary).
