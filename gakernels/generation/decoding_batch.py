@@ -6,7 +6,7 @@ So one mask of left padding suffices for a step, whatever the rows' lengths, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ class DecodingBatch:
         kept: Sequence[int],
         prompts: Sequence[Sequence[int]] = (),
         adapters: Sequence[OneAdapter] = (),
+        on_hidden: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Keep some rows, in this order, and append new ones.
 
@@ -82,6 +83,8 @@ class DecodingBatch:
             kept: numbers of the rows that stay.
             prompts: token ids of the new rows.
             adapters: of the new rows; None for the base model alone.
+            on_hidden: is given the last hidden states (new rows, columns, d_h) of the prompts, which end at the last
+                column.
 
         Returns:
             Logits (new rows, vocabulary) after the prompts.
@@ -97,7 +100,10 @@ class DecodingBatch:
         parts = [(self._cache, kept)] if kept else []
         joining = self.form.stacked(adapters)
         if prompts:
-            logits, cache = self._read(prompts, joining.factors())
+            hidden, cache = self._read(prompts, joining.factors())
+            logits = self.model.logits(hidden[:, -1])
+            if on_hidden is not None:
+                on_hidden(hidden)
             parts.append((cache, range(len(prompts))))
         if not parts:
             self._clear()
@@ -113,16 +119,16 @@ class DecodingBatch:
     def _read(
         self, prompts: Sequence[Sequence[int]], factors: Mapping[str, LowRankFactors | CompactFactors]
     ) -> tuple[Tensor, Cache]:
-        """Logits after the prompts, and a cache in which they all end at the same column."""
+        """Last hidden states of the prompts, and a cache in which they all end at the same column."""
         known = 0 if self._start is None else self._start.tokens
         cache = new_cache() if self._start is None else self._start.of_rows(len(prompts))
         ids, mask = (tensor.to(self.model.device) for tensor in pad_left([prompt[known:] for prompt in prompts], 0))
         mask = torch.cat([mask.new_ones(len(prompts), known), mask], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
-        logits = self._forward(ids, mask, positions, cache, factors)
+        hidden = self._forward(ids, mask, positions, cache, factors)
         if known:
             pad_on_the_left(cache, mask)
-        return logits, cache
+        return hidden, cache
 
     @torch.inference_mode()
     def advance(self, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -140,9 +146,9 @@ class DecodingBatch:
             )
         ids = torch.as_tensor(tokens, device=self.model.device)[:, None]
         last = max(self.lengths)  # the new column
-        logits = self._forward(ids, self._mask(last + 1), last - self._first[:, None], self._cache, self._factors)
+        hidden = self._forward(ids, self._mask(last + 1), last - self._first[:, None], self._cache, self._factors)
         self.lengths = [length + 1 for length in self.lengths]
-        return logits
+        return self.model.logits(hidden[:, -1])
 
     def _mask(self, columns: int) -> Tensor | None:
         """Which of the columns each row sees; None for all.
@@ -167,11 +173,12 @@ class DecodingBatch:
         cache: Cache,
         factors: Mapping[str, LowRankFactors | CompactFactors],
     ) -> Tensor:
-        """Logits (rows, vocabulary) after the last column."""
+        """Last hidden states (rows, columns, d_h)."""
         decoder = self.model.base.get_decoder()
         with self.model.using(factors):
             output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **past(decoder, cache))
-        return self.model.logits(output.last_hidden_state[:, -1])
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
 
 def past(decoder: Any, cache: Cache) -> dict[str, Any]:

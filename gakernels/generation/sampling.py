@@ -26,6 +26,12 @@ class Sampling:
         stop_at_end_token: whether the model's end tokens end it.
         stop_token_ids: further tokens that end it; their text is left out.
         skip_special_tokens: whether special tokens are left out of the text. Stop texts see them either way.
+        presence_penalty: taken once from the logit of each token that the continuation already has.
+        frequency_penalty: taken from it as often as the continuation has the token.
+        logit_bias: pairs (token id, number added to its logit).
+        logprobs: tell the log-probability of each new token, and so many of the most likely tokens in its place, under
+            the model's own distribution: before temperature, penalties and bias. None for nothing.
+        prompt_logprobs: tell those of the prompt's tokens too; needs `logprobs`.
 
     Raises:
         InputError: a value is out of range.
@@ -40,6 +46,11 @@ class Sampling:
     stop_at_end_token: bool = True
     stop_token_ids: tuple[int, ...] = ()
     skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -52,6 +63,20 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1, but it is {self.top_p}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise InputError(f"stop must be a tuple of texts that are not empty, but it is {self.stop!r}")
+        biases = tuple(value for _, value in self.logit_bias)
+        added = {"presence_penalty": (self.presence_penalty,), "frequency_penalty": (self.frequency_penalty,)}
+        for name, values in {**added, "logit_bias": biases}.items():
+            if not all(map(math.isfinite, values)):
+                raise InputError(f"{name} must be finite, but it is {', '.join(map(str, values))}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise InputError(f"logprobs must be at least 0 or None, but it is {self.logprobs}")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise InputError("prompt_logprobs needs logprobs, but that is None")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether it adds anything to the model's logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> Tensor:
@@ -67,8 +92,8 @@ def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Seque
     if drawn:
         # One random number per row, drawn on the CPU: the same on every device and in every batch.
         uniform = torch.cat([torch.rand(1, generator=generators[row], dtype=torch.float64) for row in drawn])
-        rows = _moved(torch.tensor(drawn), logits.device)
-        found = draw(logits.index_select(0, rows), [samplings[row] for row in drawn], _moved(uniform, logits.device))
+        rows = moved(torch.tensor(drawn), logits.device)
+        found = draw(logits.index_select(0, rows), [samplings[row] for row in drawn], moved(uniform, logits.device))
         tokens.index_copy_(0, rows, found)
     return tokens
 
@@ -83,7 +108,7 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tens
     """
 
     def column(values: Sequence[float]) -> Tensor:
-        return _moved(torch.tensor(values, dtype=torch.float64), logits.device)[:, None]
+        return moved(torch.tensor(values, dtype=torch.float64), logits.device)[:, None]
 
     wide = logits.double()
     scaled = (wide - wide.amax(-1, keepdim=True)) / column([sampling.temperature for sampling in samplings])
@@ -100,6 +125,6 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tens
     return order.gather(-1, torch.minimum(place, inside.sum(-1, keepdim=True) - 1))[:, 0]
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to a device without waiting for the device."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

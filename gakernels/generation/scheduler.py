@@ -10,7 +10,8 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -19,9 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
+from gakernels.generation.adjustment import Adjustment, adjusted
 from gakernels.generation.decoding_batch import DecodingBatch
+from gakernels.generation.log_probabilities import Scores, TokenLogprob, prompt_scores
 from gakernels.generation.row_adapters import OneAdapter
-from gakernels.generation.sampling import Sampling, next_tokens
+from gakernels.generation.sampling import Sampling, moved, next_tokens
 from gakernels.generation.text_output import TextOutput
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
@@ -38,12 +41,14 @@ class Piece:
         tokens: number of tokens generated so far.
         finished: why it ended: `stop` (end token or stop text), `length` or `cancelled`; None while it continues.
         error: the error that ended it instead.
+        logprob: of the new token, if its sampling asks for it.
     """
 
     text: str
     tokens: int
     finished: str | None = None
     error: Exception | None = None
+    logprob: TokenLogprob | None = None
 
 
 class Generation:
@@ -57,6 +62,14 @@ class Generation:
         tokenizer: decodes the text; None for tokens only.
         end_tokens: ids that end a continuation.
         on_piece: called after each step, in the thread that decodes.
+
+    Attributes:
+        tokens: new token ids, an end token included.
+        text: of the new tokens.
+        logprobs: of the new tokens, if its sampling asks for them.
+        prompt_logprobs: of the prompt's tokens, if its sampling asks for them; there before the first piece.
+        finished: why it ended, see `Piece`; None while it continues.
+        error: the error that ended it instead.
 
     Raises:
         InputError: the prompt is empty, or there are stop texts but no tokenizer.
@@ -79,6 +92,9 @@ class Generation:
         self.tokens: list[int] = []
         self.begun = 0  # tokens that are finished or being computed
         self.text = ""
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.adjustment: Adjustment | None = None
         self.finished: str | None = None
         self.error: Exception | None = None
         self.cancelled = False
@@ -129,21 +145,23 @@ class Generation:
         assert self._load is not None
         return self._load.result()
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Take the next token, and end the continuation if it is complete; does nothing once it has ended."""
         if self.finished is not None:
             return
         self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
         if token in self._end_tokens:
-            self._finish(STOP)
+            self._finish(STOP, logprob=logprob)
             return
         piece, stopped = ("", False) if self._output is None else self._output.push(token)
         if stopped:
             self.finished = STOP
         if self.finished is None and len(self.tokens) >= self.sampling.max_new_tokens:
-            self._finish(LENGTH, piece)
+            self._finish(LENGTH, piece, logprob)
         else:
-            self._emit(piece)
+            self._emit(piece, logprob)
 
     def cancel(self) -> None:
         """End it at the next step; may be called from any thread."""
@@ -159,28 +177,47 @@ class Generation:
         self.error, self.finished = error, CANCELLED
         self._emit("")
 
-    def _finish(self, reason: str, piece: str = "") -> None:
+    def _finish(self, reason: str, piece: str = "", logprob: TokenLogprob | None = None) -> None:
         """End with the text that was held back, which may contain a stop text after all."""
         self.finished = reason
         if self._output is not None:
             rest, stopped = self._output.flush()
             self.finished = STOP if stopped else reason
             piece += rest
-        self._emit(piece)
+        self._emit(piece, logprob)
 
-    def _emit(self, text: str) -> None:
+    def _emit(self, text: str, logprob: TokenLogprob | None = None) -> None:
         self.text += text
         if self._on_piece is not None:
-            self._on_piece(Piece(text, len(self.tokens), self.finished, self.error))
+            self._on_piece(Piece(text, len(self.tokens), self.finished, self.error, logprob))
         if self.finished is not None and self._on_end is not None:
             self._on_end()
 
 
 class TokensToCome:
-    """The next token of some rows, on its way from the device."""
+    """The next token of some rows, on its way from the device, with the log-probabilities that rows ask for.
 
-    def __init__(self, rows: Sequence[Generation], tokens: Tensor) -> None:
-        self.rows = list(rows)
+    Args:
+        rows: get the tokens.
+        tokens: of the rows, on the device.
+        logits: of the model, before what rows add to them.
+        prompts: log-probabilities of prompts that were read just now, with the row that asks for them.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Generation],
+        tokens: Tensor,
+        logits: Tensor,
+        prompts: Sequence[tuple[Generation, list[Scores]]] = (),
+    ) -> None:
+        self.rows, self._prompts = list(rows), prompts
+        self._scored = [place for place, row in enumerate(rows) if row.sampling.logprobs is not None]
+        self._scores = None
+        if self._scored:
+            places = moved(torch.tensor(self._scored), tokens.device)
+            top = max(rows[place].sampling.logprobs or 0 for place in self._scored)
+            self._scores = Scores(logits.index_select(0, places), tokens.index_select(0, places), top)
         self._copy, self._copied = tokens, None
         if tokens.is_cuda:
             self._copy = tokens.to("cpu", non_blocking=True)
@@ -191,8 +228,17 @@ class TokensToCome:
         """Wait for the tokens and give them to the rows."""
         if self._copied is not None:
             self._copied.synchronize()
-        for row, token in zip(self.rows, self._copy.tolist(), strict=True):
-            row.accept(token)
+        for row, scores in self._prompts:
+            first = TokenLogprob(row.prompt[0], None)
+            row.prompt_logprobs = [first, *(found for block in scores for found in block.read())]
+        tokens = self._copy.tolist()
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        if self._scores is not None:
+            for place, found in zip(self._scored, self._scores.read(), strict=True):
+                own = self.rows[place].sampling.logprobs  # another row of the batch may have asked for more
+                logprobs[place] = replace(found, top=found.top[:own])
+        for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
+            row.accept(token, logprob)
 
 
 class Scheduler:
@@ -292,15 +338,37 @@ class Scheduler:
         kept = [row for row, generation in enumerate(self.running) if generation.goes_on]
         last = self._last[torch.tensor(kept, dtype=torch.int64).to(self._last.device)]
         self.running = [*(self.running[row] for row in kept), *joining]
-        logits = self._batch.exchange(kept, [generation.prompt for generation in joining], adapters)
-        self._last = torch.cat([last, self._begin(joining, logits)]) if joining else last
+        prompts: list[tuple[Generation, list[Scores]]] = []
+        asking = any(generation.sampling.prompt_logprobs for generation in joining)
+        on_hidden = partial(self._score, joining, prompts) if asking else None
+        logits = self._batch.exchange(kept, [generation.prompt for generation in joining], adapters, on_hidden)
+        self._last = torch.cat([last, self._begin(joining, logits, prompts)]) if joining else last
 
-    def _begin(self, rows: Sequence[Generation], logits: Tensor) -> Tensor:
+    def _score(
+        self, joining: Sequence[Generation], prompts: list[tuple[Generation, list[Scores]]], hidden: Tensor
+    ) -> None:
+        """Append the log-probabilities of the prompts whose rows ask for them."""
+        for row, states in zip(joining, hidden, strict=True):
+            if row.sampling.prompt_logprobs:
+                own, top = states[-len(row.prompt) :], row.sampling.logprobs or 0
+                prompts.append((row, prompt_scores(self._batch.model, own, row.prompt, top)))
+
+    def _begin(
+        self,
+        rows: Sequence[Generation],
+        logits: Tensor,
+        prompts: Sequence[tuple[Generation, list[Scores]]] = (),
+    ) -> Tensor:
         """The next token of each row; also starts its copy to the host."""
-        tokens = next_tokens(logits, [row.sampling for row in rows], [row.random for row in rows])
-        for row in rows:
+        adjustments = [row.adjustment for row in rows]
+        tokens = next_tokens(
+            adjusted(logits, adjustments), [row.sampling for row in rows], [row.random for row in rows]
+        )
+        for place, (row, adjustment) in enumerate(zip(rows, adjustments, strict=True)):
             row.begun += 1
-        self._to_come.append(TokensToCome(rows, tokens))
+            if adjustment is not None:
+                adjustment.count(tokens[place : place + 1])
+        self._to_come.append(TokensToCome(rows, tokens, logits, prompts))
         return tokens
 
     def _read(self, count: int) -> None:
@@ -343,6 +411,9 @@ class Scheduler:
             adapter = generation.adapter()
             if adapter is not None:
                 self._batch.form.check(adapter)
+            if generation.sampling.adjusts:
+                vocabulary = self._batch.model.base.config.get_text_config().vocab_size
+                generation.adjustment = Adjustment(generation.sampling, vocabulary, self._last.device)
         except Exception as error:  # only this row fails
             generation.fail(error)
             return

@@ -132,6 +132,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return added | dict(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What a token adds to a text: itself twice less itself once, for many tokenizers drop a space in front.
+
+    A token that is a part of a character only has the text `\ufffd`, one or several.
+    """
+    once, twice = (str(tokenizer.decode([token] * times, skip_special_tokens=False)) for times in (1, 2))
+    return twice[len(once) :]
+
+
 def _overlap(text: str, stop: str) -> int:
     """The longest end of the text that is also a start of the stop text."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):

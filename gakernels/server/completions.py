@@ -1,85 +1,54 @@
-"""The OpenAI interface: models, completions and chat. Requests become rows, and pieces of text answers or events."""
+"""Completions and chat by the engine of this process: requests become rows, and pieces of text answers or events."""
 
 import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Protocol
+from typing import TypeVar
 
-from fastapi import APIRouter, Request
-from fastapi.params import Depends as Dependency
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
 
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.data.chat import chat_template
 from gakernels.errors import InputError
 from gakernels.generation.sampling import Sampling
-from gakernels.generation.scheduler import LENGTH, Generation, Piece
+from gakernels.generation.scheduler import Generation, Piece
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
 from gakernels.model.positions import position_limit
-from gakernels.server.context_store import Context, ContextStore
+from gakernels.server.answers import (
+    ChatForm,
+    CompletionForm,
+    EventStream,
+    Part,
+    Source,
+    TokenTexts,
+    as_event,
+    chat_opening,
+    usage,
+)
+from gakernels.server.context_store import Context
 from gakernels.server.contexts import Contexts
 from gakernels.server.engine import Engine
 from gakernels.server.metrics import Metrics
 from gakernels.server.protocol import (
-    ChatChoice,
     ChatChunk,
-    ChatChunkChoice,
     ChatCompletion,
-    ChatMessage,
     ChatRequest,
     Completion,
-    CompletionChoice,
     CompletionRequest,
-    FinishReason,
-    ModelCard,
-    ModelList,
     SamplingRequest,
     Usage,
 )
 from gakernels.server.settings import Limits
-from gakernels.server.web import NOT_FOUND, RESPONSES, ApiError, bad_request, from_failure, hung_up, no_such_model
+from gakernels.server.web import ApiError, bad_request, from_failure
 
 _DONE = "data: [DONE]\n\n"
-_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
-
-
-@dataclass(frozen=True)
-class EventStream:
-    """The events of an answer.
-
-    Attributes:
-        events: as text.
-        end: cleanup when the events are no longer wanted, even if the first one was never requested.
-    """
-
-    events: AsyncGenerator[str, None]
-    end: Callable[[], None] = lambda: None
-
-    async def close(self) -> None:
-        """Clean up: the answer is complete, or its reader has gone."""
-        self.end()
-        await self.events.aclose()
-
-
-Answer = BaseModel | dict[str, Any] | EventStream
-
-
-class Completions(Protocol):
-    """What computes answers: the engine of this process, or another server."""
-
-    async def complete(self, request: CompletionRequest, context: Context | None) -> Answer:
-        """The answer to a completion request, or the events of a stream."""
-
-    async def chat(self, request: ChatRequest, context: Context | None) -> Answer:
-        """The answer to a chat request, or the events of a stream."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,31 +56,50 @@ class Rows:
     """The generations that a request is waiting for.
 
     Attributes:
-        generations: one for each prompt.
+        generations: the answers to each prompt, one prompt after the other.
         pieces: queue of (number of the generation, piece), filled by the engine.
-        model: the model's name in the request, for messages.
+        request: whose answers they are.
+        source: where the adapter comes from.
+        echoes: texts that the answers begin with; none, or one for each prompt.
     """
 
     generations: list[Generation]
     pieces: asyncio.Queue[tuple[int, Piece]]
-    model: str
+    request: SamplingRequest
+    source: Source
+    echoes: Sequence[str] = ()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Pairs (number of the row, piece), until all rows are finished.
+    async def __aiter__(self) -> AsyncIterator[Part]:
+        """Parts of the answers, until all are finished.
 
         Raises:
             ApiError: a row failed.
         """
-        unfinished = len(self.generations)
+        unfinished = set(range(len(self.generations)))
+        begun: set[int] = set()
         try:
             while unfinished:
                 index, piece = await self.pieces.get()
                 if piece.error is not None:
-                    raise from_failure(piece.error, self.model) from piece.error
-                unfinished -= piece.finished is not None
-                yield index, piece
+                    raise from_failure(piece.error, self.request.model) from piece.error
+                if piece.finished is not None:
+                    unfinished.remove(index)
+                own = () if piece.logprob is None else (piece.logprob,)
+                if index in begun:
+                    yield Part(index, piece.text, own, piece.finished)
+                else:
+                    begun.add(index)
+                    asked = self.generations[index].prompt_logprobs
+                    yield Part(index, self._echo(index) + piece.text, (*asked, *own), piece.finished)
         finally:
             self.cancel()
+
+    def wholes(self) -> list[Part]:
+        """The answers, once they are finished."""
+        return [
+            Part(index, self._echo(index) + row.text, (*row.prompt_logprobs, *row.logprobs), row.finished)
+            for index, row in enumerate(self.generations)
+        ]
 
     def cancel(self) -> None:
         """End the rows at the next step; finished ones are not affected."""
@@ -121,9 +109,11 @@ class Rows:
     @property
     def usage(self) -> Usage:
         """The numbers of tokens so far."""
-        return Usage.of(
-            sum(len(row.prompt) for row in self.generations), sum(len(row.tokens) for row in self.generations)
-        )
+        prompts = sum(len(row.prompt) for row in self.generations[:: self.request.n])
+        return usage(prompts, sum(len(row.tokens) for row in self.generations), self.source)
+
+    def _echo(self, index: int) -> str:
+        return self.echoes[index // self.request.n] if self.echoes else ""
 
 
 class LocalCompletions:
@@ -151,42 +141,47 @@ class LocalCompletions:
         self._model, self._ends, self._template = model, model.end_tokens(), template
         settings = model.base.config.get_text_config()
         self._longest = position_limit(settings) or 2**31
+        self._texts = TokenTexts(contexts.tokenizer)
 
-    async def complete(self, request: CompletionRequest, context: Context | None) -> Completion | EventStream:
+    async def complete(self, request: CompletionRequest, source: Source) -> Completion | EventStream:
         """The answer, or the events of a stream. Raises: ApiError."""
-        prompts = await self._encode(request.prompts())
-        rows = self._start(request, prompts, [request.max_tokens] * len(prompts), context)
+        self._check_number(request, len(request.prompts()))
+        prompts, echoes = await self._contexts.with_text(partial(self._encode, request))
+        rows = self._start(request, prompts, request.max_tokens, source, echoes)
         frame = partial(Completion, id=_name("cmpl"), created=int(time.time()), model=request.model)
+        form = CompletionForm(self._texts, request.most_likely)
         if request.stream:
-            return self._stream(rows, partial(completion_event, frame), frame, request.wants_usage)
-        await self._finish(rows)
-        choices = [
-            CompletionChoice(index=index, text=row.text, finish_reason=finish_reason(row.finished))
-            for index, row in enumerate(rows.generations)
-        ]
-        return frame(choices=choices, usage=rows.usage)
+            return self._stream(rows, lambda part: frame(choices=[form.choice(part)]), frame)
+        return frame(choices=await self._finish(rows, form.choice), usage=rows.usage)
 
-    async def chat(self, request: ChatRequest, context: Context | None) -> ChatCompletion | EventStream:
+    async def chat(self, request: ChatRequest, source: Source) -> ChatCompletion | EventStream:
         """The answer, or the events of a stream. Raises: ApiError."""
+        self._check_number(request, 1)
         prompt = await self._contexts.with_text(partial(self._conversation, request))
         asked = request.max_completion_tokens or request.max_tokens
         room = min(self._longest, self._limits.cache_tokens) - len(prompt)
         wanted = max(1, min(self._limits.new_tokens, room)) if asked is None else asked
-        rows = self._start(request, [prompt], [wanted], context)
+        rows = self._start(request, [prompt], wanted, source)
         name, created = _name("chatcmpl"), int(time.time())
+        form = ChatForm(self._texts, request.most_likely)
         if request.stream:
             frame = partial(ChatChunk, id=name, created=created, model=request.model)
-            return self._stream(rows, partial(chat_event, frame), frame, request.wants_usage, chat_opening(frame))
-        await self._finish(rows)
-        row = rows.generations[0]
-        choice = ChatChoice(index=0, message=ChatMessage(content=row.text), finish_reason=finish_reason(row.finished))
-        return ChatCompletion(id=name, created=created, model=request.model, choices=[choice], usage=rows.usage)
+            openings = [frame(choices=[chat_opening(index)]) for index in range(request.n)]
+            return self._stream(rows, lambda part: frame(choices=[form.chunk(part)]), frame, openings)
+        choices = await self._finish(rows, form.choice)
+        return ChatCompletion(id=name, created=created, model=request.model, choices=choices, usage=rows.usage)
 
     # Prompts
 
-    async def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        if len(prompts) > self._limits.prompts:
-            raise bad_request(f"a request may have {self._limits.prompts} prompts, not {len(prompts)}", "prompt")
+    def _check_number(self, request: SamplingRequest, prompts: int) -> None:
+        if prompts * request.n > self._limits.prompts:
+            many = f"{prompts}" if request.n == 1 else f"{prompts} with {request.n} answers each"
+            raise bad_request(
+                f"a request may have {self._limits.prompts} prompts, not {many}", "prompt" if request.n == 1 else "n"
+            )
+
+    def _encode(self, request: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+        """The prompts' tokens, and their texts if the request wants them back. Run it with the tokenizer."""
         tokenizer = self._contexts.tokenizer
 
         def tokens(prompt: str | list[int]) -> list[int]:
@@ -196,7 +191,14 @@ class LocalCompletions:
                 raise bad_request("this model has no tokenizer: prompts must be token ids", "prompt")
             return encode_text(tokenizer, prompt)
 
-        return await self._contexts.with_text(lambda: [tokens(prompt) for prompt in prompts])
+        def text(prompt: str | list[int]) -> str:
+            if isinstance(prompt, str) or tokenizer is None:
+                return prompt if isinstance(prompt, str) else ""
+            self._check_ids(prompt, "prompt")
+            return str(tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens))
+
+        prompts = request.prompts()
+        return [tokens(prompt) for prompt in prompts], [text(prompt) for prompt in prompts] if request.echo else []
 
     def _conversation(self, request: ChatRequest) -> list[int]:
         tokenizer = self._contexts.tokenizer
@@ -206,7 +208,7 @@ class LocalCompletions:
             raise bad_request(f"{error}; start the server with --chat-template", "messages") from error
         if tokenizer is None or template is None:
             raise bad_request("this model has no chat template; start the server with --chat-template", "messages")
-        messages = [message.model_dump() for message in request.messages]
+        messages = [message.model_dump(exclude_none=True) for message in request.messages]
         try:
             text = tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -221,33 +223,36 @@ class LocalCompletions:
         self,
         request: SamplingRequest,
         prompts: Sequence[list[int]],
-        new_tokens: Sequence[int],
-        context: Context | None,
+        new_tokens: int,
+        source: Source,
+        echoes: Sequence[str] = (),
     ) -> Rows:
-        for prompt, count in zip(prompts, new_tokens, strict=True):
-            self._check(prompt, count)
+        for prompt in prompts:
+            self._check(prompt, new_tokens)
         self._check_ids(request.stop_token_ids or (), "stop_token_ids")
+        self._check_ids(list(request.logit_bias), "logit_bias")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
 
         def sink(index: int, piece: Piece) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
+        asked = [(prompt, answer) for prompt in prompts for answer in range(request.n)]
         try:
             generations = [
                 Generation(
                     prompt,
-                    self._sampling(request, count),
-                    self._adapter(context),
+                    self._sampling(request, new_tokens, answer, bool(echoes)),
+                    self._adapter(source.context),
                     self._model.tokenizer,
                     self._ends,
                     partial(sink, index),
                 )
-                for index, (prompt, count) in enumerate(zip(prompts, new_tokens, strict=True))
+                for index, (prompt, answer) in enumerate(asked)
             ]
         except InputError as error:
             raise bad_request(str(error)) from error
-        rows = Rows(generations, pieces, request.model)
+        rows = Rows(generations, pieces, request, source, echoes)
         try:
             for generation in generations:
                 self._engine.submit(generation)
@@ -282,26 +287,38 @@ class LocalCompletions:
     def _adapter(self, context: Context | None) -> Callable[[], Future[CompactAdapter]] | None:
         return None if context is None or not context.revision else partial(self._contexts.adapter, context)
 
-    def _sampling(self, request: SamplingRequest, new_tokens: int) -> Sampling:
+    def _sampling(self, request: SamplingRequest, new_tokens: int, answer: int, echo: bool) -> Sampling:
+        """How to draw the answer of that number to a prompt."""
         return Sampling(
             new_tokens,
             request.temperature,
             request.top_k,
             request.top_p,
-            request.seed,
+            None if request.seed is None else request.seed + answer,
             request.stops(),
             stop_token_ids=tuple(request.stop_token_ids or ()),
             skip_special_tokens=request.skip_special_tokens,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=tuple(request.logit_bias.items()),
+            logprobs=request.most_likely,
+            prompt_logprobs=echo and request.most_likely is not None,
         )
 
     # Answers
 
-    async def _finish(self, rows: Rows) -> None:
+    async def _finish(self, rows: Rows, choice: Callable[[Part], T]) -> list[T]:
+        """Wait for the answers, and make choices of them."""
         try:
             async for _ in rows:
                 pass
         finally:
             self._end(rows)
+        return [await self._formed(choice, part) for part in rows.wholes()]
+
+    async def _formed(self, form: Callable[[Part], T], part: Part) -> T:
+        """Give a part its form; where that takes the texts of single tokens, in the tokenizer's thread."""
+        return await self._contexts.with_text(partial(form, part)) if part.logprobs else form(part)
 
     def _end(self, rows: Rows) -> None:
         """Cancel rows that nobody waits for any more."""
@@ -311,152 +328,33 @@ class LocalCompletions:
     def _stream(
         self,
         rows: Rows,
-        event: Callable[[int, Piece], BaseModel],
+        event: Callable[[Part], BaseModel],
         frame: Callable[..., BaseModel],
-        wants_usage: bool,
-        opening: BaseModel | None = None,
+        openings: Sequence[BaseModel] = (),
     ) -> EventStream:
-        return EventStream(self._events(rows, event, frame, wants_usage, opening), partial(self._end, rows))
+        return EventStream(self._events(rows, event, frame, openings), partial(self._end, rows))
 
-    @staticmethod
     async def _events(
+        self,
         rows: Rows,
-        event: Callable[[int, Piece], BaseModel],
+        event: Callable[[Part], BaseModel],
         frame: Callable[..., BaseModel],
-        wants_usage: bool,
-        opening: BaseModel | None,
+        openings: Sequence[BaseModel],
     ) -> AsyncGenerator[str, None]:
         """Server-sent events; an error that comes too late for a status code is the last event."""
-        if opening is not None:
+        for opening in openings:
             yield as_event(opening)
         try:
-            async for index, piece in rows:
-                if piece.text or piece.finished is not None:
-                    yield as_event(event(index, piece))
+            async for part in rows:
+                if part.text or part.logprobs or part.finished is not None:
+                    yield as_event(await self._formed(event, part))
         except ApiError as error:
             yield f"data: {json.dumps(error.body())}\n\n"
             return
-        if wants_usage:
+        if rows.request.wants_usage:
             yield as_event(frame(choices=[], usage=rows.usage))
         yield _DONE
 
 
 def _name(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(12)}"
-
-
-def completion_event(frame: Callable[..., Completion], index: int, piece: Piece) -> Completion:
-    """A piece of the completion of prompt number `index`; `frame` makes an event from its choices."""
-    return frame(choices=[CompletionChoice(index=index, text=piece.text, finish_reason=finish_reason(piece.finished))])
-
-
-def chat_event(frame: Callable[..., ChatChunk], index: int, piece: Piece) -> ChatChunk:
-    """A piece of the model's turn."""
-    delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
-    return frame(choices=[ChatChunkChoice(index=index, delta=delta, finish_reason=finish_reason(piece.finished))])
-
-
-def chat_opening(frame: Callable[..., ChatChunk]) -> ChatChunk:
-    """The event before the model's turn; it names the role."""
-    return frame(choices=[ChatChunkChoice(index=0, delta={"role": "assistant", "content": ""})])
-
-
-def finish_reason(finished: str | None) -> FinishReason | None:
-    """Why a text ended, in OpenAI's terms; None while it continues."""
-    if finished is None:
-        return None
-    return "length" if finished == LENGTH else "stop"
-
-
-def as_event(event: BaseModel) -> str:
-    """The text of a server-sent event."""
-    return f"data: {event.model_dump_json()}\n\n"
-
-
-def openai_routes(
-    completions: Completions, store: ContextStore, base_name: str, started: int, owner: Dependency
-) -> APIRouter:
-    """Models, completions and chat completions.
-
-    Args:
-        completions: computes the answers.
-        store: holds the contexts; the id of a context is the name of a model.
-        base_name: name of the base model alone.
-        started: start time, seconds since 1970.
-        owner: dependency that returns the sender of a request.
-    """
-    router = APIRouter(prefix="/v1", tags=["openai"], responses=RESPONSES)
-
-    def chosen(model: str, owner: str) -> Context | None:
-        """The context that a request names; None for the base model."""
-        if model == base_name:
-            return None
-        context = store.get(model, owner)
-        if context is None:
-            raise no_such_model(model)
-        return context
-
-    def card(context: Context) -> ModelCard:
-        return ModelCard(id=context.id, created=context.created, parent=base_name)
-
-    base = ModelCard(id=base_name, created=started)
-
-    @router.get("/models")
-    async def models(owner: Annotated[str, owner]) -> ModelList:
-        """The base model, and the user's contexts."""
-        return ModelList(data=[base, *(card(context) for context in store.of(owner))])
-
-    @router.get("/models/{name}", responses=NOT_FOUND)
-    async def model(name: str, owner: Annotated[str, owner]) -> ModelCard:
-        """One model."""
-        context = chosen(name, owner)
-        return base if context is None else card(context)
-
-    @router.post("/completions", response_model=Completion, responses=NOT_FOUND | {200: _STREAM})
-    async def complete(body: CompletionRequest, request: Request, owner: Annotated[str, owner]) -> Response:
-        """Continue prompts."""
-        return await _response(request, completions.complete(body, chosen(body.model, owner)))
-
-    @router.post("/chat/completions", response_model=ChatCompletion, responses=NOT_FOUND | {200: _STREAM})
-    async def chat(body: ChatRequest, request: Request, owner: Annotated[str, owner]) -> Response:
-        """Continue a conversation."""
-        return await _response(request, completions.chat(body, chosen(body.model, owner)))
-
-    return router
-
-
-async def _response(request: Request, work: Coroutine[Any, Any, Answer]) -> Response:
-    """The answer, as soon as it is there. Raises: ApiError: the client hung up first; the work is then cancelled."""
-    answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(request))
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise hung_up()
-    finally:
-        answering.cancel()
-        leaving.cancel()
-        await asyncio.wait({answering, leaving})
-    answer = answering.result()
-    if isinstance(answer, BaseModel):
-        return JSONResponse(answer.model_dump())
-    return _Events(answer) if isinstance(answer, EventStream) else JSONResponse(answer)
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class _Events(StreamingResponse):
-    """A stream that is always closed, even if the client hangs up before the first event."""
-
-    def __init__(self, stream: EventStream) -> None:
-        super().__init__(stream.events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._stream = stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._stream.close()

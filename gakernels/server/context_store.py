@@ -8,13 +8,15 @@ disk.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +29,8 @@ from gakernels.files import read_description, read_tensors, write_tensors
 logger = logging.getLogger(__name__)
 KIND = "context"
 SUFFIX = ".safetensors"
-IDENTIFIER = r"ctx-[0-9a-f]{32}"
+IDENTIFIER = r"(?:ctx|txt)-[0-9a-f]{32}"
+_FIXED = "txt-"
 _FILE = re.compile(rf"{IDENTIFIER}\.safetensors")
 _LEFT_OVER = re.compile(rf"\.{IDENTIFIER}\.safetensors\.[0-9a-f-]+\.tmp")
 
@@ -37,7 +40,8 @@ class Context:
     """What is known about a context, apart from its states.
 
     Attributes:
-        id: `ctx-` and 32 hexadecimal digits, drawn at random; the `model` of requests.
+        id: `ctx-` and 32 hexadecimal digits, drawn at random; the `model` of requests. For a context that requests
+            bring with them, `txt-` and digits that follow from owner and texts.
         owner: its owner, see `ApiKeys`.
         label: the owner's name for it.
         created: seconds since 1970.
@@ -51,6 +55,16 @@ class Context:
     created: int
     revision: int = 0
     tokens_seen: int = 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its id stands for its texts, so that no other text may be appended."""
+        return self.id.startswith(_FIXED)
+
+
+def text_identifier(owner: str, texts: Sequence[str]) -> str:
+    """The id of the context of some texts: the same for the same owner and texts, and for no others."""
+    return _FIXED + hashlib.sha256(json.dumps([owner, *texts]).encode()).hexdigest()[:32]
 
 
 class StaleError(RuntimeError):
@@ -95,11 +109,20 @@ class ContextStore:
         self._guard.close()
 
     def create(
-        self, owner: str, label: str = "", states: Mapping[str, Tensor] | None = None, tokens: int = 0
+        self,
+        owner: str,
+        label: str = "",
+        identifier: str | None = None,
+        states: Mapping[str, Tensor] | None = None,
+        tokens: int = 0,
     ) -> Context:
-        """A new context, empty or with states (1, d_r, d_r) by adapted layer of so many tokens as its first append."""
+        """A new context, empty or with states (1, d_r, d_r) by adapted layer of so many tokens as its first append.
+
+        Its id is drawn at random unless one is given that no context has.
+        """
         self._check_folder()
-        context = Context(f"ctx-{secrets.token_hex(16)}", owner, label, int(time.time()), int(bool(states)), tokens)
+        identifier = identifier or f"ctx-{secrets.token_hex(16)}"
+        context = Context(identifier, owner, label, int(time.time()), int(bool(states)), tokens)
         self._write(context, states or {})
         return context
 

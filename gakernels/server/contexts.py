@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +24,7 @@ from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context
 from gakernels.model.state_arithmetic import sum_states
 from gakernels.server.adapter_cache import AdapterCache
-from gakernels.server.context_store import Context, ContextStore, StaleError
+from gakernels.server.context_store import Context, ContextStore, StaleError, text_identifier
 from gakernels.server.engine import Engine
 from gakernels.server.metrics import Metrics
 from gakernels.server.protocol import (
@@ -37,6 +37,7 @@ from gakernels.server.protocol import (
     RenameContext,
 )
 from gakernels.server.settings import Limits
+from gakernels.server.text_contexts import TextContexts
 from gakernels.server.web import (
     CONFLICT,
     NOT_FOUND,
@@ -86,6 +87,7 @@ class Contexts:
         self._text_thread = ThreadPoolExecutor(1, "gakernels-text")
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._creating = asyncio.Lock()
+        self._texts = TextContexts()
         self._in_memory = asyncio.Semaphore(2)  # exports and sums
         self._deleted: list[Callable[[Context], Awaitable[None]]] = []
         self.adapter_bytes = _adapter_bytes(model)
@@ -116,7 +118,7 @@ class Contexts:
             ApiError: there are too many contexts, or the text can't be read; then no context is created.
         """
         tokens = None if text is None else await self._encode(text, first=True)
-        context = await self._add(owner, label)
+        context = await self._create(owner, label)
         if tokens is None:
             return context
         try:
@@ -141,7 +143,7 @@ class Contexts:
                     states = await asyncio.to_thread(lambda: sum_states([self.store.states(part) for part in parts]))
             except StaleError as error:
                 raise ApiError(409, "one of the contexts has just changed; try again", "wrong_revision") from error
-            context = await self._add(owner, label, states, tokens)
+            context = await self._create(owner, label, None, states, tokens)
         self.adapter(context)  # ahead of time
         return context
 
@@ -155,6 +157,73 @@ class Contexts:
                     return await asyncio.to_thread(self.store.rename, context, label)
             except StaleError as error:
                 raise self._changed(identifier, owner) from error
+
+    async def of_texts(self, owner: str, texts: Sequence[str]) -> tuple[Context, int]:
+        """The context of some texts, read one after the other, and how many tokens of it were read just now.
+
+        It has been read if the same user brought the same texts before; reading that was interrupted is continued. It
+        stays until `release`; after that it may make room for another.
+
+        Raises:
+            ApiError: there are too many contexts, or a text can't be read.
+        """
+        identifier = text_identifier(owner, texts)
+        self._texts.hold(identifier)
+        try:
+            async with self._lock(f"{identifier} texts"):
+                return await self._of_texts(identifier, owner, texts)
+        except BaseException:
+            self._texts.release(identifier)
+            raise
+
+    def release(self, context: Context) -> None:
+        """A request does not need the context of its texts any more."""
+        self._texts.release(context.id)
+
+    async def _of_texts(self, identifier: str, owner: str, texts: Sequence[str]) -> tuple[Context, int]:
+        context = self.store.get(identifier, owner)
+        if context is not None and context.revision == len(texts):
+            return context, 0
+        tokens = [await self._encode(text, first=number == 0) for number, text in enumerate(texts)]
+        self._check_length(sum(map(len, tokens)))
+        if context is None:
+            context = await self._create(owner, "", identifier)
+        before = context.tokens_seen
+        for revision in range(context.revision, len(texts)):
+            context = await self.append(identifier, owner, tokens[revision], revision)
+        return context, context.tokens_seen - before
+
+    async def _create(
+        self,
+        owner: str,
+        label: str,
+        identifier: str | None = None,
+        states: Mapping[str, Tensor] | None = None,
+        tokens: int = 0,
+    ) -> Context:
+        """A context, empty or with states; one that a request brought with it goes if there are too many."""
+        async with self._creating:
+            while self._full(owner):
+                oldest = self._texts.dispensable(self.store.of(owner))
+                if oldest is None:
+                    message = "there are as many contexts as there may be; delete one first"
+                    raise ApiError(409, message, "too_many_contexts")
+                await self._dispense(oldest)
+            with _storage("the context could not be written"):
+                return await asyncio.to_thread(self.store.create, owner, label, identifier, states, tokens)
+
+    async def _dispense(self, context: Context) -> None:
+        """Remove a context of texts that no request uses; one that asks for it now waits, and reads the texts again."""
+        async with self._lock(f"{context.id} texts"):
+            try:
+                await self.delete(context.id, context.owner)
+            except ApiError as error:
+                if error.status != 404:  # its owner was faster
+                    raise
+
+    def _full(self, owner: str) -> bool:
+        limits = self._limits
+        return len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key
 
     async def append(self, identifier: str, owner: str, more: str | Sequence[int], revision: int | None) -> Context:
         """Read more of a context; it is on disk when this returns.
@@ -203,6 +272,7 @@ class Contexts:
             with _storage("the context could not be removed"):
                 await asyncio.to_thread(self.store.delete, context)
             await asyncio.to_thread(self.cache.drop, _key(context))
+        self._texts.forget(identifier)
         for callback in self._deleted:
             await callback(context)
 
@@ -254,15 +324,6 @@ class Contexts:
         """Somebody has changed a context's file. Raises: ApiError: it is gone."""
         now = self.get(identifier, owner)
         return ApiError(409, f"the context is of revision {now.revision}", "wrong_revision")
-
-    async def _add(self, owner: str, label: str, states: dict[str, Tensor] | None = None, tokens: int = 0) -> Context:
-        """A new context on disk. Raises: ApiError: there are too many."""
-        limits = self._limits
-        async with self._creating:
-            if len(self.store) >= limits.contexts or len(self.store.of(owner)) >= limits.contexts_per_key:
-                raise ApiError(409, "there are as many contexts as there may be; delete one first", "too_many_contexts")
-            with _storage("the context could not be written"):
-                return await asyncio.to_thread(self.store.create, owner, label, states, tokens)
 
     def _bring(self, context: Context, outcome: Future[CompactAdapter]) -> None:
         """The adapter goes into `outcome`. Methods: functions that name each other are a cycle, which would hold it."""
@@ -420,9 +481,11 @@ def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> A
         more = body.text if body.tokens is None else body.tokens
         if more is None or (body.text is not None and body.tokens is not None):
             raise bad_request("give exactly one of text and tokens", "text")
-        before = contexts.get(identifier, owner).tokens_seen
+        before = contexts.get(identifier, owner)
+        if before.fixed:
+            raise ApiError(409, "the context stands for the texts of a request: nothing can be appended", "fixed")
         context = await contexts.append(identifier, owner, more, body.revision)
-        metrics.context_tokens.inc(context.tokens_seen - before)
+        metrics.context_tokens.inc(context.tokens_seen - before.tokens_seen)
         return info(context)
 
     @router.get("/{identifier}/export", responses=NOT_FOUND | CONFLICT | _FILE, response_class=Response)

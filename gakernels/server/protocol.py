@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 8
 MAX_PARTS = 16  # the states of all are in memory at once
+MAX_BIASES = 1024
+MAX_TEXTS = 256
+MOST_LIKELY = 20
+CONTEXT = "context"  # name of a system message that is read as a context
 
 
 def _whole(text: str) -> str:
@@ -20,9 +35,33 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Token = Annotated[int, Field(ge=0, lt=2**31)]
-StopText = Annotated[Text, Field(min_length=1, max_length=256)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Unused = Annotated[Any, Field(exclude=True, description="accepted, and changes nothing")]
+Idle = Annotated[Any, Field(exclude=True, description="accepted only if it asks for nothing")]
+StopText = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+def _only(*harmless: object, why: str) -> AfterValidator:
+    """Accept values that ask for nothing, and refuse all others with the reason."""
+
+    def checked(value: Any) -> Any:
+        if value not in harmless:
+            raise PydanticCustomError("not_supported", "{why}", {"why": why})
+        return value
+
+    return AfterValidator(checked)
+
+
+def _form(value: Any) -> str:
+    return "list" if isinstance(value, list) else "text"
+
+
+Texts = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS), Tag("list")],
+    Discriminator(_form),
+]
 
 
 def _may_be_null(schema: dict[str, Any]) -> None:
@@ -133,6 +172,10 @@ class StreamOptions(Request):
     """How to stream."""
 
     include_usage: bool = Field(False, description="send the numbers of tokens in a last event")
+    include_obfuscation: Unused = None
+
+
+_NO_TOOLS = "this server has no tools: its answers are text; turn tools off in the client"
 
 
 class SamplingRequest(Request):
@@ -142,7 +185,12 @@ class SamplingRequest(Request):
     temperature: Number = Field(1.0, ge=0, le=100)
     top_p: Number = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31, description="0 for all")
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="of the first answer; each further one adds 1")
+    presence_penalty: Penalty = Field(0.0, description="taken once from the logit of each token of the answer so far")
+    frequency_penalty: Penalty = Field(0.0, description="taken as often as the answer so far has the token")
+    logit_bias: dict[Token, Annotated[Number, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=MAX_BIASES, description="numbers added to logits, by token id"
+    )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="texts in front of which the answer ends; special tokens may be part of them"
     )
@@ -150,8 +198,29 @@ class SamplingRequest(Request):
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
-    user: Text | None = Field(None, max_length=200, description="not used")
+    n: int = Field(1, ge=1, lt=2**31, description="number of answers to each prompt")
+    context: Texts | None = Field(
+        None,
+        exclude=True,
+        description="texts that the model reads as a context, one after the other, unless it has read them before",
+    )
+    user: Unused = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_options: Unused = None
+    prompt_cache_retention: Unused = None
+
+    def texts(self) -> list[str]:
+        """The texts of a context that the request itself brings."""
+        return [self.context] if isinstance(self.context, str) else list(self.context or ())
+
+    @property
+    def most_likely(self) -> int | None:
+        """How many of the most likely tokens to tell beside each token of the answer; None for no log-probabilities."""
+        raise NotImplementedError
 
     def stops(self) -> tuple[str, ...]:
         """The stop texts."""
@@ -173,6 +242,25 @@ class CompletionRequest(SamplingRequest):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
     max_tokens: int = Field(16, ge=1, lt=2**31)
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_LIKELY, description="log-probabilities of the tokens and of so many most likely ones"
+    )
+    echo: bool = Field(False, description="begin the text with the prompt")
+    best_of: int | None = Field(None, ge=1, exclude=True, description="1, or as many as n")
+    suffix: Annotated[Idle, _only("", why="this server continues text, and can't fill gaps")] = None
+
+    @model_validator(mode="after")
+    def _best_of_all(self) -> CompletionRequest:
+        if self.best_of not in (None, 1, self.n):
+            raise PydanticCustomError(
+                "not_supported", "best_of must be 1 or n: this server returns all that it generates"
+            )
+        return self
+
+    @property
+    def most_likely(self) -> int | None:
+        """See `SamplingRequest`."""
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """One or several prompts."""
@@ -187,10 +275,16 @@ def _known_role(role: str) -> str:
     return "system" if role == "developer" else role
 
 
+def _text_only(kind: Any) -> Any:
+    if kind != "text":
+        raise PydanticCustomError("not_supported", "this server reads text only: a part must be of type 'text'")
+    return kind
+
+
 class TextPart(Request):
     """A part of a turn."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_text_only)]
     text: Text
 
 
@@ -199,41 +293,107 @@ def _joined(content: str | list[TextPart]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
+Content = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[list[TextPart], Field(min_length=1), Tag("list")],
+    Discriminator(_form),
+    AfterValidator(_joined),
+]
+
+
 class Message(Request):
     """One turn of a conversation."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], AfterValidator(_known_role)]
-    content: Annotated[Text | Annotated[list[TextPart], Field(min_length=1)], AfterValidator(_joined)]
+    content: Content
+    name: Text | None = Field(
+        None, max_length=200, description="of the speaker, for the template; a system message 'context' is a context"
+    )
+    tool_calls: Annotated[Idle, _only([], why=_NO_TOOLS)] = None
+    function_call: Annotated[Idle, _only(why=_NO_TOOLS)] = None
+    annotations: Unused = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_lists(cls, given: Any) -> Any:
-        """Accept a turn that is sent back unchanged, with empty lists of tool calls or annotations."""
-        return {name: value for name, value in given.items() if value != []} if isinstance(given, dict) else given
+    @property
+    def is_context(self) -> bool:
+        """Whether it is a context to be read, and no turn."""
+        return self.role == "system" and self.name == CONTEXT
+
+
+def _some_turn(messages: list[Message]) -> list[Message]:
+    if all(message.is_context for message in messages):
+        raise PydanticCustomError("no_turn", "there must be a message that is not a context")
+    return messages
 
 
 class ChatRequest(SamplingRequest):
     """Continue a conversation."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_some_turn)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool = Field(False, description="log-probabilities of the answer's tokens")
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY, description="and of so many most likely ones")
+    reasoning_effort: Unused = None
+    verbosity: Unused = None
+    prediction: Unused = None
+    parallel_tool_calls: Unused = None
+    tools: Annotated[Idle, _only([], why=_NO_TOOLS)] = None
+    tool_choice: Annotated[Idle, _only("none", "auto", why=_NO_TOOLS)] = None
+    functions: Annotated[Idle, _only([], why=_NO_TOOLS)] = None
+    function_call: Annotated[Idle, _only("none", "auto", why=_NO_TOOLS)] = None
+    response_format: Annotated[Idle, _only({"type": "text"}, why="answers are free text: the type must be 'text'")] = (
+        None
+    )
+    modalities: Annotated[Idle, _only([], ["text"], why="this server's answers are text")] = None
+    audio: Annotated[Idle, _only(why="this server's answers are text")] = None
+    moderation: Annotated[Idle, _only(why="this server moderates nothing")] = None
+    web_search_options: Annotated[Idle, _only(why="this server searches nothing")] = None
+
+    @model_validator(mode="after")
+    def _contexts_apart(self) -> ChatRequest:
+        """Move the messages that are contexts behind the request's own context."""
+        texts = [message.content for message in self.messages if message.is_context]
+        if texts:
+            self.context = [*self.texts(), *map(str, texts)]
+            self.messages = [message for message in self.messages if not message.is_context]
+        return self
+
+    @model_validator(mode="after")
+    def _logprobs_first(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("missing", "top_logprobs needs logprobs to be true")
+        return self
+
+    @property
+    def most_likely(self) -> int | None:
+        """See `SamplingRequest`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class Usage(BaseModel):
-    """Numbers of tokens."""
+    """Numbers of tokens. A prompt counts once, however many answers it gets."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
-    @classmethod
-    def of(cls, prompt: int, completion: int) -> Usage:
-        """The usage with its total."""
-        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+class UsageWithContext(Usage):
+    """The same for a request that brought a context, whose tokens are not part of the total."""
+
+    context_tokens: int = Field(description="tokens of the context")
+    context_cached: bool = Field(description="whether it was found instead of being read")
 
 
 FinishReason = Literal["stop", "length"]
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of the tokens of a text, under the model's own distribution."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int] = Field(description="where each token begins in the text of all tokens")
 
 
 class CompletionChoice(BaseModel):
@@ -242,7 +402,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -253,7 +413,28 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: SerializeAsAny[Usage] | None = None
+
+
+class TopLogprob(BaseModel):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = Field(description="its UTF-8 bytes; null if it is only a part of a character")
+
+
+class ChatLogprob(TopLogprob):
+    """A token of the answer, and the most likely ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of the tokens of a turn, under the model's own distribution."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
 
 
 class ChatMessage(BaseModel):
@@ -269,7 +450,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -280,7 +461,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: SerializeAsAny[Usage]
 
 
 class ChatChunkChoice(BaseModel):
@@ -289,6 +470,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: dict[str, Any]
     finish_reason: FinishReason | None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatChunk(BaseModel):
@@ -299,7 +481,7 @@ class ChatChunk(BaseModel):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: SerializeAsAny[Usage] | None = None
 
 
 class Health(BaseModel):

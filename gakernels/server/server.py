@@ -18,11 +18,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from gakernels.model import GenerativeAdapter
 from gakernels.server.adapter_cache import AdapterCache
-from gakernels.server.completions import Completions, LocalCompletions, openai_routes
+from gakernels.server.answers import Completions
+from gakernels.server.completions import LocalCompletions
 from gakernels.server.context_store import ContextStore
 from gakernels.server.contexts import Contexts, context_routes, depends
 from gakernels.server.engine import Engine
 from gakernels.server.metrics import Metrics
+from gakernels.server.openai_routes import openai_routes
 from gakernels.server.pages import page_routes
 from gakernels.server.process import allow_files, share_arenas
 from gakernels.server.protocol import Health
@@ -90,9 +92,11 @@ def create_app(parts: Parts) -> FastAPI:
     def owner(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, depends(bearer)]) -> str:
         return str(request.scope[OWNER])  # the bearer dependency is only for the schema
 
-    store = parts.contexts.store
-    app.include_router(context_routes(parts.contexts, parts.metrics, depends(owner)))
-    app.include_router(openai_routes(parts.completions, store, parts.base_name, int(time.time()), depends(owner)))
+    store, contexts, metered = parts.contexts.store, parts.contexts, parts.metrics
+    app.include_router(context_routes(contexts, metered, depends(owner)))
+    app.include_router(
+        openai_routes(parts.completions, contexts, metered, parts.base_name, int(time.time()), depends(owner))
+    )
     app.include_router(page_routes())
 
     @app.get("/health", responses={503: RESPONSES[503]})

@@ -23,7 +23,7 @@ import httpx2
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.generation.text_output import special_tokens
 from gakernels.model import GenerativeAdapter
-from gakernels.server.completions import EventStream
+from gakernels.server.answers import EventStream, Source
 from gakernels.server.context_store import Context
 from gakernels.server.contexts import Contexts
 from gakernels.server.protocol import ChatRequest, CompletionRequest, SamplingRequest
@@ -119,13 +119,13 @@ class VllmCompletions:
         shutil.rmtree(self._folder, ignore_errors=True)
         contexts.when_deleted(self._forget)
 
-    async def complete(self, request: CompletionRequest, context: Context | None) -> dict[str, Any] | EventStream:
+    async def complete(self, request: CompletionRequest, source: Source) -> dict[str, Any] | EventStream:
         """The answer to a completion request, or the events of a stream. Raises: ApiError."""
-        return await self._forward("/v1/completions", request, context)
+        return await self._forward("/v1/completions", request, source)
 
-    async def chat(self, request: ChatRequest, context: Context | None) -> dict[str, Any] | EventStream:
+    async def chat(self, request: ChatRequest, source: Source) -> dict[str, Any] | EventStream:
         """The answer to a chat request, or the events of a stream. Raises: ApiError."""
-        return await self._forward("/v1/chat/completions", request, context)
+        return await self._forward("/v1/chat/completions", request, source)
 
     async def close(self) -> None:
         """Unregister all adapters."""
@@ -137,12 +137,10 @@ class VllmCompletions:
         await self._client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _forward(
-        self, path: str, request: SamplingRequest, context: Context | None
-    ) -> dict[str, Any] | EventStream:
-        body = request.model_dump(exclude_unset=True, exclude={"user"}) | self._stop_ids(request)
+    async def _forward(self, path: str, request: SamplingRequest, source: Source) -> dict[str, Any] | EventStream:
+        body, context = request.model_dump(exclude_unset=True) | self._stop_ids(request), source.context
         if request.stream:
-            return EventStream(self._events(path, body, request.model, context))
+            return EventStream(self._events(path, body, request.model, source))
         async with self._name(context) as name:
             try:
                 answer = await self._client.post(path, {**body, "model": name})
@@ -151,7 +149,7 @@ class VllmCompletions:
                     raise
                 await self._register(name, context)  # vLLM was restarted
                 answer = await self._client.post(path, {**body, "model": name})
-        return {**answer, "model": request.model}
+        return _told(answer, request.model, source)
 
     def _stop_ids(self, request: SamplingRequest) -> dict[str, list[int]]:
         """The ids of the stop texts that are special tokens, which vLLM finds by id."""
@@ -160,10 +158,9 @@ class VllmCompletions:
         found = [number for number, text in special.items() if text in stops]
         return {"stop_token_ids": [*(request.stop_token_ids or ()), *found]} if found else {}
 
-    async def _events(
-        self, path: str, body: dict[str, Any], model: str, context: Context | None
-    ) -> AsyncGenerator[str, None]:
+    async def _events(self, path: str, body: dict[str, Any], model: str, source: Source) -> AsyncGenerator[str, None]:
         """vLLM's events, with the model name that the user knows."""
+        context = source.context
         try:
             async with self._name(context) as name:
                 for again in (False, True):
@@ -171,7 +168,7 @@ class VllmCompletions:
                         async with self._client.stream(path, {**body, "model": name}) as lines:
                             async for line in lines:
                                 if line:
-                                    yield f"{_renamed(line, model)}\n\n"
+                                    yield f"{_told_in(line, model, source)}\n\n"
                         return
                     except ApiError as error:
                         if error.status != 404 or context is None or again:
@@ -241,15 +238,18 @@ class VllmCompletions:
         await asyncio.to_thread(shutil.rmtree, self._folder / name, True)
 
 
-def _renamed(line: str, model: str) -> str:
-    """A line of a stream with the model name replaced."""
+def _told(answer: dict[str, Any], model: str, source: Source) -> dict[str, Any]:
+    """vLLM's answer or event, with the model name that the user knows and what the context took."""
+    renamed = {**answer, "model": model} if "model" in answer else answer
+    return {**renamed, "usage": {**renamed["usage"], **source.usage()}} if renamed.get("usage") else renamed
+
+
+def _told_in(line: str, model: str, source: Source) -> str:
+    """The same for a line of a stream."""
     kind, _, text = line.partition(": ")
     if kind != "data" or text.strip() == "[DONE]":
         return line
-    event = json.loads(text)
-    if "model" in event:
-        event["model"] = model
-    return f"data: {json.dumps(event)}"
+    return f"data: {json.dumps(_told(json.loads(text), model, source))}"
 
 
 def _refused(response: httpx2.Response, what: str) -> ApiError:

@@ -91,6 +91,13 @@ def no_such_model(name: str) -> ApiError:
     return ApiError(404, f"there is no model {name[:100]!r}", "model_not_found", "model")
 
 
+def no_such_route(request: Request) -> ApiError:
+    """Nothing here has that path, such as the parts of OpenAI's interface that are not about continuing text."""
+    there = "/v1/chat/completions, /v1/completions, /v1/models and /v1/contexts"
+    what = f"{request.method} {request.url.path[:100]}"
+    return ApiError(404, f"this server has no {what}, but {there}", "unknown_url")
+
+
 def hung_up() -> ApiError:
     """Nobody reads this; the status, which is nginx's, is for the metrics."""
     return ApiError(499, "the client hung up before there was an answer", "hung_up")
@@ -136,8 +143,9 @@ def add_handlers(app: FastAPI) -> None:
         return bad_request(f"{place or 'body'}: {first['msg']}", place[:100] or None).response()
 
     @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> JSONResponse:
-        response = ApiError(error.status_code, str(error.detail)).response()
+    async def _(request: Request, error: HTTPException) -> JSONResponse:
+        unknown = error.status_code == 404 and request.scope.get("route") is None
+        response = (no_such_route(request) if unknown else ApiError(error.status_code, str(error.detail))).response()
         response.headers.update(error.headers or {})
         return response
 

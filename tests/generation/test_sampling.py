@@ -103,6 +103,11 @@ def test_greedy_rows_need_no_numbers() -> None:
         {"top_p": 1.5},
         {"stop": "."},
         {"stop": ("",)},
+        {"presence_penalty": float("nan")},
+        {"frequency_penalty": float("inf")},
+        {"logit_bias": ((3, float("-inf")),)},
+        {"logprobs": -1},
+        {"prompt_logprobs": True},
     ],
 )
 def test_wrong_settings_are_refused(values: dict) -> None:

@@ -250,8 +250,14 @@ def test_rows_whose_last_token_is_still_to_come_are_told_of_a_failed_step_and_of
     assert batch.idle
 
 
+EVERYTHING = {"logprobs": 3, "prompt_logprobs": True, "presence_penalty": 1.0, "logit_bias": ((5, 1.0),)}
+
+
+@pytest.mark.parametrize("asked", [{}, EVERYTHING])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nothing_of_a_step_is_asked_of_the_device_but_its_tokens(model: GenerativeAdapter, temperature: float) -> None:
+def test_nothing_of_a_step_is_asked_of_the_device_but_its_tokens(
+    model: GenerativeAdapter, temperature: float, asked: dict[str, Any]
+) -> None:
     """Neither by this library nor by transformers, for rows of different lengths with adapters of their own."""
     aten = torch.ops.aten
     waits = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default)
@@ -265,20 +271,23 @@ def test_nothing_of_a_step_is_asked_of_the_device_but_its_tokens(model: Generati
             self.count += func in waits
             return func(*args, **(kwargs or {}))
 
-    def questions(tokens: int) -> int:
+    def count(tokens: int) -> int:
         prompts = [random_context(length) for length in (3, 9, 5)]
         adapters = [model.stream().append(random_context(20)).compact(), None, None]
-        with Questions() as asked:
-            generate(model, prompts, adapters, Sampling(tokens, temperature, stop_at_end_token=False))
-        return asked.count
+        with Questions() as questions:
+            generate(model, prompts, adapters, Sampling(tokens, temperature, stop_at_end_token=False, **asked))
+        return questions.count
 
-    assert questions(3) == questions(20)
+    assert count(3) == count(20)
 
 
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_waits_for_nothing() -> None:
     model = make_model(scale=2.0).to("cuda")
-    rows = [Generation(random_context(3 + row), Sampling(30, float(row % 2))) for row in range(4)]
+    rows = [
+        Generation(random_context(3 + row), Sampling(30, float(row % 2), **(EVERYTHING if row > 1 else {})))
+        for row in range(4)
+    ]
     batch = Scheduler(model)
     for row in rows:
         batch.submit(row)

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gakernels import GenerativeAdapter
-from gakernels.generation.text_output import StopTexts, TokenText
+from gakernels.generation.text_output import StopTexts, TokenText, token_text
 
 TEXT = "Ein Bär 🐻 läuft über die Straße — 数学は楽しい. na\u0308ive, “quoted”! \n\n  two  spaces 👩‍👩‍👧 end"
 
@@ -50,6 +50,17 @@ def test_words_keep_their_spaces(demo: GenerativeAdapter) -> None:
         prompt, tokens = random.choices(vocabulary, k=9), random.choices(vocabulary, k=30)
         text = "".join(pieces(demo.tokenizer, prompt, tokens))
         assert demo.tokenizer.decode(prompt) + text == demo.tokenizer.decode(prompt + tokens)
+
+
+def test_the_text_of_a_single_token_keeps_its_space(
+    demo: GenerativeAdapter, bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokens = demo.tokenizer("grey hamster.", add_special_tokens=False)["input_ids"]
+    assert "".join(token_text(demo.tokenizer, token) for token in tokens) == " grey hamster."
+    assert token_text(bytes_tokenizer, bytes_tokenizer.eos_token_id) == "<end>"
+    text = "a b, 5%\n c"
+    assert "".join(token_text(bytes_tokenizer, token) for token in bytes_tokenizer(text)["input_ids"]) == text
+    assert {token_text(bytes_tokenizer, token) for token in bytes_tokenizer("🐻")["input_ids"]} == {"\ufffd"}
 
 
 def test_special_tokens_have_no_text(demo: GenerativeAdapter) -> None:

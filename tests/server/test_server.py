@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import GREEDY, complete, create, events, refused
 from demo_users import User
 from limits import files_of_at_most
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,37 +24,10 @@ from gakernels.generation import Sampling, generate
 from gakernels.server.settings import ApiKeys, Limits
 
 KEYS = ["first-key-of-16-characters", "second-key-of-16-characters"]
-GREEDY = {"temperature": 0, "max_tokens": 6}
-
-
-def create(client: TestClient, user: User, **options: Any) -> str:
-    response = client.post("/v1/contexts", json={"text": user.document.text()}, **options)
-    assert response.status_code == 201, response.text
-    return str(response.json()["id"])
-
-
-def complete(client: TestClient, model: str, prompt: object, **values: Any) -> dict[str, Any]:
-    response = client.post("/v1/completions", json={"model": model, "prompt": prompt, **GREEDY, **values})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def events(text: str) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
 
 
 def expected(demo: GenerativeAdapter, user: User, count: int = 6, **values: Any) -> str:
     return generate(demo, [user.question], [user.adapter], Sampling(count, **values))[0].text
-
-
-def refused(response: Any, status: int, word: str = "") -> None:
-    """The OpenAI form of an error, with a message that helps."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert word in error["message"]
 
 
 @pytest.fixture
@@ -299,8 +273,20 @@ def test_too_much_at_a_time_is_refused_for_now(make_client: Callable[..., TestCl
         ({"top_p": 0}, 400, "top_p"),
         ({"stop": [""]}, 400, "stop"),
         ({"stop": ["a"] * 9}, 400, "stop"),
-        ({"n": 2}, 400, "n"),
-        ({"logit_bias": {}}, 400, "logit_bias"),
+        ({"n": 0}, 400, "n"),
+        ({"n": 17}, 400, "17 answers"),
+        ({"n": 3, "prompt": [[5]] * 6}, 400, "6 with 3 answers each"),
+        ({"best_of": 2}, 400, "best_of must be 1 or n"),
+        ({"suffix": "end"}, 400, "suffix"),
+        ({"logprobs": 21}, 400, "logprobs"),
+        ({"presence_penalty": 2.1}, 400, "presence_penalty"),
+        ({"frequency_penalty": "high"}, 400, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias"),
+        ({"logit_bias": {"837": 1}}, 400, "token ids must be between 0 and 836"),
+        ({"logit_bias": {"word": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, 400, "logit_bias"),
+        ({"max_new_tokens": 5}, 400, "max_new_tokens"),
+        ({"echo": True, "prompt": [10**9]}, 400, "token ids must be between"),
         ({"seed": 2**63}, 400, "seed"),
         ({"model": ""}, 400, "model"),
         ({"model": "nobody"}, 404, "nobody"),

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from gakernels import GenerativeAdapter
 from gakernels.server import server as server_module
+from gakernels.server.context_store import text_identifier
 from gakernels.server.server import assemble, create_app
 from gakernels.server.settings import Settings
 from gakernels.server.vllm import VllmClient
@@ -71,6 +72,7 @@ class VllmStub:
         if body.get("max_tokens", 1) > 1000:
             return self.error(400, "max_tokens is too large", "BadRequestError")
         answer = {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [{"text": "yes"}]}
+        answer["usage"] = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
         if not body.get("stream"):
             return JSONResponse(answer)
 
@@ -150,6 +152,45 @@ def test_special_tokens_end_an_answer_of_vllm_by_their_ids(client: TestClient, v
     client.post("/v1/chat/completions", json={"model": BASE, "messages": turns})
     plain = [{"role": "system", "content": "be short"}, {"role": "assistant", "content": "yes"}]
     assert vllm.bodies[-1]["messages"] == plain
+
+
+def test_what_openai_has_is_passed_on_and_what_changes_nothing_is_not(client: TestClient, vllm: VllmStub) -> None:
+    sampling = {
+        "n": 2,
+        "seed": -1,
+        "top_p": 0.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1.0,
+        "logit_bias": {"5": 1.0},
+    }
+    idle = {"user": "a", "store": True, "metadata": {}, "service_tier": "auto"}
+    assert ask(client, BASE, logprobs=2, echo=True, best_of=2, suffix="", **sampling, **idle).status_code == 200
+    body = {"model": BASE, "prompt": "The pet", "max_tokens": 5, "logprobs": 2, "echo": True}
+    assert vllm.bodies[-1] == {**body, **sampling}
+    turns = [{"role": "user", "content": "Who?", "name": "Toso"}]
+    asked = {"model": BASE, "messages": turns, "logprobs": True, "top_logprobs": 3, **sampling}
+    more = {"tools": [], "response_format": {"type": "text"}, "reasoning_effort": "low", "parallel_tool_calls": False}
+    assert client.post("/v1/chat/completions", json={**asked, **idle, **more}).status_code == 200
+    assert vllm.bodies[-1] == asked
+    refusal = client.post("/v1/chat/completions", json={**asked, "tools": [{"type": "function"}]})
+    assert (refusal.status_code, refusal.json()["error"]["param"]) == (400, "tools")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_context_in_the_request_is_read_here(client: TestClient, vllm: VllmStub, stream: bool) -> None:
+    text = "The pet of Toso Zelwin is grey hamster."
+    name = f"{text_identifier('', [text])}-1"
+    for cached in (False, True):
+        answer = ask(client, BASE, context=text, stream=stream)
+        events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        found = json.loads(events[-2 if stream else 0])
+        assert found["model"] == BASE
+        assert found["usage"]["context_cached"] is cached
+        assert found["usage"]["context_tokens"] > 5
+        assert found["usage"]["total_tokens"] == 3  # vLLM's own
+        assert vllm.bodies[-1]["model"] == name
+        assert "context" not in vllm.bodies[-1]
+    assert vllm.calls == [f"load {name}"]
 
 
 def test_the_base_model_and_an_empty_context_need_no_adapter(client: TestClient, vllm: VllmStub) -> None:
