@@ -168,7 +168,7 @@ class DecodingBatch:
         factors: Mapping[str, LowRankFactors | CompactFactors],
     ) -> Tensor:
         """Logits (rows, vocabulary) after the last column."""
-        decoder = self.model.base.get_decoder()
+        decoder = self.model.decoder
         with self.model.using(factors):
             output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **past(decoder, cache))
         return self.model.logits(output.last_hidden_state[:, -1])

@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from gakernels.errors import InputError, first_line
 from gakernels.model.attachment import decoder_layers
@@ -24,6 +35,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer, if it has one, from a folder, a GGUF file or the Hugging Face hub.
 
+    Of a model of text and images the whole is loaded; generators attach to its text decoder.
+
     The weights of a GGUF file (`name.gguf`) are dequantised to the dtype in the options, float32 if there is none. This
     needs the package `gguf`.
 
@@ -37,7 +50,7 @@ def load_base(
         InputError: there is no model of that name, a file of it is damaged, or it is a PEFT adapter.
     """
     try:
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**_source(name), **options)
+        base: PreTrainedModel = auto_class(_model_type(name, options)).from_pretrained(**_source(name), **options)
     except torch.OutOfMemoryError:
         raise
     except (
@@ -61,6 +74,24 @@ def load_base(
         if "gguf_file" in _source(name) or any(Path(name).glob("tokenizer*")):  # it has one, but that is damaged
             raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
         return base, None
+
+
+def auto_class(model_type: str | None) -> type[Any]:
+    """The class of transformers that makes a model of this type: models of text and images may have one of their own."""
+    seen = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return (
+        AutoModelForImageTextToText
+        if seen and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        else AutoModelForCausalLM
+    )
+
+
+def _model_type(name: str, options: Mapping[str, Any]) -> str | None:
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(**_source(name), **options)
+    except OSError:  # a PEFT adapter, for example: loading it shows what it is
+        return None
+    return settings.get("model_type")
 
 
 def _source(name: str) -> dict[str, str]:
