@@ -16,9 +16,8 @@ and five things are checked, in float32:
 
 import argparse
 import copy
-import inspect
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,134 +25,19 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gakernels import Adapter, GenerativeAdapter, GeneratorConfig, InputError
 from gakernels.errors import first_line
 from gakernels.model.attachment import decoder_layers
-from gakernels.model.base_model import auto_class
 from gakernels.nn.adapted_quantized_linear import is_linear
+from studies.tiny_models import VOCABULARY, families, make_base
 
-VOCABULARY = 64
-LARGEST = 3_000_000  # parameters
 TOLERANCE = 1e-4
-# Models of text and images whose text decoder is used; the rest of them is in the mapping of causal models.
-VISION = ("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-_NAMES = {  # settings of transformers' configurations, by their tiny value
-    1: "n_group topk_group num_group n_groups mamba_n_groups mamba_ngroups first_k_dense_replace",
-    2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
-    "num_encoder_layers num_experts_per_tok moe_topk num_kv_heads linear_num_key_heads index_n_heads depth "
-    "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads moe_k n_shared_experts num_blocks num_query_groups",
-    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
-    "num_decoder_attention_heads num_encoder_attention_heads attention_heads rotary_dim num_experts n_routed_experts "
-    "num_local_experts moe_num_experts linear_num_value_heads mamba_n_heads mamba_num_heads time_step_rank "
-    "swa_num_attention_heads temporal_patch_size patch_size",
-    5: "sliding_window attention_window_size sliding_window_size",
-    8: "head_dim qk_rope_head_dim v_head_dim kv_lora_rank qk_nope_head_dim q_lora_rank linear_key_head_dim "
-    "linear_value_head_dim index_head_dim mamba_d_state mamba_chunk_size chunk_size state_size hidden_size_per_layer_"
-    "input global_head_dim query_pre_attn_scalar laurel_rank mamba_head_dim ssm_state_size image_size "
-    "swa_head_dim linear_head_dim attention_head_dim kv_channels o_lora_rank mamba_dt_rank adapter_rank dim_head",
-    16: "mamba_d_head qk_head_dim moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
-    "moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size router_hidden_size",
-    32: "hidden_size d_model n_embd embedding_size word_embed_proj_dim emb_dim lru_width dim_model_base "
-    "out_hidden_size input_embedding_size output_embedding_size attention_hidden_size embedding_dim",
-    48: "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim n_inner ffn_hidden_size dense_intermediate_size "
-    "intermediate_size_mlp mlp_dim dff feed_forward_size",
-    64: "vocab_size index_topk vocab_size_per_layer_input",
-    128: "max_position_embeddings n_positions n_ctx max_seq_len original_max_position_embeddings",
-}
-SMALL = {name: value for value, names in _NAMES.items() for name in names.split()}
-SMALL |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-_DECODER = {"is_decoder": True}
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-# What a family needs besides. Under the name of an inner configuration: the family of that, or settings for it.
-SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert prophetnet rembert roberta "
-        "roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl".split(),
-        _DECODER,
-    ),
-    "bailing_hybrid": {"num_hidden_layers": 4},
-    "bamba": {"attn_layer_indices": [1]},
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "fuyu": {"text_config": "persimmon"},
-    "gemma3": {"text_config": "gemma3_text", "vision_config": "siglip_vision_model"},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "lfm3": {"num_hidden_layers": 4},
-    "mamba2": {"head_dim": 16},
-    "mistral3": {"text_config": "mistral", "vision_config": "pixtral"},
-    "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
-    "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}, "vision_config": {"embed_dim": 32, "num_heads": 4}},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {
-        **_DECODER,
-        "attn_layers": ["local", "local"],
-        "axial_pos_embds_dim": [8, 24],
-        "axial_pos_shape": [8, 16],
-        "local_attn_chunk_length": 16,
-    },
-    "roc_bert": {**_DECODER, "shape_vocab_size": 64, "pronunciation_vocab_size": 64},
-    "xmod": {**_DECODER, "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
-    "zaya": {"num_experts_per_tok": 1},
-    **dict.fromkeys(
-        "kimi_linear qwen3_5_moe_text qwen3_5_text qwen3_next".split(),
-        {"layer_types": ["linear_attention", "full_attention"]},
-    ),
-    **dict.fromkeys("qwen3_5 qwen3_5_moe".split(), {"text_config": {"layer_types": ["linear_attention", "full_attention"]}}),
-}
 
 
-def families() -> list[str]:
-    """The model types of transformers' mapping of causal language models, and those of `VISION`."""
-    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VISION})
-
-
-def tiny_config(kind: str) -> PreTrainedConfig:
-    """A configuration with tiny sizes."""
-    return _tiny(CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
-
-
-def _tiny(config: type[PreTrainedConfig], special: Mapping[str, Any]) -> PreTrainedConfig:
-    known = set(config.attribute_map)
-    for parent in config.__mro__:
-        known |= set(inspect.get_annotations(parent))
-        known |= set(inspect.signature(parent.__init__).parameters)
-    settings: dict[str, Any] = {name: value for name, value in SMALL.items() if name in known}
-    if "kv_lora_rank" in known:  # compressed keys and values have as many heads as queries
-        settings["num_key_value_heads"] = SMALL["num_attention_heads"]
-    settings |= special
-    for name, inner in config.sub_configs.items():
-        given = special.get(name, {})
-        if isinstance(given, str):
-            settings[name] = tiny_config(given)
-        elif issubclass(inner, PreTrainedConfig):
-            settings[name] = _tiny(inner, given)
-    return config(**settings)
-
-
-def make_base(kind: str) -> PreTrainedModel:
-    """A tiny random model whose norms and biases are no longer ones and zeros."""
-    config = tiny_config(kind)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in auto_class(kind).from_config(copy.deepcopy(config)).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size / 1e6:.0f} million parameters with these settings")
-    base: PreTrainedModel = auto_class(kind).from_config(config).eval()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return base
-
-
-class Difference(AssertionError):
+class DifferenceError(AssertionError):
     """Two results that should be the same are not."""
 
 
@@ -163,10 +47,10 @@ def examine(kind: str) -> str:
         base = make_base(kind)
         _logits(base, _random(2, 7))
     except Exception as error:
-        return f"not tried: no tiny model of random numbers runs ({first_line(error)})"
+        return f"not tried: a tiny random model does not run ({first_line(error):.90})"
     try:
         return "works" + "".join(f"; {remark}" for remark in check(base))
-    except Difference as error:
+    except DifferenceError as error:
         return f"wrong: {error}"
     except InputError as error:
         return f"refused: {error}"
@@ -178,7 +62,7 @@ def check(base: PreTrainedModel) -> list[str]:
     """Make all the checks; returns remarks.
 
     Raises:
-        Difference: one of them failed.
+        DifferenceError: one of them failed.
         InputError: the base is refused.
     """
     ids, plain = _random(2, 7), copy.deepcopy(base)
@@ -192,11 +76,11 @@ def check(base: PreTrainedModel) -> list[str]:
     with model.adapted(adapters):
         found = _logits(base, ids)
     if (found - logits).abs().max() < 1e-3:
-        raise Difference("an adapter changes nothing")
+        raise DifferenceError("an adapter changes nothing")
     merged = [_merged(plain, adapter) for adapter in adapters]
     wanted = torch.cat([_logits(copy_, ids[row : row + 1]) for row, copy_ in enumerate(merged)])
     _same(found, wanted, "rows with adapters differ from a copy with W + Delta W")
-    remarks = [*_check_merge(model, adapters[0], ids, wanted, logits), *_check_peft(plain, ids)]
+    remarks = [*_check_merge(model, adapters[0], ids, wanted), *_check_peft(plain, ids)]
     _check_files(model, plain)
     return [*remarks, *_check_padding(model, plain, adapters, merged)]
 
@@ -233,7 +117,7 @@ def _logits(base: Any, ids: Tensor) -> Tensor:
 def _same(found: Tensor, wanted: Tensor, what: str) -> None:
     error = (found - wanted).abs().max() / wanted.abs().max()
     if not error < TOLERANCE:
-        raise Difference(f"{what} (relative error {float(error):.1g})")
+        raise DifferenceError(f"{what} (relative error {float(error):.1g})")
 
 
 def _attach(base: PreTrainedModel, linears: Sequence[str]) -> GenerativeAdapter:
@@ -263,13 +147,12 @@ def _merged(plain: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     base = copy.deepcopy(plain)
     for name in adapter.lora_a:
         linear, delta = base.get_submodule(name), adapter.delta(name)
-        linear.weight.add_(delta.T if isinstance(linear, Conv1D) else delta)
+        linear.get_parameter("weight").add_(delta.T if isinstance(linear, Conv1D) else delta)
     return base
 
 
-def _check_merge(
-    model: GenerativeAdapter, adapter: Adapter, ids: Tensor, wanted: Tensor, logits: Tensor
-) -> Iterator[str]:
+def _check_merge(model: GenerativeAdapter, adapter: Adapter, ids: Tensor, wanted: Tensor) -> Iterator[str]:
+    before = _logits(model.base, ids)
     try:
         model.merge(adapter)
     except InputError:
@@ -277,8 +160,8 @@ def _check_merge(
         return
     _same(_logits(model.base, ids[:1]), wanted[:1], "merged and unmerged logits differ")
     model.unmerge()
-    if not torch.equal(_logits(model.base, ids), logits):
-        raise Difference("the base is not the old one after unmerge()")
+    if not torch.equal(_logits(model.base, ids), before):
+        raise DifferenceError("the base is not the old one after unmerge()")
 
 
 def _check_peft(plain: PreTrainedModel, ids: Tensor) -> Iterator[str]:

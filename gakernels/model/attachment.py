@@ -109,16 +109,14 @@ def decoder_name(base: PreTrainedModel) -> str:
         for name, module in base.named_modules()
         if isinstance(module, PreTrainedModel) and any(part is embedding for part in module.modules())
     ]
-    if not names or base.get_submodule(names[-1]).get_output_embeddings() is not None:
+    if not names or names[-1] == "":
         raise InputError(f"base must hold a text decoder without a head, but {type(base).__name__} does not")
     return names[-1]
 
 
-def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
+def decoder_of(base: PreTrainedModel) -> Any:
     """The text decoder of a causal language model; see `decoder_name`."""
-    decoder = base.get_submodule(decoder_name(base))
-    assert isinstance(decoder, PreTrainedModel)
-    return decoder
+    return base.get_submodule(decoder_name(base))
 
 
 def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -212,7 +210,7 @@ def describe(base: PreTrainedModel) -> dict[str, Any]:
     config = base.config.get_text_config()
     heads = config.num_attention_heads
     return {
-        "model_type": config.model_type,
+        "model_type": base.config.model_type,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,

@@ -79,14 +79,13 @@ class AdaptedQuantizedLinear(AdaptedLinear):
 
     @property
     def mergeable(self) -> bool:
-        """Whether a delta can be added to the weight: GPT-2's `Conv1D` keeps a plain one, transposed."""
-        return isinstance(self.original, Conv1D) and (
-            "forward" not in vars(self.original) or only_aligns(self.original)
-        )
+        """Whether a delta can be added to the weight: these layers keep a plain one and compute x W (+ b) with it."""
+        known = isinstance(self.original, Conv1D) or type(self.original).__name__ == "FalconLinear"
+        return known and ("forward" not in vars(self.original) or only_aligns(self.original))
 
     def merged_weight(self, delta: Tensor) -> Tensor:
-        """As in `AdaptedLinear`; `Conv1D` has its weight as (d_in, d_out)."""
-        return super().merged_weight(delta.T)
+        """As in `AdaptedLinear`; GPT-2's `Conv1D` has its weight as (d_in, d_out)."""
+        return super().merged_weight(delta.T if isinstance(self.original, Conv1D) else delta)
 
     def to_linear(self) -> Any:
         """The layer again."""
