@@ -57,7 +57,9 @@ _GROUPED = frozenset({"bloom", "falcon", "gptneox"})
 # Architectures that no converter of llama.cpp writes, or in which it scales the weights. Layers that it splits,
 # transposes or reorders in ways of their own, or (in hybrid Granite models) in one version and not in another.
 _OTHER_ARCHITECTURES = frozenset({"bitnet", "gptj"})
-_OTHER_LAYERS = re.compile(r"\.kv_b_proj$|\.linear_attn\.|^falcon-h1 .*\.mamba\.in_proj$|^granitehybrid .*\.[qk]_proj$")
+_OTHER_LAYERS = re.compile(
+    r"^(?!minicpm3).*\.kv_b_proj$|\.linear_attn\.|^falcon-h1 .*\.mamba\.in_proj$|^granitehybrid .*\.[qk]_proj$"
+)
 
 
 def write_gguf(adapter: AdapterFactors, path: Path) -> None:
