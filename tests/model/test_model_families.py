@@ -50,6 +50,8 @@ def same_version() -> bool:
 def test_a_family_does_what_the_docs_say(family: str) -> None:
     found, expected = examine(family), documented().get(family, "works")
     if not same_version():  # remarks and reasons may be others
+        if found.startswith("not tried"):
+            pytest.skip(found)
         found, expected = (text.partition(";")[0].partition(":")[0] for text in (found, expected))
     assert found == expected
 
