@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,50 @@ from gakernels.adapters.factors import AdapterFactors
 from gakernels.errors import InputError
 from gakernels.files import replacing
 
-# Maps transformers' model_type to llama.cpp's architecture.
-ARCHITECTURES = {
+# transformers' model_type: llama.cpp's architecture, where the two names differ by more than their separators.
+_ARCHITECTURES = {
+    "bamba": "granitehybrid",
     "cohere": "command-r",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gpt_neox": "gptneox",
-    "granite": "granite",
-    "llama": "llama",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "deepseek_v32": "deepseek32",
+    "exaone4_5": "exaone4",
+    "gemma4_unified": "gemma4",
+    "glm": "chatglm",
+    "glm4_moe_lite": "deepseek2",
+    "glm4v": "glm4",
+    "glm4v_moe": "glm4moe",
+    "glm_moe_dsa": "glm-dsa",
+    "glm_ocr": "glm4",
+    "gpt-sw3": "gpt2",
+    "gpt_bigcode": "starcoder",
+    "granitemoe_swa": "granite_swa",
+    "granitemoehybrid": "granitehybrid",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+    "mimo_v2_flash": "mimo2",
+    "ministral3": "mistral3",
     "mistral": "llama",
     "mixtral": "llama",
-    "olmo": "olmo",
-    "olmo2": "olmo2",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "starcoder2": "starcoder2",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "qwen2_5_vl": "qwen2vl",
+    "solar_open": "glm4moe",
+    "youtu": "deepseek2",
 }
 # For these, llama.cpp rotates neighbouring pairs of a head and transformers its two halves: the rows are reordered.
-_INTERLEAVED = frozenset({"llama", "granite", "olmo"})
+_INTERLEAVED = frozenset({"arcee", "granite", "granite_swa", "granitemoe", "llama", "mistral3", "olmo", "smollm3"})
+# These keep queries, keys and values as one layer, by groups of heads; llama.cpp has all queries first, then all keys.
+_GROUPED = frozenset({"bloom", "falcon", "gptneox"})
+# Architectures that no converter of llama.cpp writes, or in which it scales the weights. Layers that it splits,
+# transposes or reorders in ways of their own, or (in hybrid Granite models) in one version and not in another.
+_OTHER_ARCHITECTURES = frozenset({"bitnet", "gptj"})
+_OTHER_LAYERS = re.compile(
+    r"^(?!minicpm3).*\.kv_b_proj$|\.linear_attn\.|^falcon-h1 .*\.mamba\.in_proj$|^granitehybrid .*\.[qk]_proj$"
+)
 
 
 def write_gguf(adapter: AdapterFactors, path: Path) -> None:
@@ -42,7 +68,7 @@ def write_gguf(adapter: AdapterFactors, path: Path) -> None:
     llama.cpp multiplies by adapter.lora.alpha / r. Alpha is r here, and the scale is multiplied into lora_b.
     """
     gguf = _import_gguf()
-    architecture = _architecture(adapter)
+    architecture = _architecture(gguf, adapter)
     tensors = {}
     for name in adapter.lora_a:
         target = _tensor_name(gguf, architecture, adapter, name)
@@ -77,36 +103,58 @@ def _import_gguf() -> Any:
     return gguf
 
 
-def _architecture(adapter: AdapterFactors) -> str:
+def _architecture(gguf: Any, adapter: AdapterFactors) -> str:
     if not adapter.base_config:
         raise InputError("the adapter does not say what its base model is (an early file?); make it again to export it")
     kind = adapter.base_config["model_type"]
-    if kind not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(f"GGUF export knows the base models {known}, but this adapter is for a {kind} model")
-    return ARCHITECTURES[kind]
+    wanted = _ARCHITECTURES.get(kind, _plain(kind.removesuffix("_text")))
+    found = next((name for name in gguf.MODEL_ARCH_NAMES.values() if _plain(name) == _plain(wanted)), None)
+    if found is None or found in _OTHER_ARCHITECTURES:
+        raise InputError(
+            f"GGUF export (gguf {version('gguf')}) does not know {kind} models, and this adapter is for one"
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    """An architecture's name without separators, in which transformers and llama.cpp often differ."""
+    return re.sub("[-_.]", "", name)
 
 
 def _tensor_name(gguf: Any, architecture: str, adapter: AdapterFactors, name: str) -> str:
     """llama.cpp's name of the weight of a linear layer: `blk.3.attn_output.weight`."""
     number = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
     names = gguf.get_tensor_name_map(number, adapter.base_config["num_hidden_layers"])
-    target: str | None = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
-    if target is None or name.endswith("query_key_value"):  # llama.cpp orders its rows differently
+    target: str | None = names.get_name(f"{name.replace('language_model.', '')}.weight", try_suffixes=(".weight",))
+    if target is None or _OTHER_LAYERS.search(f"{architecture} {name}"):
         raise InputError(f"GGUF export does not know llama.cpp's form of {name} in a {architecture} model")
     return target
 
 
 def _llama_cpp_rows(adapter: AdapterFactors, architecture: str, name: str, lora_b: Tensor) -> Tensor:
-    """The rows of lora_B in llama.cpp's order: its rotary embedding pairs rows 2i and 2i + 1 of a head."""
+    """The rows of lora_B in llama.cpp's order."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.rpartition(".")[2])
-    if heads is None or architecture not in _INTERLEAVED:
-        return lora_b
-    count = adapter.base_config[heads]
-    if len(lora_b) % (2 * count):
-        raise InputError(f"{name} must have rows for {count} heads of an even size, but it has {len(lora_b)}")
-    halves = lora_b.unflatten(0, (count, 2, -1))
+    if heads is not None and architecture in _INTERLEAVED:
+        return _interleaved(name, lora_b, adapter.base_config[heads])
+    if name.endswith(".query_key_value") and architecture in _GROUPED:
+        return _ungrouped(lora_b, adapter.base_config["num_attention_heads"], adapter.lora_a[name].shape[1])
+    return lora_b
+
+
+def _interleaved(name: str, lora_b: Tensor, heads: int) -> Tensor:
+    """For a rotary embedding that pairs rows 2i and 2i + 1 of a head, in place of its two halves."""
+    if len(lora_b) % (2 * heads):
+        raise InputError(f"{name} must have rows for {heads} heads of an even size, but it has {len(lora_b)}")
+    halves = lora_b.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).reshape(lora_b.shape)
+
+
+def _ungrouped(lora_b: Tensor, heads: int, hidden_size: int) -> Tensor:
+    """All queries, keys and values one after the other, from groups of some query heads, one key and one value."""
+    rows = lora_b.unflatten(0, (-1, hidden_size // heads))  # one entry for each head
+    groups = rows.unflatten(0, ((len(rows) - heads) // 2, -1))
+    parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]
+    return torch.cat([part.reshape(-1, lora_b.shape[1]) for part in parts])
 
 
 def _add_tensor(gguf: Any, writer: Any, name: str, tensor: Tensor) -> None:

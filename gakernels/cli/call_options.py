@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from gakernels.cli.common import DTYPES
 from gakernels.cost.shapes import SHAPES
 from gakernels.errors import InputError, first_line
+from gakernels.model.base_model import model_source
 from gakernels.paths import user_path
 from gakernels.training.base_model import BaseConfig, base_shape
 from gakernels.training.planned_calls import Call, PlannedCalls, llama_config
@@ -83,7 +84,7 @@ def _configuration(model: BaseConfig) -> PreTrainedConfig:
     if model.shape is not None:
         return llama_config(base_shape(model))
     try:
-        return AutoConfig.from_pretrained(model.name)
+        return AutoConfig.from_pretrained(**model_source(model.name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--model must be a folder or hub name of a model, or one of {', '.join(SHAPES)}, but the configuration of "

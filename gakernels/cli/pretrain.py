@@ -22,6 +22,7 @@ from gakernels.cli.recipe_options import (
     recipe_of,
 )
 from gakernels.distributed import process_group
+from gakernels.model.base_model import model_source
 from gakernels.model.window_losses import RECONSTRUCTIONS
 from gakernels.nn.adapter_generator import NORMS
 from gakernels.paths import user_path
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 def _segments(recipe: PretrainingRecipe) -> int | None:
     """The number of segments of the data, if its tokens are already cached."""
     with contextlib.suppress(OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(**model_source(recipe.model.name), local_files_only=True)
         return cached_segments(recipe.data, tokenizer, recipe.segment_tokens)
     return None
 

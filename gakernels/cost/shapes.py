@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gakernels.errors import InputError
-from gakernels.model.attachment import cache_name, decoder_layers
+from gakernels.model.attachment import cache_name, decoder_layers, decoder_of
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _one_token(
     for name in linears:
         layer.get_submodule(name).register_forward_pre_hook(note(name))
     with torch.no_grad(), _refusing("config must be that of a model that reads a token and keeps its keys and values"):
-        decoder = base.get_decoder()
+        decoder = decoder_of(base)
         output = decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
         cached = output[cache_name(decoder)].layers[0]
     return tuple(tuple(stage) for stage in stages.values()), cached.keys, cached.values

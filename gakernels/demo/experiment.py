@@ -147,7 +147,7 @@ def document_loss(model: GenerativeAdapter, text: str, adapter: Adapter | None) 
     chunks = split_evenly(encode_context(model.tokenizer, text, first=True), model.config.chunk_size)
     input_ids, mask = (tensor.to(model.device) for tensor in pad_windows([[chunk] for chunk in chunks], pad=0))
     with model.adapted(adapter) if adapter is not None else nullcontext():
-        output = model.base.get_decoder()(input_ids=input_ids[:, 0], use_cache=False)
+        output = model.decoder(input_ids=input_ids[:, 0], use_cache=False)
     target = mask.clone()
     target[..., 0] = False
     loss = token_losses(model, output.last_hidden_state[:, None], input_ids, {"text": target})["text"]

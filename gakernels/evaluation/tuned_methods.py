@@ -383,7 +383,7 @@ def _loss(model: GenerativeAdapter, batch: Sequence[TuningExample], lora: Static
         learned[row, example.start : len(example.tokens)] = True
     ids, learned = ids.to(model.device), learned.to(model.device)
     with model.using({} if lora is None else lora.factors()):
-        hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = model.decoder(input_ids=ids, use_cache=False).last_hidden_state
     # token_loss is for a frozen head; here the head may be trained too.
     logits = model.logits(hidden[:, :-1][learned[:, 1:]])
     return F.cross_entropy(logits.float(), ids[learned], reduction="sum"), int(learned.sum())

@@ -103,7 +103,7 @@ class Decoder:
             return None
         cache = new_cache()
         ids = torch.tensor([first.tokens[:common]], device=self.model.device)
-        decoder = self.model.base.get_decoder()
+        decoder = self.model.decoder
         with self.model.using(self._form.stacked([first.adapter]).factors()):
             decoder(input_ids=ids, **past(decoder, cache))
         return SharedStart(common, cache)
@@ -143,7 +143,7 @@ class Decoder:
             ids[number, : len(row.tokens) - known] = torch.tensor(row.tokens[known:])
             scored[number, row.start - known : len(row.tokens) - known] = True
         ids, scored = ids.to(self.model.device), scored.to(self.model.device)
-        decoder = self.model.base.get_decoder()
+        decoder = self.model.decoder
         with self.model.using(self._form.stacked([row.adapter for row in rows]).factors()):
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             cached = {"use_cache": False} if shared is None else past(decoder, shared.of_rows(len(rows)))

@@ -174,7 +174,7 @@ class DecodingBatch:
         factors: Mapping[str, LowRankFactors | CompactFactors],
     ) -> Tensor:
         """Last hidden states (rows, columns, d_h)."""
-        decoder = self.model.base.get_decoder()
+        decoder = self.model.decoder
         with self.model.using(factors):
             output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **past(decoder, cache))
         hidden: Tensor = output.last_hidden_state

@@ -15,7 +15,9 @@ from gakernels.errors import FormatError, InputError
 from gakernels.fingerprint import FingerprintCache, tensor_fingerprint
 from gakernels.model.attachment import (
     Site,
+    check_kind,
     decoder_layers,
+    decoder_name,
     describe,
     find_sites,
     put_in_lean_modules,
@@ -33,7 +35,7 @@ from gakernels.model.positions import check_chunk_size, position_limit
 from gakernels.model.shared_weights import SharedWeights
 from gakernels.model.windows import only_first_is_plain, pad_windows, split_evenly
 from gakernels.nn import AdaptedLinear, AdapterGenerator, CompactFactors, LowRankFactors
-from gakernels.nn.adapted_quantized_linear import adapted
+from gakernels.nn.adapted_quantized_linear import adapted, linear_sizes
 from gakernels.nn.cpu_attention import CpuAttention
 from gakernels.nn.factors_in_force import Block, innermost
 from gakernels.nn.offloading import execution_device
@@ -72,6 +74,7 @@ class AttachedGenerators(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         base = unwrapped(base)
+        check_kind(base)
         check_chunk_size(base.config, config.chunk_size)
         find_sites(base, config.linears, config.layers)  # raises before anything is changed
         put_in_lean_modules(base)
@@ -79,6 +82,7 @@ class AttachedGenerators(nn.Module):
         self.target_modules = target_modules(base, self.adapted_names)
         self.base_config = describe(base)
         self.base = base.requires_grad_(False).eval()
+        self._decoder_name = decoder_name(base)
         self.generators = nn.ModuleDict()
         self._hooks: list[Any] = []
         self._streams: Streams | None = None
@@ -96,10 +100,11 @@ class AttachedGenerators(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             for number, site in enumerate(self._sites):
+                sizes = linear_sizes(site.linear)
+                assert sizes is not None
                 generator = AdapterGenerator(
                     hidden_size,
-                    site.linear.in_features,
-                    site.linear.out_features,
+                    *sizes,
                     state_size=self.config.state_size,
                     rank=self.config.rank,
                     norm=self.config.norm,
@@ -152,6 +157,11 @@ class AttachedGenerators(nn.Module):
             )
         if not isinstance(block.work, ContextPass):
             return
+        if hidden.dim() != 3 or hidden.shape[-1] != self.base.config.get_text_config().hidden_size:
+            raise InputError(
+                "base must have layers that read hidden states (rows, tokens, hidden_size), but "
+                f"{type(layer).__name__} reads {tuple(hidden.shape)}"
+            )
         for site in sites:
             arguments = (site.name, self.generator(site.name), hidden, self.config.adapter_scale)
             block.factors[site.linear] = (
@@ -180,6 +190,11 @@ class AttachedGenerators(nn.Module):
         module = self.generators[_key(name)]
         assert isinstance(module, AdapterGenerator)
         return module
+
+    @property
+    def decoder(self) -> Any:
+        """The text decoder of the base model, which has no head."""
+        return self.base.get_submodule(self._decoder_name)
 
     @property
     def adapted_names(self) -> list[str]:
@@ -277,7 +292,7 @@ class AttachedGenerators(nn.Module):
         """Run one pass: the last hidden states (B, W, M, d_h); states and adapters go into `context`."""
         with self._block({}, context), CpuAttention():
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
-            output = self.base.get_decoder()(input_ids=input_ids.flatten(0, 1), use_cache=False)
+            output = self.decoder(input_ids=input_ids.flatten(0, 1), use_cache=False)
             for name in self.adapted_names:  # wait for all adapters, so that all states exist
                 factors = self._linear(name).current_factors()
                 if isinstance(factors, LowRankFactors):

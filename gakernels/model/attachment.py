@@ -79,15 +79,55 @@ def _content(module: nn.Module) -> nn.Module:
     return module
 
 
+_NOT_CAUSAL = frozenset({"cpmant", "git", "xlm", "xlnet"})  # a token may see later ones, in the prompt at least
+_ALWAYS_CAUSAL = frozenset({"gpt_neox", "gpt_neox_japanese"})  # whatever `is_decoder` says
+
+
+def check_kind(base: PreTrainedModel) -> None:
+    """Raises: InputError: the model has an encoder, no attention, or tokens that see later ones."""
+    kind, config = type(base).__name__, base.config.get_text_config()
+    if base.config.is_encoder_decoder:
+        raise InputError(f"base must be a decoder-only transformers model, but {kind} has an encoder too")
+    if getattr(config, "num_attention_heads", None) is None:
+        raise InputError(f"base must have attention in its layers, but {kind} has none")
+    is_encoder = getattr(config, "is_decoder", True) is False and config.model_type not in _ALWAYS_CAUSAL
+    if config.model_type in _NOT_CAUSAL or is_encoder:
+        raise InputError(f"base must read from left to right, but {kind} with these settings does not")
+
+
+def decoder_name(base: PreTrainedModel) -> str:
+    """The name of the text decoder: the innermost transformers model that holds the embedding of the input.
+
+    That is not another tower of a model of text and images, and has no head. (`get_decoder` may return either.)
+
+    Raises:
+        InputError: there is none.
+    """
+    embedding = base.get_input_embeddings()
+    names = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, PreTrainedModel) and any(part is embedding for part in module.modules())
+    ]
+    if not names or names[-1] == "":
+        raise InputError(f"base must hold a text decoder without a head, but {type(base).__name__} does not")
+    return names[-1]
+
+
+def decoder_of(base: PreTrainedModel) -> Any:
+    """The text decoder of a causal language model; see `decoder_name`."""
+    return base.get_submodule(decoder_name(base))
+
+
 def decoder_layers(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name and the list of the decoder layers of a causal language model.
 
     Raises:
         InputError: the model has no list of `num_hidden_layers` layers.
     """
-    count = base.config.get_text_config().num_hidden_layers
-    decoder = base.get_decoder()  # not another tower with as many layers
-    inside = {id(module) for module in decoder.modules()}
+    config = base.config.get_text_config()
+    count = getattr(config, "num_layers", config.num_hidden_layers)  # LongCat counts each of its double layers as two
+    inside = {id(module) for module in decoder_of(base).modules()}
     for name, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module
@@ -147,7 +187,7 @@ def lean_modules(base: PreTrainedModel) -> list[tuple[nn.Module, str, GatedMLP |
 
 def _parts(base: PreTrainedModel) -> list[tuple[nn.Module, str, nn.Module]]:
     """The direct submodules of the decoder layers and of the decoder, each with its parent and name."""
-    parents = [*decoder_layers(base)[1], base.get_decoder()]
+    parents = [*decoder_layers(base)[1], decoder_of(base)]
     return [(parent, name, module) for parent in parents for name, module in parent.named_children()]
 
 
@@ -170,7 +210,7 @@ def describe(base: PreTrainedModel) -> dict[str, Any]:
     config = base.config.get_text_config()
     heads = config.num_attention_heads
     return {
-        "model_type": config.model_type,
+        "model_type": base.config.model_type,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,

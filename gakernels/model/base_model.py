@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from gakernels.errors import InputError, first_line
 from gakernels.model.attachment import decoder_layers
@@ -24,6 +35,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer, if it has one, from a folder, a GGUF file or the Hugging Face hub.
 
+    Of a model of text and images the whole is loaded; generators attach to its text decoder.
+
     The weights of a GGUF file (`name.gguf`) are dequantised to the dtype in the options, float32 if there is none. This
     needs the package `gguf`.
 
@@ -37,7 +50,7 @@ def load_base(
         InputError: there is no model of that name, a file of it is damaged, or it is a PEFT adapter.
     """
     try:
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**_source(name), **options)
+        base: PreTrainedModel = auto_class(_model_type(name, options)).from_pretrained(**model_source(name), **options)
     except torch.OutOfMemoryError:
         raise
     except (
@@ -49,22 +62,40 @@ def load_base(
             f"base model {name!r} is a PEFT adapter (adapter_config.json) on top of a base model; merge it first and "
             "name the merged folder: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
         )
-    if "gguf_file" in _source(name):
+    if "gguf_file" in model_source(name):
         base = _plain(base, name)
     _keep_soft_cap(base, options)
     if tokenizer is not None:
         return base, tokenizer
     name = tokenizer_name or name
     try:
-        return base, AutoTokenizer.from_pretrained(**_source(name))
+        return base, AutoTokenizer.from_pretrained(**model_source(name))
     except Exception as error:  # the package tokenizers raises nothing narrower
-        if "gguf_file" in _source(name) or any(Path(name).glob("tokenizer*")):  # it has one, but that is damaged
+        if "gguf_file" in model_source(name) or any(Path(name).glob("tokenizer*")):  # it has one, but that is damaged
             raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
         return base, None
 
 
-def _source(name: str) -> dict[str, str]:
-    """The arguments that name a model for transformers: for a GGUF file, its folder and file name."""
+def auto_class(model_type: str | None) -> type[Any]:
+    """The class of transformers that makes a model of this type; models of text and images may have another."""
+    seen = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return (
+        AutoModelForImageTextToText
+        if seen and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        else AutoModelForCausalLM
+    )
+
+
+def _model_type(name: str, options: Mapping[str, Any]) -> str | None:
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(**model_source(name), **options)
+    except OSError:  # a PEFT adapter, for example: loading it shows what it is
+        return None
+    return settings.get("model_type")
+
+
+def model_source(name: str) -> dict[str, str]:
+    """The arguments of transformers' `from_pretrained` that name a model: for a GGUF file, its folder and file name."""
     path = Path(name)
     if path.suffix != ".gguf" or not path.is_file():
         return {"pretrained_model_name_or_path": name}

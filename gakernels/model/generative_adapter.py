@@ -20,7 +20,6 @@ from gakernels.model.encoding import is_token
 from gakernels.model.hub import local_folder
 from gakernels.model.pretrained import put_in, read_generator, save_generator
 from gakernels.model.released import is_released, read_released
-from gakernels.model.shared_weights import merged_weight
 from gakernels.model.stream import ContextStream
 from gakernels.nn import LowRankFactors
 from gakernels.nn.offloading import execution_device
@@ -169,7 +168,7 @@ class GenerativeAdapter(AttachedGenerators):
         with self.weights.in_use(), torch.no_grad(), replacing_folder(Path(folder)) as temporary:
             weights = self.base.state_dict()
             for name, linear in linears.items():
-                weights[f"{name}.weight"] = merged_weight(linear, adapter.delta(name))
+                weights[f"{name}.weight"] = linear.merged_weight(adapter.delta(name))
             self.base.save_pretrained(temporary, state_dict=weights)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(temporary)

@@ -9,7 +9,6 @@ from torch import Tensor
 from gakernels.errors import InputError
 from gakernels.model.own_lock import OwnLock
 from gakernels.nn import AdaptedLinear
-from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear
 
 
 class SharedWeights:
@@ -53,7 +52,7 @@ class SharedWeights:
             self.check_mergeable(linears)
             for name, linear in linears.items():
                 self._originals[name] = linear.weight.detach().clone()
-                linear.weight.copy_(merged_weight(linear, deltas[name]))
+                linear.weight.copy_(linear.merged_weight(deltas[name]))
 
     @torch.no_grad()
     def unmerge(self, linears: Mapping[str, AdaptedLinear]) -> None:
@@ -69,7 +68,7 @@ class SharedWeights:
         """Raises: InputError: an adapter is merged in already, or weights are quantised or offloaded."""
         if self._originals:
             raise InputError("an adapter is merged into the base model already; call unmerge() first")
-        if any(isinstance(linear, AdaptedQuantizedLinear) for linear in linears.values()):
+        if not all(linear.mergeable for linear in linears.values()):
             raise InputError(
                 "an adapter can't be merged into weights that are quantised or offloaded; merge it into the full base "
                 "model (nor into layers that compute in a way of their own)"
@@ -93,9 +92,3 @@ class _Users(OwnLock):
     def __init__(self) -> None:
         super().__init__()
         self.there: set[object] = set()
-
-
-def merged_weight(linear: AdaptedLinear, delta: Tensor) -> Tensor:
-    """The weight of a layer with an adapter's delta added, rounded once."""
-    weight = linear.weight.detach()
-    return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)

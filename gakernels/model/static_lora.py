@@ -46,7 +46,7 @@ class StaticLora(nn.Module):
         batch = to_device(batch, model.device)
         shape = batch.input_ids.shape
         with model.using(self.factors()):
-            output = model.base.get_decoder()(input_ids=batch.input_ids.flatten(0, 1), use_cache=False)
+            output = model.decoder(input_ids=batch.input_ids.flatten(0, 1), use_cache=False)
         hidden = output.last_hidden_state.view(*shape, -1)
         return token_losses(model, hidden, batch.input_ids, batch.targets)
 

@@ -58,8 +58,7 @@ class CompactFactors:
             InputError: the batch has another number of rows than there are factors.
         """
         rows = self.left.shape[0]
-        if x.shape[0] != rows:
-            raise InputError(f"the batch must have {rows} rows, one for each adapter, but it has {x.shape[0]}")
+        _check_rows(x, rows)
         wide = torch.bmm(F.linear(x.reshape(rows, -1, x.shape[-1]), self.input_map), self.right)
         wide = torch.bmm(wide, self.left.mT).view(-1, self.left.shape[1])
         y.view(-1, y.shape[-1]).addmm_(wide, self.output_map.mT, alpha=self.scale)
@@ -103,6 +102,8 @@ class AdaptedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """y (rows, ..., d_out) of x (rows, ..., d_in), each row with its adapter.
 
+        OPT and layers with experts flatten the batch: x may also be (rows tokens, d_in).
+
         Raises:
             InputError: the rows of the batch can't be shared out among the adapters.
         """
@@ -119,6 +120,16 @@ class AdaptedLinear(nn.Linear):
     def factors_now(self) -> Factors | Later[LowRankFactors | None]:
         """The factors in use, which may be still to come."""
         return factors_in_force(self, self.factors)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether a delta can be added to the weight."""
+        return True
+
+    def merged_weight(self, delta: Tensor) -> Tensor:
+        """The weight with an adapter's delta (d_out, d_in) added, rounded once."""
+        weight = self.weight.detach()
+        return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -163,12 +174,16 @@ def as_windows(x: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor | Non
     """Shape the input as (windows, M, d_in) for `lowrank_linear`, with the index of each window's adapter."""
     adapters, rows = factors.lora_a.shape[0], x.shape[0]
     if factors.adapter_index is not None:
-        if factors.adapter_index.shape[0] != rows:
-            raise InputError(
-                f"the batch must have {factors.adapter_index.shape[0]} rows, one per entry of adapter_index, "
-                f"but it has {rows}"
-            )
+        rows = factors.adapter_index.shape[0]
+        _check_rows(x, rows)
         return x.reshape(rows, -1, x.shape[-1]), factors.adapter_index.to(x.device, torch.int64)
     if rows % adapters:
         raise InputError(f"the rows of the batch must be a multiple of the {adapters} adapters, but there are {rows}")
     return x.reshape(adapters, -1, x.shape[-1]), None
+
+
+def _check_rows(x: Tensor, rows: int) -> None:
+    """Raises: InputError: the input is neither a batch of so many rows nor that batch flattened."""
+    flattened = x.dim() == 2 and x.shape[0] % rows == 0
+    if x.shape[0] != rows and not flattened:
+        raise InputError(f"the batch must have {rows} rows, one for each adapter, but it has {x.shape[0]}")

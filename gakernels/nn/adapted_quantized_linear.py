@@ -4,18 +4,27 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from gakernels.errors import InputError
 from gakernels.nn.adapted_linear import AdaptedLinear, LowRankFactors, as_windows
 from gakernels.nn.low_rank_term import add_low_rank_term
 from gakernels.nn.offloading import only_aligns
 
 
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """d_in and d_out of a module that maps (..., d_in) to (..., d_out); None for any other module."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    inputs, outputs = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    if isinstance(module, nn.Bilinear) or not isinstance(inputs, int) or not isinstance(outputs, int):
+        return None
+    return inputs, outputs
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module maps (..., in_features) to (..., out_features) and consists of no other such module."""
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    if isinstance(module, nn.Bilinear) or not all(isinstance(size, int) for size in sizes):
-        return False
-    return not any(is_linear(part) for part in module.children())
+    """Whether a module maps (..., d_in) to (..., d_out) and consists of no other such module."""
+    return linear_sizes(module) is not None and not any(is_linear(part) for part in module.children())
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -48,8 +57,9 @@ class AdaptedQuantizedLinear(AdaptedLinear):
 
     def __init__(self, original: Any) -> None:
         nn.Module.__init__(self)
-        self.in_features: int = original.in_features
-        self.out_features: int = original.out_features
+        sizes = linear_sizes(original)
+        assert sizes is not None
+        self.in_features, self.out_features = sizes
         self._original = (original,)  # in a tuple: not a submodule
         # The same dictionaries: whoever moves or exchanges a parameter here does so there too.
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -67,6 +77,16 @@ class AdaptedQuantizedLinear(AdaptedLinear):
         """The layer that this one adapts."""
         return self._original[0]
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether a delta can be added to the weight: these layers keep a plain one and compute x W (+ b) with it."""
+        known = isinstance(self.original, Conv1D) or type(self.original).__name__ == "FalconLinear"
+        return known and ("forward" not in vars(self.original) or only_aligns(self.original))
+
+    def merged_weight(self, delta: Tensor) -> Tensor:
+        """As in `AdaptedLinear`; GPT-2's `Conv1D` has its weight as (d_in, d_out)."""
+        return super().merged_weight(delta.T if isinstance(self.original, Conv1D) else delta)
+
     def to_linear(self) -> Any:
         """The layer again."""
         return self.original.train(self.training)
@@ -79,7 +99,12 @@ class AdaptedQuantizedLinear(AdaptedLinear):
     def adapted_product(self, x: Tensor, factors: LowRankFactors) -> Tensor:
         """The layer with its low-rank term."""
         windows, index = as_windows(x, factors)
-        y = self.base_product(x).reshape(*windows.shape[:-1], self.out_features)
+        y = self.base_product(x)
+        if not isinstance(y, Tensor):
+            raise InputError(
+                f"linears: {type(self.original).__name__} can't be adapted, it returns more than one tensor"
+            )
+        y = y.reshape(*windows.shape[:-1], self.out_features)
         return add_low_rank_term(y, windows, factors.lora_a, factors.lora_b, factors.scale, index).view(
             *x.shape[:-1], self.out_features
         )

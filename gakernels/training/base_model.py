@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from gakernels.cost.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.errors import InputError, first_line
 from gakernels.model import load_base
+from gakernels.model.base_model import model_source
 from gakernels.model.quantized_base import QUANTIZATIONS, quantize_base
 from gakernels.settings import Count, Flag, PathText, one_of, settings, shown
 
@@ -124,7 +125,7 @@ def base_shape(config: BaseConfig) -> ModelShape:
     if config.shape is not None:
         return SHAPES[config.shape]
     try:
-        values = AutoConfig.from_pretrained(config.name)
+        values = AutoConfig.from_pretrained(**model_source(config.name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"model.name: the configuration of {config.name!r} can't be read: {first_line(error)} "

@@ -178,4 +178,4 @@ def _passes(model: GenerativeAdapter, rows: Sequence[Tensor]) -> Iterator[tuple[
         # Padding is on the right and attention is causal, so no token sees it.
         ids = torch.nn.utils.rnn.pad_sequence(list(rows[start : start + at_once]), batch_first=True)
         with model.using({}):
-            yield start, model.base.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+            yield start, model.decoder(input_ids=ids.to(model.device), use_cache=False).last_hidden_state

@@ -207,7 +207,7 @@ def _empty_factors(model: GenerativeAdapter) -> dict[str, LowRankFactors]:
 def _score(model: GenerativeAdapter, windows: Tensor, factors: Mapping[str, LowRankFactors]) -> Tensor:
     """Summed negative log-likelihood (B,) of all windows (B, W, M), without the first token of each."""
     with model.using(factors):
-        output = model.base.get_decoder()(input_ids=windows.flatten(0, 1), use_cache=False)
+        output = model.decoder(input_ids=windows.flatten(0, 1), use_cache=False)
     hidden, targets = output.last_hidden_state[:, :-1], windows.flatten(0, 1)[:, 1:]
     losses = model.token_loss(hidden.flatten(0, 1), targets.flatten())
     return losses.view(len(windows), -1).double().sum(1)

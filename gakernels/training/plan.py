@@ -22,6 +22,7 @@ from gakernels.distributed import Ranks
 from gakernels.errors import InputError, first_line
 from gakernels.files import entry, read_description
 from gakernels.model import GENERATOR_FILE, locate
+from gakernels.model.base_model import model_source
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.hub import local_folder
 from gakernels.training.base_model import DTYPES, BaseConfig, base_shape
@@ -228,7 +229,7 @@ def _models(recipe: FinetuningRecipe) -> tuple[BaseConfig, GeneratorConfig]:
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**model_source(name))
     except Exception as error:  # the package tokenizers raises nothing narrower
         raise InputError(f"the tokenizer of {name!r} can't be loaded: {first_line(error)}") from error
     return tokenizer

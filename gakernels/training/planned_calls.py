@@ -131,7 +131,7 @@ class PlannedCalls:
                 dtype = self._model.base.dtype
                 factors[name] = LowRankFactors(lora_a.to(dtype), lora_b.to(dtype), self._model.config.adapter_scale)
             with self._model.using(factors):
-                self._model.base.get_decoder()(input_ids=ids, use_cache=True)
+                self._model.decoder(input_ids=ids, use_cache=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self._autocast_dtype

@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, logits_of, make_base, make_config, make_model, make_trained, random_context, random_ids
 from torch import nn
 
-from gakernels import AdaptedLinear, GenerativeAdapter
+from gakernels import AdaptedLinear, GenerativeAdapter, InputError
 
 families = pytest.mark.parametrize("family", FAMILIES)
 DTYPES = [(name, torch.float32) for name in FAMILIES] + [
@@ -137,6 +137,8 @@ def test_a_linear_layer_with_its_own_forward_keeps_it() -> None:
     adapter = model.adapters(model.states([random_context(9)]), [9])[0]
     with model.adapted(adapter):
         adapted = logits_of(model.base, ids)
+    with pytest.raises(InputError, match="nor into layers that compute in a way of their own"):
+        model.merge(adapter)
     base = model.detach()
     for name in adapter.lora_a:
         linear = base.get_submodule(name)

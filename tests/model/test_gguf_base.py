@@ -1,6 +1,7 @@
 """A base model that is a GGUF file, as llama.cpp has them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.utils import is_gguf_available
 
 from gakernels import GenerativeAdapter, InputError
 from gakernels.model import load_base
+from gakernels.training.base_model import BaseConfig, base_shape
 
 gguf = pytest.importorskip("gguf")
 
@@ -44,7 +46,7 @@ def rotated(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
+def write_gguf(model: LlamaForCausalLM, path: Path, kind: Any = gguf.GGMLQuantizationType.F32) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     config = model.config
     writer.add_context_length(config.max_position_embeddings)
@@ -67,7 +69,9 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     for name, tensor in model.state_dict().items():
         count = next((count for part, count in heads.items() if part in name), None)
         numbers = tensor if count is None else rotated(tensor, count)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), numbers.contiguous().numpy())
+        own = kind if numbers.dim() > 1 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(numbers.contiguous().numpy(), own)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -82,6 +86,30 @@ def test_it_is_the_model_that_was_written(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(base, ids), logits_of(original, ids))
     assert tokenizer is not None
     assert tokenizer("abc", add_special_tokens=False)["input_ids"] == [WORDS.index("ab"), WORDS.index("c")]
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_0", 4), ("F16", 11), ("BF16", 8)])
+def test_its_weights_are_dequantised(tmp_path: Path, kind: str, bits: int) -> None:
+    original = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    write_gguf(original, tmp_path / "base.gguf", getattr(gguf.GGMLQuantizationType, kind))
+    base, _ = load_base(str(tmp_path / "base.gguf"))
+    assert getattr(base.config, "quantization_config", None) is None
+    weights, found = original.state_dict(), base.state_dict()
+    errors = [float((found[name] - weight).abs().max() / weight.abs().max()) for name, weight in weights.items()]
+    assert 0 < max(errors) < 2.0 ** (2 - bits)
+    model = make_trained(GenerativeAdapter(base, make_config()))
+    adapter, ids = model.adapt([3, 4, 5, 6, 7]), random_ids(2, 7) % len(WORDS)
+    with model.adapted(adapter):
+        adapted = logits_of(base, ids)
+    model.merge(adapter)  # not refused as quantised
+    torch.testing.assert_close(logits_of(base, ids), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_its_shape_is_read_without_its_weights(tmp_path: Path) -> None:
+    original = LlamaForCausalLM(LlamaConfig(**SIZES))
+    write_gguf(original, tmp_path / "base.gguf")
+    shape = base_shape(BaseConfig(str(tmp_path / "base.gguf")))
+    assert shape.parameters == original.num_parameters()
 
 
 def test_a_generator_names_it_and_finds_it_again(tmp_path: Path) -> None:

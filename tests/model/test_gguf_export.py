@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, make_model, random_context, random_ids
+from tiny import FAMILIES, make_model, make_trained, random_context, random_ids
 from transformers import PreTrainedModel
 
-from gakernels import Adapter, InputError
+from gakernels import Adapter, GenerativeAdapter, GeneratorConfig, InputError
+from studies.model_families import adaptable
+from studies.tiny_models import make_base
 
 gguf = pytest.importorskip("gguf")
 
@@ -112,15 +114,107 @@ def test_rows_of_queries_and_keys_are_in_the_order_of_llama_cpp(tmp_path: Path, 
             assert torch.equal(tensor, llama_cpp_order(own, heads) if changed else own)
 
 
-def test_what_llama_cpp_names_or_orders_otherwise_is_refused(tmp_path: Path) -> None:
+def adapter_of(family: str, linears: tuple[str, ...] = ()) -> Adapter:
+    """An adapter of all linear layers of a tiny model from `studies`, or of some."""
+    base = make_base(family)
+    config = GeneratorConfig(linears=linears or tuple(adaptable(base)), state_size=16, rank=4, chunk_size=6)
+    return make_trained(GenerativeAdapter(base, config)).adapt([random_context(9)])[0]
+
+
+# Family: architecture in llama.cpp, and its names of the layers of a block. All as its converter names them.
+ATTENTION = {"attn_q", "attn_k", "attn_v", "attn_output"}
+MLP = {"ffn_gate", "ffn_up", "ffn_down"}
+SHARED = {"ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"}
+MORE_ARCHITECTURES = {
+    "bloom": ("bloom", {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+    "falcon": ("falcon", {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+    "gemma3": ("gemma3", ATTENTION | MLP),
+    "glm4": ("glm4", ATTENTION | {"ffn_up", "ffn_down"}),
+    "gpt2": ("gpt2", {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+    "gpt_neox": ("gptneox", {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+    "gpt_oss": ("gpt-oss", ATTENTION),
+    "nemotron": ("nemotron", ATTENTION | {"ffn_up", "ffn_down"}),
+    "olmo": ("olmo", ATTENTION | MLP),
+    "qwen2_5_vl": ("qwen2vl", ATTENTION | MLP),
+    "qwen2_moe": ("qwen2moe", ATTENTION | SHARED | {"ffn_gate_inp_shexp"}),
+    "qwen3_moe": ("qwen3moe", ATTENTION),
+    "smollm3": ("smollm3", ATTENTION | MLP),
+    "stablelm": ("stablelm", ATTENTION | MLP),
+}
+
+
+@pytest.mark.parametrize("family", MORE_ARCHITECTURES)
+def test_more_architectures_have_the_names_and_shapes_of_llama_cpp(tmp_path: Path, family: str) -> None:
+    adapter = adapter_of(family)
+    adapter.save_gguf(tmp_path / "adapter.gguf")
+    fields, tensors = read(tmp_path / "adapter.gguf")
+    architecture, layers = MORE_ARCHITECTURES[family]
+    assert fields["general.architecture"] == architecture
+    assert {name.split(".")[2] for name in tensors} == layers
+    assert len(tensors) == 2 * len(adapter.lora_a)
+    names = {name.rpartition(".lora_")[0] for name in tensors}
+    shapes = sorted((len(tensors[f"{name}.lora_b"]), tensors[f"{name}.lora_a"].shape[1]) for name in names)
+    assert shapes == sorted(adapter.delta(name).shape for name in adapter.lora_a)
+
+
+def test_kinds_of_layers_are_known_by_name(tmp_path: Path) -> None:
+    kinds = {
+        "deepseek_v3": ({"kv_a_proj_with_mqa", "q_b_proj", "o_proj"}, {"attn_kv_a_mqa", "attn_q_b", "attn_output"}),
+        "jamba": ({"mamba.x_proj", "q_proj"}, {"ssm_x", "attn_q"}),
+        "lfm2": ({"out_proj", "w1"}, {"attn_output", "ffn_gate"}),
+        "qwen3_next": ({"self_attn.o_proj", "shared_expert_gate"}, {"attn_output", "ffn_gate_inp_shexp"}),
+    }
+    for family, (linears, expected) in kinds.items():
+        adapter_of(family, tuple(linears)).save_gguf(tmp_path / "adapter.gguf")
+        assert {name.split(".")[2] for name in read(tmp_path / "adapter.gguf")[1]} == expected
+
+
+@pytest.mark.parametrize(("family", "groups"), [("bloom", 4), ("gpt_neox", 4), ("falcon", 1)])
+def test_fused_queries_keys_and_values_are_sorted_as_llama_cpp_has_them(
+    tmp_path: Path, family: str, groups: int
+) -> None:
+    adapter = adapter_of(family, ("query_key_value",))
+    adapter.save_gguf(tmp_path / "adapter.gguf")
+    heads, size = 4, 8
+    each = heads // groups + 2  # in a group: its queries, a key and a value
+    queries = [group * each + query for group in range(groups) for query in range(heads // groups)]
+    keys, values = ([group * each + each - back for group in range(groups)] for back in (2, 1))
+    rows = [head * size + row for head in [*queries, *keys, *values] for row in range(size)]
+    tensors = read(tmp_path / "adapter.gguf")[1]
+    for number, (name, lora_b) in enumerate(adapter.lora_b.items()):
+        assert len(lora_b) == len(rows)
+        assert torch.equal(tensors[f"blk.{number}.attn_qkv.weight.lora_b"], (lora_b * adapter.scale)[rows])
+        assert torch.equal(tensors[f"blk.{number}.attn_qkv.weight.lora_a"], adapter.lora_a[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "linear"),
+    [
+        ("deepseek_v3", "kv_b_proj"),
+        ("falcon_h1", "mamba.in_proj"),
+        ("granitemoehybrid", "self_attn.q_proj"),
+        ("qwen3_next", "linear_attn.out_proj"),
+    ],
+)
+def test_layers_that_llama_cpp_has_in_another_form_are_refused(tmp_path: Path, family: str, linear: str) -> None:
+    with pytest.raises(InputError, match=rf"does not know llama\.cpp's form of model\.layers\.\d\.\S*{linear} in a"):
+        adapter_of(family, (linear,)).save_gguf(tmp_path / "adapter.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gptj", "bitnet", "bart"])
+def test_models_that_llama_cpp_does_not_convert_are_refused(tmp_path: Path, family: str) -> None:
+    with pytest.raises(InputError, match=rf"GGUF export \(gguf \S+\) does not know {family} models"):
+        adapter_of(family).save_gguf(tmp_path / "adapter.gguf")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter.gguf"
-    fused = make_model("gpt_neox", linears=("query_key_value",)).adapt([random_context(9)])[0]
-    with pytest.raises(
-        InputError, match=r"does not know llama\.cpp's form of gpt_neox\.layers\.0\.attention\.query_key"
-    ):
-        fused.save_gguf(path)
     adapter = make_model().adapt([random_context(9)])[0]
-    for config, message in (({}, "does not say what its base model is"), ({"model_type": "flux"}, "for a flux model")):
+    for config, message in (
+        ({}, "does not say what its base model is"),
+        ({"model_type": "flux"}, "does not know flux models"),
+    ):
         other = Adapter(**{**vars(adapter), "base_config": config})
         with pytest.raises(InputError, match=message):
             other.save_gguf(path)

@@ -152,5 +152,14 @@ def test_rows_that_can_not_be_shared_out_are_refused(generator: Generator) -> No
     with pytest.raises(InputError, match="multiple of the 2 adapters, but there are 3"):
         adapted(draw(generator, 3, 4, 5))
     adapted.factors = factors(generator, 2, torch.tensor([0, 1]))
-    with pytest.raises(InputError, match="must have 2 rows, one per entry of adapter_index, but it has 3"):
+    with pytest.raises(InputError, match="must have 2 rows, one for each adapter, but it has 3"):
         adapted(draw(generator, 3, 4, 5))
+    with pytest.raises(InputError, match="must have 2 rows, one for each adapter, but it has 5"):
+        adapted(draw(generator, 5, 5))
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([1, -1, 0, 1])])
+def test_a_flattened_batch_is_read_as_its_rows(generator: Generator, index: Tensor | None) -> None:
+    adapted, x = AdaptedLinear.from_linear(linear(generator)), draw(generator, 4, 3, 5)
+    adapted.factors = factors(generator, 2, index)
+    assert torch.equal(adapted(x.flatten(0, 1)), adapted(x).flatten(0, 1))

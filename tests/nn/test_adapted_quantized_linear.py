@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gakernels import AdaptedLinear, InputError, LowRankFactors
 from gakernels.nn import CompactFactors
@@ -174,3 +175,34 @@ def test_what_counts_as_linear(generator: Generator) -> None:
     plain.weight = nn.Parameter(plain.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     assert not is_plain_linear(plain)
     assert type(adapted(nn.Linear(2, 2))) is AdaptedLinear
+
+
+def test_conv1d_is_a_linear_layer_with_its_weight_transposed(generator: Generator) -> None:
+    conv = Conv1D(OUT, WIDTH).double().requires_grad_(False)
+    conv.weight.copy_(random(generator, WIDTH, OUT))
+    conv.bias.copy_(random(generator, OUT))
+    linear = nn.Linear(WIDTH, OUT, dtype=torch.float64).requires_grad_(False)
+    linear.weight.copy_(conv.weight.T)
+    linear.bias.copy_(conv.bias)
+    x, delta = random(generator, 4, 3, WIDTH), random(generator, OUT, WIDTH)
+    ours, plain = adapted(conv), AdaptedLinear.from_linear(linear)
+    assert is_linear(conv)
+    assert not is_plain_linear(conv)
+    assert torch.equal(ours(x), conv(x))
+    ours.factors = plain.factors = LowRankFactors(
+        random(generator, 2, RANK, WIDTH), random(generator, 2, OUT, RANK), 0.7, torch.tensor([1, -1, 0, 1])
+    )
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-11, atol=1e-11)
+    assert ours.mergeable
+    assert torch.equal(ours.merged_weight(delta), plain.merged_weight(delta).T)
+    assert ours.to_linear() is conv
+
+
+def test_compact_factors_read_a_flattened_batch(generator: Generator) -> None:
+    plain, _ = pair(generator)
+    left, right = random(generator, 4, 2, RANK), random(generator, 4, 2, RANK)
+    plain.factors = CompactFactors(random(generator, OUT, 2), random(generator, 2, WIDTH), left, right, 0.7)
+    x = random(generator, 4, 3, WIDTH)
+    assert torch.equal(plain(x.flatten(0, 1)), plain(x).flatten(0, 1))
+    with pytest.raises(InputError, match="must have 4 rows, one for each adapter, but it has 6"):
+        plain(random(generator, 6, WIDTH))

@@ -15,6 +15,7 @@ from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, MethodCost,
 from gakernels.evaluation.paper import QUERY_TOKENS, TableRow, table_1
 from gakernels.evaluation.tables import short_count
 from gakernels.files import write_text
+from gakernels.model.base_model import model_source
 from gakernels.model.config import GeneratorConfig
 from gakernels.paths import expanded
 from gakernels.version import __version__
@@ -95,7 +96,7 @@ def _contexts(text: str) -> list[int]:
 
 def _read_shape(name: str) -> ModelShape:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(**model_source(name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--model: the configuration of {name!r} can't be read: {first_line(error)}") from error
     return ModelShape.from_config(config, name)

@@ -54,7 +54,7 @@ def encode_windows(model: GenerativeAdapter, batch: InstructionBatch, factors: M
     batch = batch.to(model.device)
     with model.using(factors), CpuAttention():
         # No attention mask: padding is on the right, and restarting positions separate the conversations.
-        output = model.base.get_decoder()(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+        output = model.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
