@@ -51,6 +51,12 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.name.encode()))
 
 
+@pytest.fixture(autouse=True)
+def seed(generator: torch.Generator) -> None:
+    """Random models and inputs that are drawn from the global generator start with the seed of the test too."""
+    torch.manual_seed(generator.initial_seed())
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels are tested: the GPU if there is one, else the CPU, where Triton's interpreter runs them."""

@@ -22,12 +22,6 @@ class User:
     answer: str
 
 
-@pytest.fixture(autouse=True)
-def seed(generator: torch.Generator) -> None:
-    """Random models and inputs are drawn from the global generator; it starts with the seed of this test."""
-    torch.manual_seed(generator.initial_seed())
-
-
 @pytest.fixture(scope="session")
 def demo() -> GenerativeAdapter:
     """The base model and generator of the package; no test changes them."""

@@ -30,11 +30,6 @@ from gakernels.server.settings import Settings
 CONTEXT, MORE, PROMPT = "w7 w9 w30 w12", "w8 w31", "w5 w40"
 
 
-@pytest.fixture(autouse=True)
-def seed(generator: torch.Generator) -> None:
-    torch.manual_seed(generator.initial_seed())
-
-
 def llama() -> PreTrainedTokenizerFast:
     """As Llama's with `add_eos_token`: `<s>` in front, `</s>` behind."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}

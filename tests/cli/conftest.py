@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from invented import make_tokenizer, random_text
 from tiny import make_base, make_config, make_trained
 
@@ -34,12 +33,6 @@ class Files:
     @property
     def model(self) -> list[str]:
         return ["--generator", str(self.generator)]
-
-
-@pytest.fixture(autouse=True)
-def seed(generator: torch.Generator) -> None:
-    """Random models and inputs are drawn from the global generator; it starts with the seed of this test."""
-    torch.manual_seed(generator.initial_seed())
 
 
 @pytest.fixture(scope="session")

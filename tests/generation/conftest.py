@@ -1,3 +1,3 @@
 """The models of the package, and their users."""
 
-from demo_users import demo, make_users, seed  # noqa: F401
+from demo_users import demo, make_users  # noqa: F401

@@ -1,16 +1,10 @@
-"""Random models start from the seed of their test, and calls of the operation are counted."""
+"""Calls of the operation are counted."""
 
 import pytest
 import torch
 from lora_models import Calls
 
 from gakernels.integrations import lora_linear
-
-
-@pytest.fixture(autouse=True)
-def seed(generator: torch.Generator) -> None:
-    """Models and inputs are drawn from the global generator; it starts with the seed of this test."""
-    torch.manual_seed(generator.initial_seed())
 
 
 @pytest.fixture

@@ -1,34 +1,3 @@
-"""Fresh random numbers for each test, and a word-level tokenizer made here."""
+"""Models that read words."""
 
-from collections.abc import Callable
-
-import pytest
-import tokenizers
-import torch
-from tiny import VOCABULARY, random_context
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
-
-
-@pytest.fixture(autouse=True)
-def seed(generator: torch.Generator) -> None:
-    """Random models and inputs are drawn from the global generator; it starts with the seed of this test."""
-    torch.manual_seed(generator.initial_seed())
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w3..w63 and special tokens; no padding token, as Llama has none."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture
-def text() -> Callable[[int], str]:
-    """A random text of so many words."""
-    return lambda words: " ".join(f"w{token}" for token in random_context(words))
+from words import text, tokenizer  # noqa: F401

@@ -14,7 +14,7 @@ from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
 from gakernels.server.server import assemble, create_app
 from gakernels.server.settings import Settings
 
-demo, make_users, seed = demo_users.demo, demo_users.make_users, demo_users.seed
+demo, make_users = demo_users.demo, demo_users.make_users
 
 
 @pytest.fixture

@@ -1,15 +1,8 @@
-"""Fresh random numbers for each test."""
+"""A tokenizer of invented words."""
 
 import pytest
-import torch
 from invented import make_tokenizer
 from transformers import PreTrainedTokenizerFast
-
-
-@pytest.fixture(autouse=True)
-def seed(generator: torch.Generator) -> None:
-    """Random models and inputs are drawn from the global generator; it starts with the seed of this test."""
-    torch.manual_seed(generator.initial_seed())
 
 
 @pytest.fixture

@@ -1,0 +1,3 @@
+"""Models that read words."""
+
+from words import text, tokenizer  # noqa: F401

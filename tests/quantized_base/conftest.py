@@ -1,9 +1,0 @@
-"""Random models and inputs are drawn from the global generator; it starts with the seed of the test."""
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def seed(generator: torch.Generator) -> None:
-    torch.manual_seed(generator.initial_seed())
