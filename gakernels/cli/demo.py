@@ -22,11 +22,12 @@ from gakernels.cli.common import (
     read_text,
 )
 from gakernels.cli.demo_people import show_people
+from gakernels.demo import smollm2
 from gakernels.demo.experiment import peak_rss_bytes
 from gakernels.demo.reading import WAYS, Reading, Scores, ask, score_questions
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import EvaluationContext, Question, read_flat_qa
-from gakernels.evaluation.metrics import answer_exact_match
+from gakernels.evaluation.metrics import Score, answer_exact_match
 from gakernels.files import write_text
 from gakernels.paths import expanded, user_path
 
@@ -36,7 +37,8 @@ LABELS = {
     "adapter": "its adapter, no text",
     "other_adapter": "another text's adapter",
 }
-ASSETS = Path(str(files("gakernels.demo") / "assets" / "questions"))
+ASSETS = Path(str(files("gakernels.demo") / "assets"))
+GENERATOR, QUESTIONS = ASSETS / "smollm2", ASSETS / "questions"
 DATA = {"squad": "SQuAD", "nq_swap": "NQ-Swap"}
 
 
@@ -47,18 +49,20 @@ def add_parser(commands: Any) -> None:
         "demo",
         run,
         "Show a frozen language model answer questions about texts: closed-book, with the text in its prompt, and with "
-        "the adapter that one pass over the text made. Without options it uses small models of the package, and texts "
-        "about people invented just now; with a generator a real text, questions of SQuAD and NQ-Swap, or your own.",
-        "  gakernels demo --seed 7\n"
+        "the adapter that one pass over the text made. The base model is SmolLM2-135M-Instruct, fetched from the "
+        "package registry once; the generator is part of the package.",
+        "  gakernels demo --text report.txt --ask 'Who wrote it?' --ask 'When?'\n"
         "  gakernels demo --generator my-generator\n"
-        "  gakernels demo --generator my-generator --text report.txt --ask 'Who wrote it?' --ask 'When?'",
+        "  gakernels demo --tiny --seed 7",
     )
-    parser.add_argument("--generator", type=user_path, help="folder or hub name of a generator")
+    parser.add_argument(
+        "--generator", type=user_path, help="folder or hub name of a generator (default: the one in the package)"
+    )
     parser.add_argument(
         "--base",
         dest="model",
         type=expanded,
-        help="base model: a folder, GGUF file or hub name (default: the one that the generator names)",
+        help="base model: a folder, GGUF file or hub name (default: SmolLM2, or the one that --generator names)",
     )
     parser.add_argument("--text", type=user_path, help="a text of your own")
     parser.add_argument("--ask", action="append", default=[], metavar="QUESTION", help="about --text; can be repeated")
@@ -66,10 +70,13 @@ def add_parser(commands: Any) -> None:
         "--questions",
         type=int,
         default=200,
-        help="how many questions to ask about held-out texts, or about so many invented people (default: %(default)s)",
+        help="how many questions to ask about held-out texts, or of each number of people (default: %(default)s)",
     )
     parser.add_argument("--new-tokens", type=int, default=16, help="most tokens of an answer (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the invented people (default: %(default)s)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use small models of the package, and texts about people invented just now"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the people of --tiny (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base model (default: the one that is faster here)")
     parser.add_argument("--json", type=output_file, help="also write the results to this file")
@@ -79,7 +86,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Show the demo."""
     text = _checked(options)
-    results = show_people(options.seed, options.questions) if options.generator is None else _real(options, text)
+    is_there = not options.tiny and _find_base(options)
+    results = _real(options, text) if is_there else show_people(options.seed, options.questions)
     if options.json:
         write_text(options.json, json.dumps(results, indent=2) + "\n")
     return 0
@@ -87,13 +95,39 @@ def run(options: argparse.Namespace) -> int:
 
 def _checked(options: argparse.Namespace) -> str | None:
     """The user's text. Raises: InputError: options that don't go together, or a text that can't be read."""
-    for name, needed in (("text", "generator"), ("ask", "text"), ("text", "ask"), ("model", "generator")):
-        if getattr(options, name) and not getattr(options, needed):
-            raise InputError(f"--{name.replace('model', 'base')} needs --{needed}")
+    if bool(options.text) != bool(options.ask):
+        raise InputError("--text needs --ask" if options.text else "--ask needs --text")
+    for name in ("text", "generator", "model"):
+        if options.tiny and getattr(options, name):
+            raise InputError(f"--tiny can't be used with --{name.replace('model', 'base')}")
     for name in ("questions", "new_tokens"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, but it is {getattr(options, name)}")
     return None if options.text is None else read_text(options.text, "--text")
+
+
+def _find_base(options: argparse.Namespace) -> bool:
+    """Fill in the generator and base model that the user did not name; False if SmolLM2 can't be fetched.
+
+    Raises:
+        InputError: it can't be fetched, but the user has a text for it.
+    """
+    if options.generator is not None:
+        return True
+    options.generator = GENERATOR
+    if options.model is not None:
+        return True
+    try:
+        options.model = str(smollm2.fetch())
+    except OSError as error:
+        needed = "--base must name a copy of SmolLM2-135M-Instruct, since it can't be fetched"
+        if options.text is not None:
+            raise InputError(f"{needed}: {error}") from error
+        console = Console()
+        console.print(f"[bold]{needed}.[/bold] What follows is --tiny, not a real language model.", highlight=False)
+        console.print(f"({error})\n", markup=False)
+        return False
+    return True
 
 
 def _real(options: argparse.Namespace, text: str | None) -> dict[str, Any]:
@@ -103,10 +137,10 @@ def _real(options: argparse.Namespace, text: str | None) -> dict[str, Any]:
     shown, other = _shown(text, options.ask)
     reading = ask(model, shown, other, options.new_tokens)
     _show_reading(console, shown, reading)
-    results: dict[str, Any] = {"model": model.base.config.name_or_path, "reading": vars(reading)}
+    results: dict[str, Any] = {"model": Path(model.base.config.name_or_path).stem, "reading": vars(reading)}
     if text is None:
         each = math.ceil(options.questions / len(DATA))
-        scores = {name: score_questions(model, ASSETS / f"{name}.jsonl", each, options.new_tokens) for name in DATA}
+        scores = {name: score_questions(model, QUESTIONS / f"{name}.jsonl", each, options.new_tokens) for name in DATA}
         _show_scores(console, scores)
         results |= {name: _f1(found) for name, found in scores.items()}
     results |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
@@ -133,7 +167,7 @@ def _faster_dtype(device: str) -> str:
 
 def _shown(text: str | None, questions: list[str]) -> tuple[EvaluationContext, EvaluationContext]:
     """The text to show with its questions, and another one, whose adapter is the control."""
-    first, second = read_flat_qa(str(ASSETS / "texts.jsonl")).contexts
+    first, second = read_flat_qa(str(QUESTIONS / "texts.jsonl")).contexts
     if text is None:
         return first, second
     return EvaluationContext(text, tuple(Question(question, ()) for question in questions)), first
@@ -184,8 +218,16 @@ def _show_scores(console: Console, scores: dict[str, Scores]) -> None:
     table.add_column("s per text", justify="right")
     table.add_column("s per question", justify="right")
     for way in WAYS:
-        cells = (found.f1[way] for found in scores.values())
-        shown = (f"{100 * f1.value:.0f} [{100 * f1.low:.0f}, {100 * f1.high:.0f}]" for f1 in cells)
         reads = f"{first.contextualization_seconds[way]:.2f}" if "adapter" in way else "-"
-        table.add_row(LABELS[way], *shown, reads, f"{first.question_seconds[way]:.2f}")
+        table.add_row(
+            LABELS[way],
+            *(_interval(found.f1.get(way)) for found in scores.values()),
+            reads,
+            f"{first.question_seconds[way]:.2f}",
+        )
     console.print(table)
+
+
+def _interval(f1: Score | None) -> str:
+    """In %; a dash where a single text has no other one."""
+    return "-" if f1 is None else f"{100 * f1.value:.0f} [{100 * f1.low:.0f}, {100 * f1.high:.0f}]"

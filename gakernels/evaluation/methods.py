@@ -22,6 +22,8 @@ from gakernels.model.encoding import encode_context
 
 _WORD = re.compile(r"\w+")
 
+SHARING = 4  # questions per context from which reading it once saves more than larger batches do
+
 
 @dataclass(frozen=True)
 class MethodSettings:
@@ -140,8 +142,11 @@ class FullPrompt(SimpleMethod):
     the paper (section 4.1)."""
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
-        """Keep the texts; questions about a context are asked together, so that it is read once for all of them."""
-        return Prepared([None] * len(cases), lambda number, query: cases[number].context.text, separate=True)
+        """Keep the texts. Many questions about a context are asked together, so that it is read once for all of them;
+        few ones share batches with those about other contexts."""
+        questions = sum(len(case.context.questions) for case in cases)
+        separate = questions >= SHARING * len(cases)
+        return Prepared([None] * len(cases), lambda number, query: cases[number].context.text, separate=separate)
 
 
 class PassageSearch:

