@@ -97,7 +97,7 @@ def _run(
     scenario = docqa(Dataset(tuple(contexts), BadRecords()), len, None, settings=asked)
     if model.chat_template is not None:
         scenario = replace(scenario, ask=_ask_by_template(model, scenario))
-    settings = RunSettings(batch_tokens=BATCH_TOKENS)
+    settings = RunSettings(batch_tokens=BATCH_TOKENS, alone=0)
     runner = Runner(model, scenario, WAYS, AnswerLog(None, {}), None, settings, progress=progress)
     runner.run()
     return runner

@@ -56,7 +56,6 @@ METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Metho
 }
 
 _LONG = timedelta(days=30)
-ALONE = 3  # requests of each method that are also answered one by one, to measure the latency
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,23 @@ class RunSettings:
         max_rows: most rows in a batch.
         shard_contexts: most contexts whose adapters are held at once.
         shard_questions: questions, about, of the contexts held at once.
+        alone: requests of each method that are also answered one by one, to measure the latency; 0 for none.
 
     Raises:
-        InputError: a value is below 1.
+        InputError: a value is below 1, or `alone` below 0.
     """
 
     batch_tokens: int = 16_384
     max_rows: int = 64
     shard_contexts: int = 32
     shard_questions: int = 512
+    alone: int = 3
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, but it is {value}")
+            least = 0 if name == "alone" else 1
+            if value < least:
+                raise InputError(f"{name} must be at least {least}, but it is {value}")
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,8 @@ class Runner:
             weights = prepared.weights
             asked, read = [requests[number] for number in part], [rows[number] for number in part]
             with nullcontext() if weights is None else weights(places[asked[0].case]):
-                if alone and place == 0:
-                    self._ask_alone(name, list(zip(asked, read, strict=True))[:ALONE])
+                if alone and place == 0 and self.settings.alone:
+                    self._ask_alone(name, list(zip(asked, read, strict=True))[: self.settings.alone])
                 self._ask_part(name, asked, read, prepared.separate, bar)
 
     def _ask_part(

@@ -253,6 +253,8 @@ def test_a_run_of_an_earlier_version_is_resumed_with_the_day_on_which_it_began(
     begin(recipe, tmp_path / "old")
     forget_what_was_given(tmp_path / "old")
     clock.today += timedelta(days=1)
+    another = clock.today.timestamp()
+    os.utime(tmp_path / "old" / "recipe.yaml", (another, another))
     with pytest.raises(FormatError, match=r"its tokens are others.*--set clock="):
         finetune(dated(recipe), recipe, tmp_path / "old", progress=False)  # the file is not of that day
     os.utime(tmp_path / "old" / "recipe.yaml", (began, began))
