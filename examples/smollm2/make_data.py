@@ -51,6 +51,8 @@ def main() -> None:
     for name, path in (("squad", options.squad), ("nq_swap", options.nq_swap)):
         training, held_out = split(read_gold(path))
         write(options.output / "held-out" / f"{name}.jsonl", held_out)
+        rng = Random(f"{options.seed} {name} held out")
+        write(options.output / "held-out" / f"short_{name}.jsonl", (shorten(row, rng) for row in held_out))
         rng = Random(f"{options.seed} {name}")
         write(options.output / "long" / f"{name}.jsonl", (with_gaps(row, rng) for row in training))
         write(options.output / "short" / f"{name}.jsonl", (with_gaps(shorten(row, rng), rng) for row in training))
