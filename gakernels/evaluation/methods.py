@@ -6,7 +6,7 @@ A context is prepared, and then requests about it are put to a model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
+from gakernels.generation.decoder import plan_batches
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context
 
@@ -111,22 +112,12 @@ class SimpleMethod:
         unique = list(dict.fromkeys(texts))
         tokens = [encode_context(self.model.tokenizer, text, first=True) for text in unique]
         made: dict[str, Adapter] = {}
-        for numbers in self._passes([len(row) for row in tokens]):
+        read = [min(len(row), 8 * self.model.config.chunk_size) for row in tokens]  # a pass reads 8 chunks of each
+        for numbers in plan_batches(read, self.settings.batch_tokens, len(unique)):
             rows = [tokens[number] for number in numbers]
             adapters = self.model.adapters(self.model.states(rows), [len(row) for row in rows])
             made |= {unique[number]: self.to_base(adapter) for number, adapter in zip(numbers, adapters, strict=True)}
         return [made[text] for text in texts]
-
-    def _passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Contexts of similar length together; a pass reads at most 8 chunks of each."""
-        numbers: list[int] = []
-        for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-            longest = min(lengths[(numbers or [number])[0]], 8 * self.model.config.chunk_size)
-            if numbers and longest * (len(numbers) + 1) > self.settings.batch_tokens:
-                yield numbers
-                numbers = []
-            numbers.append(number)
-        yield numbers
 
 
 class ClosedBook(SimpleMethod):
