@@ -6,13 +6,14 @@ A context is prepared, and then requests about it are put to a model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
@@ -108,16 +109,22 @@ class SimpleMethod:
         return adapter.to(self.model.device, self.model.base.dtype)
 
     def adapt(self, texts: Sequence[str]) -> list[Adapter]:
-        """The generated adapters of contexts, as many in a pass as `batch_tokens` allows; equal texts are read once."""
+        """The generated adapters of contexts; equal texts are read once."""
+        made: dict[str, Adapter] = {}
+        for read, states, lengths in self.states(texts):
+            adapters = self.model.adapters(states, lengths)
+            made |= {text: self.to_base(adapter) for text, adapter in zip(read, adapters, strict=True)}
+        return [made[text] for text in texts]
+
+    def states(self, texts: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Tensor], list[int]]]:
+        """Read each different context once, as many in a pass as `batch_tokens` allows; a pass reads at most 8 chunks
+        of each. Yields the texts of a pass, their states, and their numbers of tokens."""
         unique = list(dict.fromkeys(texts))
         tokens = [encode_context(self.model.tokenizer, text, first=True) for text in unique]
-        made: dict[str, Adapter] = {}
-        read = [min(len(row), 8 * self.model.config.chunk_size) for row in tokens]  # a pass reads 8 chunks of each
-        for numbers in plan_batches(read, self.settings.batch_tokens, len(unique)):
+        lengths = [min(len(row), 8 * self.model.config.chunk_size) for row in tokens]
+        for numbers in plan_batches(lengths, self.settings.batch_tokens, len(unique)):
             rows = [tokens[number] for number in numbers]
-            adapters = self.model.adapters(self.model.states(rows), [len(row) for row in rows])
-            made |= {unique[number]: self.to_base(adapter) for number, adapter in zip(numbers, adapters, strict=True)}
-        return [made[text] for text in texts]
+            yield [unique[number] for number in numbers], self.model.states(rows), [len(row) for row in rows]
 
 
 class ClosedBook(SimpleMethod):
