@@ -48,6 +48,15 @@ def test_operations_alone() -> None:
     assert after < 0.6 * before
 
 
+def test_train_with_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from examples import train_with_transformers
+
+    before, after = train_with_transformers.main(tmp_path, steps=12)
+    assert after < before - 0.3
+    assert (tmp_path / "generator.safetensors").is_file()
+
+
 def test_the_notebook() -> None:
     notebook = json.loads((FOLDER / "tour.ipynb").read_text())
     assert notebook["nbformat"] == 4
@@ -72,5 +81,6 @@ def test_every_example_is_tested() -> None:
         "linear_attention.py",  # by a file of its own
         "memory_of_two_users.py",
         "operations_alone.py",
+        "train_with_transformers.py",
         "tour.ipynb",
     }
