@@ -98,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         info,
         plot,
         pretrain,
+        pull,
+        push,
         serve,
     )
 
@@ -113,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         convert_checkpoint,
         plot,
         export,
+        push,
+        pull,
         serve,
         eval,
         calibrate,
