@@ -59,7 +59,7 @@ def main(folder: Path, output: Path, fsdp: bool) -> None:
     torch.set_num_threads(1)
     options: dict[str, Any] = {"per_device_train_batch_size": BATCH // int(os.environ.get("WORLD_SIZE", 1))}
     if fsdp:
-        options |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+        options |= {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
     model = TrainableGenerator.from_pretrained(folder / "generator", dtype=torch.float64)
     data = json.loads((folder / "rows.json").read_text())
     args = settings(output, **options)
@@ -69,6 +69,8 @@ def main(folder: Path, output: Path, fsdp: bool) -> None:
     trainer.train()
     assert any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()) == fsdp
     assert trainer.args.world_size == int(os.environ.get("WORLD_SIZE", 1))
+    if fsdp:  # the default of newer transformers
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
 
 
