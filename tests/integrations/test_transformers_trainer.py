@@ -16,6 +16,7 @@ import pytest
 import torch
 import trainer_process
 from invented import make_tokenizer
+from safetensors.torch import load_file
 from tiny import make_base, make_config, random_ids
 from trainer_process import BATCH, CHUNK, CHUNKS, RATE, STEPS, Observed, settings
 
@@ -160,6 +161,33 @@ def test_only_the_generators_are_saved_and_a_resumed_run_equals_one_that_was_not
     again.detach()
     further = TrainableGenerator.from_pretrained(checkpoint, base=base, dtype=torch.float64)
     theirs(further, collator, data[:BATCH], tmp_path / "further", max_steps=1)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    model, _ = twins()
+    data = segments()[:BATCH]
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    saved = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
+    args = settings(tmp_path, **best, **saved)
+    trainer = Observed(
+        model=model, args=args, data_collator=PretrainingCollator(CHUNKS), train_dataset=data, eval_dataset=data
+    )
+    trainer.train()
+    first, last = (load_file(tmp_path / f"checkpoint-{step}" / "generator.safetensors") for step in (5, STEPS))
+    found = model.generative.generator_tensors()
+    assert all(torch.equal(found[name], first[name]) for name in found)  # learned by heart, the rows have less loss
+    assert not all(torch.equal(first[name], last[name]) for name in found)
+
+
+def test_what_trainer_decays_and_refuses(tmp_path: Path) -> None:
+    model, _ = twins()
+    args = settings(tmp_path, gradient_checkpointing=True)
+    trainer = Observed(model=model, args=args, data_collator=PretrainingCollator(CHUNKS), train_dataset=segments())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(name.endswith(".norm_weight") for name in trained)
+    assert trained <= set(trainer.get_decay_parameter_names(model))
+    with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
+        trainer.train()
 
 
 def test_evaluation_is_the_loss_on_all_rows(tmp_path: Path) -> None:
