@@ -3,6 +3,7 @@
 from gakernels.adapters.adapter import Adapter
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import BackendError, FormatError, InputError
+from gakernels.integrations.transformers import get_generative_model
 from gakernels.model import GenerativeAdapter
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.stream import ContextStream
@@ -24,6 +25,7 @@ __all__ = [
     "LowRankFactors",
     "__version__",
     "context_state",
+    "get_generative_model",
     "low_rank_polar",
     "lowrank_linear",
 ]

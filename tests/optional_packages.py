@@ -6,9 +6,9 @@ import pytest
 
 # Of the extras in pyproject.toml, by the names that they are imported by.
 OPTIONAL = (
-    *("accelerate", "backports", "bitsandbytes", "bm25s", "fastapi", "gguf", "httpx2", "hypothesis", "matplotlib"),
-    *("peft", "playwright", "prometheus_client", "pyarrow", "schemathesis", "sklearn", "starlette", "tensorboard"),
-    *("uvicorn", "wandb"),
+    *("accelerate", "backports", "bitsandbytes", "bm25s", "fastapi", "gguf", "httpx2", "hypothesis", "lm_eval"),
+    *("matplotlib", "peft", "playwright", "prometheus_client", "pyarrow", "schemathesis", "sklearn", "starlette"),
+    *("tensorboard", "uvicorn", "wandb"),
 )
 
 

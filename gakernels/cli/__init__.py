@@ -98,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         info,
         plot,
         pretrain,
+        pull,
+        push,
         serve,
         serve_export,
     )
@@ -114,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         convert_checkpoint,
         plot,
         export,
+        push,
+        pull,
         serve,
         serve_export,
         eval,

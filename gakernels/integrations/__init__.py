@@ -1,1 +1,1 @@
-"""The operations in other libraries' models. Each module needs the library that it is named after."""
+"""In other libraries: their models on our operations, and ours under their trainers and evaluations."""

@@ -45,9 +45,11 @@ class Pretrained:
     chat_template: str | None = None
 
 
-def save_generator(model: AttachedGenerators, folder: Path, base_name: str | None) -> None:
-    """See `GenerativeAdapter.save_pretrained`."""
-    tensors = model.generator_tensors()
+def save_generator(
+    model: AttachedGenerators, folder: Path, base_name: str | None, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """See `GenerativeAdapter.save_pretrained`; `tensors`, if given, are written in place of the model's own."""
+    tensors = model.generator_tensors() if tensors is None else tensors
     description = {
         "config": model.config.to_dict(),
         "base_name": model.base.config.name_or_path if base_name is None else base_name,

@@ -49,6 +49,15 @@ def test_operations_alone() -> None:
     assert after < 0.6 * before
 
 
+def test_train_with_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from examples import train_with_transformers
+
+    before, after = train_with_transformers.main(tmp_path, steps=12)
+    assert after < before - 0.3
+    assert (tmp_path / "generator.safetensors").is_file()
+
+
 def executed(notebook: str) -> dict[str, Any]:
     """What the cells of a notebook define."""
     content = json.loads((FOLDER / notebook).read_text())
@@ -89,5 +98,6 @@ def test_every_example_is_tested() -> None:
         "memory_of_two_users.py",
         "operations_alone.py",
         "smollm2.ipynb",
+        "train_with_transformers.py",
         "tour.ipynb",
     }
