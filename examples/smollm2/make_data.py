@@ -5,7 +5,8 @@
 Gold questions come from SQuAD and NQ-Swap, as flat rows {context, question, answer}. There are few of them for a
 generator that learns to read, so most questions are made: a name, a number or a noun phrase of a sentence is taken out
 and asked for ("In what year was the abbey founded by monks from Cluny?"), as in unsupervised question answering (Lewis
-et al. 2019, arXiv 1906.04980). Every tenth passage is held out. NQ-Swap has a passage several times with different
+et al. 2019, arXiv 1906.04980). And so that answers can't be learned by heart, every passage is there several times, all
+but once with its gold answers exchanged for others of their kind, as in NQ-Swap. Every tenth passage is held out. NQ-Swap has a passage several times with different
 answers: it is known by its text without the answer.
 """
 
@@ -45,17 +46,20 @@ def main() -> None:
     parser.add_argument("--nq-swap", type=Path, required=True, help="flat rows of NQ-Swap")
     parser.add_argument("--books", type=Path, required=True, help="folder of books, JSON lines with `text`")
     parser.add_argument("--book-passages", type=int, default=30000)
+    parser.add_argument("--copies", type=int, default=8, help="of a passage with gold questions (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for name, path in (("squad", options.squad), ("nq_swap", options.nq_swap)):
-        training, held_out = split(read_gold(path))
+    parts = {name: split(read_gold(path)) for name, path in (("squad", options.squad), ("nq_swap", options.nq_swap))}
+    others = by_kind(qa["answers"][0] for training, _ in parts.values() for row in training for qa in row["qas"])
+    for name, (training, held_out) in parts.items():
         write(options.output / "held-out" / f"{name}.jsonl", held_out)
         rng = Random(f"{options.seed} {name} held out")
         write(options.output / "held-out" / f"short_{name}.jsonl", (shorten(row, rng) for row in held_out))
         rng = Random(f"{options.seed} {name}")
-        write(options.output / "long" / f"{name}.jsonl", (with_gaps(row, rng) for row in training))
-        write(options.output / "short" / f"{name}.jsonl", (with_gaps(shorten(row, rng), rng) for row in training))
+        copies = [exchanged(row, others, rng) if copy else row for copy in range(options.copies) for row in training]
+        write(options.output / "long" / f"{name}.jsonl", (with_gaps(row, rng) for row in copies))
+        write(options.output / "short" / f"{name}.jsonl", (with_gaps(shorten(row, rng), rng) for row in copies))
     rng = Random(f"{options.seed} books")
     books = list(book_passages(options.books, options.book_passages, rng))
     write(options.output / "long" / "books.jsonl", (with_gaps({"context": text, "qas": []}, rng) for text in books))
@@ -87,6 +91,33 @@ def split(rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
         text = row["context"].replace(row["qas"][0]["answers"][0], "")
         parts[int(hashlib.sha256(text.encode()).hexdigest(), 16) % HELD_OUT_OF == 0].append(row)
     return parts
+
+
+def by_kind(answers: Iterable[str]) -> dict[tuple[str, int], list[str]]:
+    """Different answers by their kind."""
+    kinds: dict[tuple[str, int], list[str]] = {}
+    for answer in dict.fromkeys(answers):
+        kinds.setdefault(kind(answer), []).append(answer)
+    return kinds
+
+
+def kind(answer: str) -> tuple[str, int]:
+    """A year, a number, a name or something else, and the number of words, up to three."""
+    if YEAR.fullmatch(answer):
+        return "year", 1
+    first = "number" if re.search(r"\d", answer) else "other" if answer[0].islower() else "name"
+    return first, min(len(answer.split()), 3)
+
+
+def exchanged(row: dict, others: dict[tuple[str, int], list[str]], rng: Random) -> dict:
+    """The row with each gold answer exchanged for one of its kind, in passage, questions and answers."""
+    text = json.dumps(row, ensure_ascii=False)
+    for answer in dict.fromkeys(qa["answers"][0] for qa in row["qas"]):
+        other = rng.choice(others[kind(answer)])
+        found, new = (json.dumps(part, ensure_ascii=False)[1:-1] for part in (answer, other))
+        if other not in row["context"]:
+            text = re.sub(rf"(?<!\w){re.escape(found)}(?!\w)", lambda _, new=new: new, text)
+    return json.loads(text)
 
 
 def sentences(text: str) -> list[str]:
