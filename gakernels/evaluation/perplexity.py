@@ -181,6 +181,6 @@ def _documents(windows: Mapping[Hashable, Sample]) -> dict[Hashable, Sample]:
     """A sample for each document: the mean loss of its tokens."""
     sums: dict[int, tuple[float, float]] = {}
     for window in windows.values():
-        total, weight = sums.get(window.context, (0.0, 0.0))
-        sums[window.context] = total + window.total, weight + window.weight
+        total, weight = sums.get(window.cluster, (0.0, 0.0))
+        sums[window.cluster] = total + window.total, weight + window.weight
     return {document: Sample(document, total / weight) for document, (total, weight) in sums.items()}

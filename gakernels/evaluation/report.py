@@ -17,10 +17,10 @@ import transformers
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
 from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
-from gakernels.evaluation.metrics import compare, score
+from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.scenarios import Cell, Measurements, Scenario
-from gakernels.evaluation.tables import REFERENCE, tables
+from gakernels.evaluation.tables import FRACTION, REFERENCE, tables
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.version import __version__
@@ -91,31 +91,38 @@ def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()
             "first": {reason: places[0] for reason, places in scenario.skipped.places.items()},
         },
         "notes": [*notes, *([why_not] if why_not else [])],
-        "results": _results(measurements),
-        "comparisons": _comparisons(measurements),
+        "results": _results(scenario, measurements),
+        "comparisons": _comparisons(scenario, measurements),
         "methods": [vars(run) for run in runner.method_runs()],
         "costs": costs,
     }
 
 
-def _results(measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
+def _results(scenario: Scenario, measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
     """The scores of all methods, by metric and cell."""
     return [
-        {"cell": dict(cell), "method": method, "metric": metric, **score(metric, samples).to_dict()}
+        {**_about(scenario, cell, metric, PERPLEXITY), "method": method, **vars(score(metric, samples))}
         for method, found in measurements.items()
         for (cell, metric), samples in found.items()
     ]
 
 
-def _comparisons(measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
-    """The generated adapter compared with every other method, paired."""
+def _comparisons(scenario: Scenario, measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
+    """The generated adapter (without one, the first method) compared with every other method, paired."""
+    reference = REFERENCE if REFERENCE in measurements else next(iter(measurements))
     return [
-        {"cell": dict(cell), "metric": metric, "method": REFERENCE, "against": method, **vars(compared)}
+        {**_about(scenario, cell, metric, "ratio"), "method": reference, "against": method, **vars(compared)}
         for method, found in measurements.items()
-        if method != REFERENCE
-        for (cell, metric), samples in measurements.get(REFERENCE, {}).items()
+        if method != reference
+        for (cell, metric), samples in measurements[reference].items()
         if (compared := compare(metric, samples, found.get((cell, metric), {}))) is not None
     ]
+
+
+def _about(scenario: Scenario, cell: Cell, metric: str, of_perplexities: str) -> dict[str, Any]:
+    """What a value is of, its unit (another one for perplexities), and what its interval resamples."""
+    unit = of_perplexities if metric.endswith(PERPLEXITY) else FRACTION
+    return {"cell": dict(cell), "metric": metric, "unit": unit, "resampled": scenario.resampled(cell)}
 
 
 def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:

@@ -90,6 +90,7 @@ class Scenario:
         write_prompt: writes a question for an adapted or tuned model, for tuning.
         settings: what else the results depend on, in JSON types.
         skipped: records that were left out.
+        resampled: what the intervals of a cell resample: the clusters of its samples.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Scenario:
     write_prompt: Callable[[str], str] = str
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: BadRecords = field(default_factory=BadRecords)
+    resampled: Callable[[Cell], str] = lambda cell: "contexts"
 
     def documents(self) -> list[str]:
         """The passages of all contexts: parts between empty lines, each once."""

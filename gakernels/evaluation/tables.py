@@ -10,10 +10,10 @@ from typing import Any
 from gakernels.evaluation import paper
 from gakernels.evaluation.scenarios import Cell
 
-REFERENCE = "adapter"  # the method that others are compared with
-INTERVALS = "Values with 95% bootstrap intervals, which resample whole contexts."
+REFERENCE = "adapter"  # the method that others are compared with, if it is there
+FRACTION = "fraction"  # the unit of what is shown in percent
+INTERVALS = "In brackets 95% bootstrap intervals, which draw anew what the last column counts."
 Rows = tuple[tuple[str, ...], ...]
-_PERCENT = {"f1", "exact_match", "match", "ranking_accuracy", "ranking_macro_f1", "accuracy", "old_value"}
 
 
 @dataclass(frozen=True)
@@ -80,42 +80,41 @@ def own_tables(report: Mapping[str, Any]) -> list[ReportTable]:
 
 
 def _quality(report: Mapping[str, Any]) -> list[ReportTable]:
-    made = []
-    for metric, methods, by_cell in _by_metric(report["results"], "method"):
-        rows = [
-            (cell_name(cell), *(_value(found.get(method), metric) for method in methods), _counts(found))
-            for cell, found in by_cell.items()
-        ]
-        title = f"{metric.replace('_', ' ')}{' (%)' if metric in _PERCENT else ''}"
-        made.append(ReportTable(title, ("", *methods, "scored / contexts"), tuple(rows), INTERVALS))
-    return made
+    return [
+        ReportTable(f"{_name(metric)}{' (%)' if in_percent else ''}", headings, rows, INTERVALS)
+        for metric, in_percent, headings, rows in _by_metric(report["results"], "method")
+    ]
 
 
 def _compared(report: Mapping[str, Any]) -> list[ReportTable]:
     made = []
-    for metric, methods, by_cell in _by_metric(report["comparisons"], "against"):
-        rows = [
-            (cell_name(cell), *(_value(found.get(method), metric) for method in methods))
-            for cell, found in by_cell.items()
-        ]
-        how, better, unit = ("minus", "Above 0", " (%)") if metric in _PERCENT else ("over", "Below 1", "")
-        title = f"{metric.replace('_', ' ')}: {REFERENCE} {how} the others{unit}"
-        note = f"On the same questions, paired. {better}: the adapter is better. {INTERVALS}"
-        made.append(ReportTable(title, ("", *methods), tuple(rows), note))
+    for metric, in_percent, headings, rows in _by_metric(report["comparisons"], "against"):
+        method = report["comparisons"][0]["method"]
+        how, better, unit = ("minus", "Above 0", " (%)") if in_percent else ("over", "Below 1", "")
+        title = f"{_name(metric)}: {method} {how} the others{unit}"
+        note = f"On the same questions, paired. {better}: {method} is better. {INTERVALS}"
+        made.append(ReportTable(title, headings, rows, note))
     return made
 
 
-def _by_metric(
-    results: Sequence[Mapping[str, Any]], key: str
-) -> Iterator[tuple[str, list[str], dict[Cell, dict[str, Mapping[str, Any]]]]]:
-    """Each metric with all methods (found under a key) and the results of the metric by cell and method."""
+def _by_metric(results: Sequence[Mapping[str, Any]], key: str) -> Iterator[tuple[str, bool, tuple[str, ...], Rows]]:
+    """For each metric: whether it is shown in percent, and a table of its values by cell and method (under a key)."""
     methods = list(dict.fromkeys(row[key] for row in results))
     for metric in dict.fromkeys(row["metric"] for row in results):
         by_cell: dict[Cell, dict[str, Mapping[str, Any]]] = {}
         for row in results:
             if row["metric"] == metric:
+                in_percent = row["unit"] == FRACTION
                 by_cell.setdefault(tuple(row["cell"].items()), {})[row[key]] = row
-        yield metric, methods, by_cell
+        rows = tuple(
+            (cell_name(cell), *(interval_text(found.get(method)) for method in methods), _counts(found))
+            for cell, found in by_cell.items()
+        )
+        yield metric, in_percent, ("", *methods, "scored / resampled"), rows
+
+
+def _name(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def cell_name(cell: Cell) -> str:
@@ -123,17 +122,21 @@ def cell_name(cell: Cell) -> str:
     return ", ".join(f"{name} {value}" for name, value in cell) or "all"
 
 
-def _value(row: Mapping[str, Any] | None, metric: str) -> str:
+def interval_text(row: Mapping[str, Any] | None) -> str:
+    """A value with its interval, in percent with one digit or as it is with three; a dash for None. One cluster has no
+    interval."""
     if row is None:
         return "-"
-    factor, digits = (100, 1) if metric in _PERCENT else (1, 3)
+    factor, digits = (100, 1) if row["unit"] == FRACTION else (1, 3)
+    if row["low"] is None:
+        return f"{factor * row['value']:.{digits}f} (n = 1)"
     value, low, high = (factor * row[key] for key in ("value", "low", "high"))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _counts(by_method: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = sorted({(row["count"], row["contexts"]) for row in by_method.values()})
-    return "; ".join(f"{count:,} / {contexts:,}" for count, contexts in counts)
+    counts = sorted({(row["count"], row["clusters"], row["resampled"]) for row in by_method.values()})
+    return "; ".join(f"{count:,} / {clusters:,} {resampled}" for count, clusters, resampled in counts)
 
 
 def _paper(report: Mapping[str, Any]) -> list[ReportTable]:

@@ -183,7 +183,7 @@ def test_icl_of_a_folder_and_of_files(run: Callable[..., Any], files: Any, tmp_p
         ("classification", 1),
         ("classification", 3),
     }
-    assert {row["contexts"] for row in together} == {2}  # tasks
+    assert {(row["clusters"], row["resampled"]) for row in together} == {(2, "tasks")}
     path.unlink()
     (tmp_path / "r.answers.jsonl").unlink()
     test, train = task(tmp_path / "test.jsonl", ("w3", "w4"), 4), task(tmp_path / "train.jsonl", ("w3", "w4"), 6)

@@ -16,7 +16,7 @@ from gakernels.evaluation.datasets import Dataset
 from gakernels.evaluation.metrics import compare, score
 from gakernels.evaluation.plots import plots
 from gakernels.evaluation.scenarios import docqa
-from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
+from gakernels.evaluation.tables import ReportTable, own_tables, short_count, short_seconds
 from gakernels.evaluation.tables import tables as all_tables
 
 SETTINGS = {"data": {"a.json": "0" * 64}, "base_fingerprint": "f", "limit": None, "seed": 3}
@@ -34,15 +34,38 @@ def test_it_holds_scores_comparisons_costs_and_times() -> None:
     measured = runner.measurements()
     for row in made["results"]:
         samples = measured[row["method"]][tuple(row["cell"].items()), row["metric"]]
-        assert row == {**row, **score(row["metric"], samples).to_dict()}
+        assert row == {**row, **vars(score(row["metric"], samples)), "unit": "fraction", "resampled": "contexts"}
     assert {row["method"] for row in made["results"]} == set(NAMES)
     assert {row["against"] for row in made["comparisons"]} == set(NAMES) - {"adapter"}
     for row in made["comparisons"]:
         key = tuple(row["cell"].items()), row["metric"]
         found = compare(row["metric"], measured["adapter"][key], measured[row["against"]][key])
         assert found is not None
-        assert (row["value"], row["low"], row["high"]) == (found.value, found.low, found.high)
+        assert row == {**row, **vars(found), "unit": "fraction", "resampled": "contexts"}
     assert {row["method"] for row in made["methods"]} == set(NAMES)
+
+
+def test_without_an_adapter_the_first_method_is_compared_with_the_others() -> None:
+    made = report.build(run(make(), scenario(3), "prompt", "closed_book"), SETTINGS)
+    assert {(row["method"], row["against"]) for row in made["comparisons"]} == {("prompt", "closed_book")}
+    assert "f1: prompt minus the others (%)" in {table.title for table in all_tables(made)}
+
+
+def test_quality_is_in_percent_and_says_what_was_resampled() -> None:
+    """Perplexities are not; one context has no interval."""
+    row = {"cell": {}, "method": "adapter", "metric": "f1", "unit": "fraction", "resampled": "contexts"}
+    row |= {"value": 0.5, "low": 0.25, "high": 0.6666, "count": 1200, "clusters": 40}
+    alone = {**row, "cell": {"length": 9}, "low": None, "high": None, "clusters": 1}
+    loss = {**row, "metric": "completion_perplexity", "unit": "perplexity", "value": 7.4, "low": 7, "high": 8}
+    made = {"results": [row, alone, loss], "comparisons": [], "skipped": {}, "methods": [], "device": "x"}
+    first, second = own_tables(made)
+    assert first.title == "f1 (%)"
+    assert first.rows == (
+        ("all", "50.0 [25.0, 66.7]", "1,200 / 40 contexts"),
+        ("length 9", "50.0 (n = 1)", "1,200 / 1 contexts"),
+    )
+    assert second.title == "completion perplexity"
+    assert second.rows == (("all", "7.400 [7.000, 8.000]", "1,200 / 40 contexts"),)
 
 
 def test_costs_are_those_of_the_shapes() -> None:
