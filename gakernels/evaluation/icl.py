@@ -19,7 +19,7 @@ from gakernels.evaluation.scenarios import (
     EvaluationRequest,
     Measurements,
     Scenario,
-    limited,
+    sampled,
 )
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -131,7 +131,8 @@ def _draw(
     """A case for each task; the other context is that of the next task."""
     cases = []
     for place, task in enumerate(tasks):
-        (context,) = limited([few_shot_context(task.train, task.test, shots, task.seed, protocol)], settings.limit)
+        whole = few_shot_context(task.train, task.test, shots, task.seed, protocol)
+        (context,) = sampled([whole], settings.limit, settings.sample_seed)
         kind = "classification" if task.test.is_classification else "other"
         cell = (("kind", kind), ("task", task.test.name), ("shots", shots), ("seed", task.seed))
         other = first + (place + 1) % len(tasks) if len(tasks) > 1 else None

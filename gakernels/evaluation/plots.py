@@ -83,8 +83,8 @@ def _draw_metric(axes: Any, report: Mapping[str, Any], metric: str, rows: list[d
         x, values = [row["cell"][along] * beside for row in line], [row["value"] for row in line]
         style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
         axes.errorbar(x, values, yerr=_errors(line), label=name, linewidth=1, elinewidth=0.8, capsize=2, **style)
-    if report["scenario"] == "docqa" and metric == "f1":
-        _paper_lines(axes, {row["cell"]["length"] for row in rows})
+    if report["scenario"] == "docqa" and metric == "f1" and report["paper"] is not None:
+        _paper_lines(axes, report["paper"], {row["cell"]["length"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["cell"][along] for row in rows}))
     axes.get_xaxis().set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -106,12 +106,13 @@ def _lines(rows: list[dict[str, Any]], along: str) -> dict[str, list[dict[str, A
     return {name: sorted(line, key=lambda row: row["cell"][along]) for name, line in lines.items()}
 
 
-def _paper_lines(axes: Any, lengths: set[int]) -> None:
-    """The paper's F1 for Mistral-7B-Instruct on SQuAD, dotted."""
+def _paper_lines(axes: Any, data: str, lengths: set[int]) -> None:
+    """The paper's F1 for Mistral-7B-Instruct, dotted."""
+    part = next(part for part in paper.TABLE_5 if part.data == data)
     shown = [length for length in paper.LENGTHS if length in lengths]
     for number, method in enumerate(_PAPER_LINES):
-        values = [paper.TABLE_5[0].values(length)[method] for length in shown]
-        axes.plot(shown, values, ":x", color=f"{0.2 + 0.25 * number}", label=f"paper, Mistral-7B, SQuAD: {method}")
+        values = [part.values(length)[method] for length in shown]
+        axes.plot(shown, values, ":x", color=f"{0.2 + 0.25 * number}", label=f"paper, {part.model}: {method}")
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -60,13 +60,16 @@ def describe_model(model: GenerativeAdapter) -> dict[str, Any]:
     }
 
 
-def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
+def build(
+    runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = (), paper_data: str | None = None
+) -> dict[str, Any]:
     """The report, in JSON types.
 
     Args:
         runner: the runner, after its run.
         settings: of the run, as in the log of answers.
         notes: further remarks for the reader.
+        paper_data: one of `paper.DATA`, if data, split and protocol are the paper's: its values are shown too.
     """
     model, scenario = runner.model, runner.scenario
     costs, why_not = _costs(runner)
@@ -75,6 +78,7 @@ def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()
         "kind": KIND,
         "scenario": scenario.name,
         "protocol": scenario.protocol,
+        "paper": paper_data,
         "settings": dict(settings),
         "model": model.base.config.name_or_path,
         "generator": model.config.to_dict(),

@@ -140,32 +140,36 @@ def _counts(by_method: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _paper(report: Mapping[str, Any]) -> list[ReportTable]:
-    """The paper's values for the same scenario, with other models and, unless the files are the same, other data."""
-    note = "The paper's models and training; comparable only with the same base model, data and protocol."
+    """The paper's values, if the report is about the same data (the caller says so), split and protocol."""
+    note = "The paper's models and training; the data, its split and the protocol are those of this report."
+    data = report["paper"]
+    if data is None:
+        return []
     if report["scenario"] == "docqa":
-        return [_table_5(part, note) for part in paper.TABLE_5]
+        lengths = {row["cell"]["length"] for row in report["results"]}
+        return [_table_5(part, lengths, note) for part in paper.TABLE_5 if part.data == data]
     if report["scenario"] == "dialog":
         rows: Rows = tuple(
             (row.model, f"{paper.TABLE_1_F1[row.model]:.1f}", f"{row.tera_operations:.3f}", row.floats)
             for row in paper.TABLE_1
         )
-        title = "Paper, table 1: Mistral-7B-Instruct, MSC-Self-Instruct"
+        title = f"Paper, table 1: Mistral-7B-Instruct, {data}"
         return [ReportTable(title, ("", "F1 (%)", "TFLOPS", "extra storage (M floats)"), rows, note)]
     if report["scenario"] == "perplexity":
         rows = tuple((name, f"{a:.2f}", f"{b:.2f}") for name, (a, b) in paper.TABLE_2.items())
-        title = "Paper, table 2: Mistral-7B-Instruct, SlimPajama"
+        title = f"Paper, table 2: Mistral-7B-Instruct, {data}"
         return [ReportTable(title, ("", "reconstruction perplexity", "completion perplexity"), rows, note)]
-    if report["scenario"] == "icl":
-        rows = (("adapter", f"{paper.METAICL_ACCURACY:.1f}"),)
-        title = "Paper, abstract: Mistral-7B-Instruct, MetaICL"
-        return [ReportTable(title, ("", "accuracy (%), mean of 26 tasks"), rows, note)]
-    return []
+    rows = (("adapter", f"{paper.METAICL_ACCURACY:.1f}"),)
+    title = f"Paper, abstract: Mistral-7B-Instruct, {data}"
+    return [ReportTable(title, ("", "accuracy (%), mean of 26 tasks"), rows, note)]
 
 
-def _table_5(part: paper.DocumentQuestions, note: str) -> ReportTable:
+def _table_5(part: paper.DocumentQuestions, lengths: set[int], note: str) -> ReportTable:
     methods = ("closed_book", "sft_full", "cpt_full", "prompt", "adapter")
     rows = tuple(
-        (f"length {length}", *(f"{part.values(length)[method]:.1f}" for method in methods)) for length in paper.LENGTHS
+        (f"length {length}", *(f"{part.values(length)[method]:.1f}" for method in methods))
+        for length in paper.LENGTHS
+        if length in lengths
     )
     return ReportTable(f"Paper, table 5: F1 (%), {part.model}, {part.data}", ("", *methods), rows, note)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -47,7 +48,12 @@ def squad(path: Path, paragraphs: int = 4, questions: int = 2, extra: tuple[dict
 def task(path: Path, labels: tuple[str, ...], count: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     items = [
-        {"task": path.name.split("_16_")[0], "input": text(4), "output": labels[n % len(labels)], "options": labels}
+        {
+            "task": path.name.split("_16_")[0],
+            "input": f"{text(4)} w{n + 9}",
+            "output": labels[n % len(labels)],
+            "options": labels,
+        }
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -162,14 +168,23 @@ def test_dialog_reads_every_kind_of_file(run: Callable[..., Any], files: Any, tm
             *("closed_book", "prompt", "retrieval", "adapter", "other_adapter")
         }
         assert bool(report["skipped"]["counts"]) == (data == msc)
-    assert "Paper, table 1" in (tmp_path / "r" / "persona04.md").read_text()
+    same = [*files.model, "--data", msc, "--methods", "closed_book", *BARE, "--paper-data", "MSC-Self-Instruct"]
+    path = tmp_path / "r" / "paper.json"
+    assert run("eval", "dialog", *same, "--protocol", "released", "--json", path).code == 0
+    shown = {file.name: "Paper, table 1" in file.read_text() for file in path.parent.glob("*.md")}
+    assert [name for name, is_shown in shown.items() if is_shown] == ["paper.md"]
+    for options in (["--protocol", "official"], ["--protocol", "released", "--limit", 3]):
+        refused = run("eval", "dialog", *same, *options)
+        assert refused.code == 2
+        assert "--paper-data needs --protocol released and no --limit" in refused.err
 
 
 def test_icl_of_a_folder_and_of_files(run: Callable[..., Any], files: Any, tmp_path: Path) -> None:
     for name, labels in (("quarel", ("w3", "w4")), ("glue-rte", ("w5", "w6", "w7"))):
+        test = task(tmp_path / "m" / name / f"{name}_16_13_test.jsonl", labels, 5)
+        shutil.copy(test, test.with_name(f"{name}_16_21_test.jsonl"))  # the same items, as in MetaICL
         for seed in (13, 21):
             task(tmp_path / "m" / name / f"{name}_16_{seed}_train.jsonl", labels, 8)
-            task(tmp_path / "m" / name / f"{name}_16_{seed}_test.jsonl", labels, 5)
             task(tmp_path / "m" / name / f"{name}_16_{seed}_dev.jsonl", labels, 3)
     path = tmp_path / "r.json"
     command = ["eval", "icl", *files.model, "--shots", "1,3", "--seeds", "13,21", "--json", path]
@@ -184,6 +199,14 @@ def test_icl_of_a_folder_and_of_files(run: Callable[..., Any], files: Any, tmp_p
         ("classification", 3),
     }
     assert {(row["clusters"], row["resampled"]) for row in together} == {(2, "tasks")}
+    apart = [row for row in report["results"] if "task" in row["cell"]]
+    assert {(row["count"], row["clusters"], row["resampled"]) for row in apart} == {(8, 4, "items")}  # under two seeds
+    assert (report["settings"]["limit"], report["settings"]["sample_seed"]) == (4, 0)
+    drawn = "A cell has at most 4 questions, from each category in proportion, drawn at random with the seed 0."
+    assert drawn in report["notes"]
+    assert drawn in path.with_suffix(".md").read_text()
+    options = ["--methods", methods, "--epochs", 2, "--limit", 4, "--sample-seed", 1]
+    assert "sample_seed was 0 and is 1 now" in run(*command, "--data", tmp_path / "m", *options).err
     path.unlink()
     (tmp_path / "r.answers.jsonl").unlink()
     test, train = task(tmp_path / "test.jsonl", ("w3", "w4"), 4), task(tmp_path / "train.jsonl", ("w3", "w4"), 6)

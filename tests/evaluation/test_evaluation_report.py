@@ -20,6 +20,7 @@ from gakernels.evaluation.tables import ReportTable, own_tables, short_count, sh
 from gakernels.evaluation.tables import tables as all_tables
 
 SETTINGS = {"data": {"a.json": "0" * 64}, "base_fingerprint": "f", "limit": None, "seed": 3}
+PAPER_MODELS = ("Mistral-7B-Instruct", "Llama2-7B-Chat")
 NAMES = ("closed_book", "prompt", "adapter", "other_adapter")
 
 
@@ -129,7 +130,34 @@ def test_files_are_written_beside_the_json(tmp_path: Path) -> None:
         assert all(len(row) == len(table.headings) for row in table.rows)
     assert "![r.f1.svg](r.f1.svg)" in text
     assert "| bad <line> | 2 | f:3 |" in text
-    assert "Paper, table 5: F1 (%), Mistral-7B-Instruct, SQuAD" in text
+    assert "Paper" not in text + html + "".join(pictures.values())
+
+
+@pytest.mark.parametrize(
+    ("scenario", "data", "cell", "titles"),
+    [
+        ("docqa", "SQuAD", {"length": 512}, [f"Paper, table 5: F1 (%), {m}, SQuAD" for m in PAPER_MODELS]),
+        ("docqa", "StreamingQA", {"length": 512}, [f"Paper, table 5: F1 (%), {m}, StreamingQA" for m in PAPER_MODELS]),
+        ("dialog", "MSC-Self-Instruct", {}, ["Paper, table 1: Mistral-7B-Instruct, MSC-Self-Instruct"]),
+        ("icl", "MetaICL", {}, ["Paper, abstract: Mistral-7B-Instruct, MetaICL"]),
+        ("perplexity", "SlimPajama", {}, ["Paper, table 2: Mistral-7B-Instruct, SlimPajama"]),
+        ("recall", None, {}, []),
+    ],
+)
+def test_the_papers_values_stand_beside_the_same_data_alone(
+    scenario: str, data: str | None, cell: dict[str, int], titles: list[str]
+) -> None:
+    assert data is None or data in paper.DATA[scenario]
+    row = {"cell": cell, "method": "adapter", "metric": "f1", "unit": "fraction", "resampled": "contexts"}
+    row |= {"value": 0.5, "low": 0.4, "high": 0.6, "count": 9, "clusters": 3}
+    made = {"scenario": scenario, "paper": data, "results": [row], "device": "x"}
+    made |= {"comparisons": [], "skipped": {}, "methods": [], "costs": []}
+    found = [table for table in all_tables(made) if table.title.startswith("Paper")]
+    assert [table.title for table in found] == titles
+    if scenario == "docqa":
+        assert [table.rows[0][0] for table in found] == ["length 512"] * 2
+        assert all(len(table.rows) == 1 for table in found)
+    assert not any(table.title.startswith("Paper") for table in all_tables({**made, "paper": None}))
 
 
 def test_a_report_can_be_written_again_and_is_the_same(tmp_path: Path) -> None:

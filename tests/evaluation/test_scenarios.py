@@ -1,6 +1,8 @@
 """What each scenario asks, and how answers become samples."""
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +28,7 @@ from gakernels.evaluation.scenarios import (
     dialog,
     docqa,
     group_contexts,
-    limited,
+    sampled,
     with_others,
 )
 from gakernels.model.windows import split_evenly
@@ -48,14 +50,62 @@ def cells(asked: Scenario) -> list[Cell]:
 # Cases
 
 
-def test_a_limit_is_one_of_questions() -> None:
-    all_of_them = contexts(4)
-    for limit in range(1, 14):
-        kept = limited(all_of_them, limit)
-        questions = [question for context in kept for question in context.questions]
-        assert questions == [question for context in all_of_them for question in context.questions][:limit]
+def asked_in(drawn: list[EvaluationContext]) -> list[str]:
+    return [question.text for context in drawn for question in context.questions]
+
+
+def numbered(counts: dict[str, int], per_context: int = 4) -> list[EvaluationContext]:
+    """Contexts of so many questions of each category, each question with a text of its own."""
+    questions = [
+        Question(f"{category} {number}", ("a",), category=category)
+        for category, count in counts.items()
+        for number in range(count)
+    ]
+    starts = range(0, len(questions), per_context)
+    return [EvaluationContext(f"c{start}", tuple(questions[start : start + per_context])) for start in starts]
+
+
+def test_a_limit_is_one_of_questions_whatever_their_order() -> None:
+    all_of_them = numbered({"": 30})
+    turned = [replace(context, questions=context.questions[::-1]) for context in reversed(all_of_them)]
+    regrouped = numbered({"": 30}, per_context=7)
+    before: set[str] = set()
+    for limit in range(1, 31):
+        kept = sampled(all_of_them, limit, 5)
+        drawn = asked_in(kept)
+        assert len(drawn) == limit
+        assert drawn == [text for text in asked_in(all_of_them) if text in drawn]  # in their order
         assert all(context.questions for context in kept)
-    assert limited(all_of_them, None) == all_of_them
+        assert set(asked_in(sampled(turned, limit, 5))) == set(asked_in(sampled(regrouped, limit, 5))) == set(drawn)
+        assert before < set(drawn)
+        before = set(drawn)
+    assert sampled(all_of_them, None) == sampled(all_of_them, 99) == all_of_them
+    assert asked_in(sampled(all_of_them, 10, 5)) != asked_in(sampled(all_of_them, 10, 6))
+
+
+def test_every_question_is_drawn_as_often_as_the_others() -> None:
+    all_of_them = numbered({"": 20})
+    counts = Counter(text for seed in range(2000) for text in asked_in(sampled(all_of_them, 5, seed)))
+    # 500 each, give or take 19: a hypergeometric draw of 5 out of 20.
+    assert all(500 - 6 * 19 < counts[text] < 500 + 6 * 19 for text in asked_in(all_of_them))
+
+
+def test_a_sample_has_each_category_in_proportion() -> None:
+    counts = {"single": 60, "multi": 30, "rare": 10}
+    for limit in (10, 20, 50):
+        drawn = Counter(text.split()[0] for text in asked_in(sampled(numbered(counts), limit)))
+        assert drawn == {category: count * limit // 100 for category, count in counts.items()}
+
+
+def test_categories_have_cells_of_their_own() -> None:
+    asked = dialog(Dataset(tuple(numbered({"single": 6, "multi": 4}))), "locomo")
+    given = {request.key: "a" if n % 2 else "b" for n, case in enumerate(asked.cases) for request in asked.ask(n, case)}
+    measured = asked.measure(asked, given)
+    whole = (("questions", "locomo"),)
+    parts = [(*whole, ("category", name)) for name in ("single", "multi")]
+    assert list(dict.fromkeys(cell for cell, _ in measured)) == [whole, *parts]
+    assert measured[whole, "f1"] == {key: sample for part in parts for key, sample in measured[part, "f1"].items()}
+    assert [len(measured[part, "f1"]) for part in parts] == [6, 4]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
