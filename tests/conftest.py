@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import optional_packages
 import pytest
@@ -19,6 +20,8 @@ if not torch.cuda.is_available():
     else:
         interpreter.correct_bfloat16()
         interpreter.correct_loop_bounds()
+
+from gakernels.demo import smollm2
 
 torch.set_num_threads(1)  # the test processes share the cores; threads of tiny matrices only wait for each other
 
@@ -61,6 +64,16 @@ def seed(generator: torch.Generator) -> None:
 def device() -> torch.device:
     """Where kernels are tested: the GPU if there is one, else the CPU, where Triton's interpreter runs them."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The file of SmolLM2, fetched once (94 MB); a test that needs it is skipped where it can't be fetched."""
+    pytest.importorskip("gguf")
+    try:
+        return smollm2.fetch()
+    except OSError as error:
+        pytest.skip(f"SmolLM2 can't be fetched: {error}")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import ast
 import re
 import shlex
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +63,20 @@ def test_code_imports_what_exists(page: Path) -> None:
         exec("\n".join(map(ast.unparse, imports)), {})
 
 
-def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ten_lines_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], real_model: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-generator").symlink_to(str(files("gakernels.demo") / "assets" / "generator"))
-    (tmp_path / "report.txt").write_text("The pet of Toso Zelwin is grey hamster.", encoding="utf-8")
-    adapting, operating = blocks(ROOT / "README.md", "python")
-    exec(adapting, {})
-    assert {file.name for file in tmp_path.iterdir()} >= {"report-lora", "report.gguf", "report.state"}
+    code = blocks(ROOT / "README.md", "python")[0]
+    exec(code, {})
+    assert {file.name for file in tmp_path.iterdir()} == {"vasa-lora", "vasa.gguf", "vasa.state"}
+    said = re.search(r"# (\[.*\])", code)
+    assert said
+    assert ast.literal_eval(capsys.readouterr().out) == ast.literal_eval(said[1])
+
+
+def test_the_operations_of_the_readme() -> None:
+    operating = blocks(ROOT / "README.md", "python")[1]
     sizes = {"hidden": (1, 2, 5, 8), "a2": (4, 8), "b1": (8, 4), "sketch": (4, 2)}
     sizes |= {"a1": (6, 4), "b2": (4, 8), "x": (1, 7, 8), "weight": (6, 8)}
     names: dict[str, Any] = {name: torch.randn(size) for name, size in sizes.items()}

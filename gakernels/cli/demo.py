@@ -39,7 +39,7 @@ LABELS = {
     "other_adapter": "another text's adapter",
 }
 ASSETS = Path(str(files("gakernels.demo") / "assets"))
-GENERATOR, QUESTIONS = ASSETS / "smollm2", ASSETS / "questions"
+QUESTIONS = ASSETS / "questions"
 DATA = {"squad": "SQuAD", "nq_swap": "NQ-Swap"}
 
 
@@ -115,7 +115,7 @@ def _find_base(options: argparse.Namespace) -> bool:
     """
     if options.generator is not None:
         return True
-    options.generator = GENERATOR
+    options.generator = smollm2.GENERATOR
     if options.model is not None:
         return True
     try:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from random import Random
+
+import torch
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
 from gakernels.evaluation.methods import MethodSettings, Prepared, Retrieval, SimpleMethod
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario, parts
 from gakernels.model import GenerativeAdapter
+
+MEAN_CONTEXTS = 256
 
 
 class GeneratedAdapter(SimpleMethod):
@@ -83,6 +88,39 @@ class OtherAdapter(SimpleMethod):
         """Makes the adapters of the others."""
         others = [self.scenario.cases[case.other].context.text for case in cases if case.other is not None]
         return Prepared(self.adapt(others))
+
+
+class MeanContext(SimpleMethod):
+    """One adapter for all contexts: that of the mean state of up to 256 contexts of the training file, drawn by the
+    seed. What it knows is the kind of text, but no context.
+
+    Raises:
+        InputError: there are no training contexts.
+    """
+
+    adapted = True
+
+    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
+        super().__init__(model, scenario, settings)
+        if not scenario.training:
+            raise InputError("mean_context needs training contexts; name their file with --train")
+        self._adapter: Adapter | None = None
+
+    def fit(self) -> None:
+        """Read the contexts."""
+        texts = list(dict.fromkeys(context.text for context in self.scenario.training))
+        drawn = Random(self.settings.seed).sample(texts, min(len(texts), MEAN_CONTEXTS))
+        total = {name: torch.zeros((), dtype=torch.float64) for name in self.model.adapted_names}
+        tokens = 0
+        for _, states, lengths in self.states(drawn):
+            total = {name: total[name] + states[name].double().cpu().sum(0, keepdim=True) for name in total}
+            tokens += sum(lengths)
+        mean = {name: (state / len(drawn)).to(self.model.device, states[name].dtype) for name, state in total.items()}
+        self._adapter = self.to_base(self.model.adapters(mean, [tokens])[0])
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """The same adapter for all."""
+        return Prepared([self._adapter] * len(cases))
 
 
 class StaticLoraControl(SimpleMethod):

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
+from gakernels.generation.decoder import plan_batches
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context
 
@@ -107,26 +109,22 @@ class SimpleMethod:
         return adapter.to(self.model.device, self.model.base.dtype)
 
     def adapt(self, texts: Sequence[str]) -> list[Adapter]:
-        """The generated adapters of contexts, as many in a pass as `batch_tokens` allows; equal texts are read once."""
-        unique = list(dict.fromkeys(texts))
-        tokens = [encode_context(self.model.tokenizer, text, first=True) for text in unique]
+        """The generated adapters of contexts; equal texts are read once."""
         made: dict[str, Adapter] = {}
-        for numbers in self._passes([len(row) for row in tokens]):
-            rows = [tokens[number] for number in numbers]
-            adapters = self.model.adapters(self.model.states(rows), [len(row) for row in rows])
-            made |= {unique[number]: self.to_base(adapter) for number, adapter in zip(numbers, adapters, strict=True)}
+        for read, states, lengths in self.states(texts):
+            adapters = self.model.adapters(states, lengths)
+            made |= {text: self.to_base(adapter) for text, adapter in zip(read, adapters, strict=True)}
         return [made[text] for text in texts]
 
-    def _passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Contexts of similar length together; a pass reads at most 8 chunks of each."""
-        numbers: list[int] = []
-        for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-            longest = min(lengths[(numbers or [number])[0]], 8 * self.model.config.chunk_size)
-            if numbers and longest * (len(numbers) + 1) > self.settings.batch_tokens:
-                yield numbers
-                numbers = []
-            numbers.append(number)
-        yield numbers
+    def states(self, texts: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Tensor], list[int]]]:
+        """Read each different context once, as many in a pass as `batch_tokens` allows; a pass reads at most 8 chunks
+        of each. Yields the texts of a pass, their states, and their numbers of tokens."""
+        unique = list(dict.fromkeys(texts))
+        tokens = [encode_context(self.model.tokenizer, text, first=True) for text in unique]
+        lengths = [min(len(row), 8 * self.model.config.chunk_size) for row in tokens]
+        for numbers in plan_batches(lengths, self.settings.batch_tokens, len(unique)):
+            rows = [tokens[number] for number in numbers]
+            yield [unique[number] for number in numbers], self.model.states(rows), [len(row) for row in rows]
 
 
 class ClosedBook(SimpleMethod):

@@ -31,6 +31,7 @@ TOKENS_PER_WORD = 4 / 3  # of retrieved passages
 COUNTED_AS = {
     "adapter_streaming": "adapter",
     "other_adapter": "adapter",
+    "mean_context": "static_lora",
     "sft_lora": "static_lora",
     "sft_full": "closed_book",
     "cpt_lora": "lora_tuning",

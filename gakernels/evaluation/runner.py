@@ -21,6 +21,7 @@ from gakernels.errors import InputError
 from gakernels.evaluation.adapter_methods import (
     AdapterWithRetrieval,
     GeneratedAdapter,
+    MeanContext,
     MergedAdapter,
     OtherAdapter,
     StaticLoraControl,
@@ -45,6 +46,7 @@ METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Metho
     "adapter_merged": MergedAdapter,
     "adapter_retrieval": AdapterWithRetrieval,
     "other_adapter": OtherAdapter,
+    "mean_context": MeanContext,
     "static_lora": StaticLoraControl,
     "sft_lora": SupervisedTuning,
     "sft_full": partial(SupervisedTuning, kind="full"),

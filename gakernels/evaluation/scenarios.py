@@ -87,7 +87,7 @@ class Scenario:
         measure: the samples of a method's answers, by cell and metric.
         new_tokens: most tokens of an answer.
         stops: an answer ends before the first of these texts; they may contain special tokens.
-        training: question and answer pairs of other contexts, for supervised fine-tuning.
+        training: other contexts with their questions, for supervised fine-tuning and the control of the mean context.
         write_prompt: writes a question for an adapted or tuned model, for tuning.
         settings: what else the results depend on, in JSON types.
         skipped: records that were left out.
@@ -101,7 +101,7 @@ class Scenario:
     measure: Callable[[Scenario, Answers], Measurements]
     new_tokens: int = 20
     stops: tuple[str, ...] = ("\n",)
-    training: tuple[Question, ...] = ()
+    training: tuple[EvaluationContext, ...] = ()
     write_prompt: Callable[[str], str] = str
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: BadRecords = field(default_factory=BadRecords)
@@ -214,7 +214,7 @@ def docqa(
     lengths: Sequence[int] | None = LENGTHS,
     protocol: str = "official",
     part: str | None = None,
-    training: Sequence[Question] = (),
+    training: Sequence[EvaluationContext] = (),
     settings: AskSettings | None = None,
 ) -> Scenario:
     """Questions about documents, which are grouped into contexts of given lengths.
@@ -225,7 +225,7 @@ def docqa(
         lengths: average tokens of a context, one cell each; None: one cell, in which each document is a context.
         protocol: `official`: all gold answers, all groups; `released`: one gold answer, the first tenth of the groups.
         part: of the groups, if not the protocol's.
-        training: questions about other documents, for supervised fine-tuning.
+        training: other documents with their questions, see `Scenario`.
         settings: how questions are asked.
 
     Raises:
@@ -249,7 +249,7 @@ def dialog(
     data: Dataset,
     questions: str,
     protocol: str = "official",
-    training: Sequence[Question] = (),
+    training: Sequence[EvaluationContext] = (),
     settings: AskSettings | None = None,
 ) -> Scenario:
     """Questions about what was said in earlier conversations: a context is all conversations of a person.
@@ -258,7 +258,7 @@ def dialog(
         data: conversations with questions (`datasets.read_msc`, `read_persona_chat`, `read_locomo`).
         questions: their kind; `response` asks for the next turn, without an instruction.
         protocol: which gold answers count, see `metrics.answer_f1`; the released code has no personalisation.
-        training: questions about other conversations, for supervised fine-tuning.
+        training: other conversations with questions about them, see `Scenario`.
         settings: how questions are asked.
 
     Raises:
@@ -281,7 +281,7 @@ def _question_scenario(
     cases: Sequence[EvaluationCase],
     settings: AskSettings,
     styles: Mapping[str, str],
-    training: Sequence[Question],
+    training: Sequence[EvaluationContext],
     told: Mapping[str, Any],
     skipped: BadRecords,
 ) -> Scenario:

@@ -155,8 +155,8 @@ class SupervisedTuning(TunedMethod):
             start = self.tune(documents, self.settings_of("tuning", CONTINUAL_EPOCHS, CONTINUAL_BATCH))
         self._trained = start
         if self.scenario.training:
-            kept = len(self.scenario.training) // VALIDATION_SHARE
-            pairs = self.pairs(self.scenario.training)
+            pairs = self.pairs([question for context in self.scenario.training for question in context.questions])
+            kept = len(pairs) // VALIDATION_SHARE
             settings = self.settings_of("tuning", SUPERVISED_EPOCHS, SUPERVISED_BATCH)
             self._trained = self.tune(pairs[kept:], settings, pairs[:kept], start)
 

@@ -42,6 +42,8 @@ class Row:
 def plan_batches(lengths: Sequence[int], batch_tokens: int, max_rows: int) -> list[list[int]]:
     """The row numbers of each batch: rows of similar length together, the longest first.
 
+    A row gets at most 32 tokens of padding, or a quarter of the longest row if that is more.
+
     Args:
         lengths: of the rows, including the tokens that they will get.
         batch_tokens: limit of rows times the longest of them; a longer row is a batch by itself.
@@ -50,8 +52,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, max_rows: int) -> li
     batches: list[list[int]] = []
     longest = 0
     for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        full = batches and (len(batches[-1]) == max_rows or longest * (len(batches[-1]) + 1) > batch_tokens)
-        if not batches or full:
+        rows = len(batches[-1]) if batches else max_rows
+        if rows == max_rows or longest * (rows + 1) > batch_tokens or longest - lengths[number] > max(longest // 4, 32):
             batches.append([])
             longest = lengths[number]
         batches[-1].append(number)

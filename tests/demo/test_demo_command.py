@@ -126,7 +126,7 @@ def test_without_options_it_is_the_fetched_model_and_the_generator_of_the_packag
     generator_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smollm2, "fetch", lambda: ASSETS / "base")
-    monkeypatch.setattr("gakernels.cli.demo.GENERATOR", generator_folder)
+    monkeypatch.setattr("gakernels.demo.smollm2.GENERATOR", generator_folder)
     options = ["--questions", "2", "--new-tokens", "1", "--json", str(tmp_path / "results.json")]
     assert main(["demo", *options]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["squad"]["adapter"]["n"] == 1

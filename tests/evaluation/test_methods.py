@@ -9,7 +9,7 @@ import torch
 from worlds import answer_of, contexts, make, merged, run, scenario, text
 
 from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
-from gakernels.evaluation.datasets import Question
+from gakernels.evaluation.datasets import EvaluationContext, Question
 from gakernels.evaluation.methods import MethodSettings, PassageSearch, Prepared, passages
 from gakernels.evaluation.runner import METHODS
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario, parts
@@ -96,6 +96,18 @@ def test_a_static_lora_must_be_there_and_of_this_model(tmp_path: Path) -> None:
         run(model, asked, "static_lora", static_lora=tmp_path / "a.safetensors")
 
 
+def test_the_mean_context_is_the_adapter_of_the_mean_state() -> None:
+    model, training = make(), [*contexts(5), *contexts(5)[:2]]
+    asked = scenario(3, training=training)
+    runner = run(model, asked, "mean_context")
+    states = [model.states([model.tokenizer(context.text)["input_ids"]]) for context in training]
+    mean = {name: torch.cat([part[name] for part in states]).mean(0, keepdim=True) for name in model.adapted_names}
+    adapter = model.adapters(mean, [0])[0]
+    assert runner.log.answers("mean_context") == expected(model, asked, lambda case, question: (adapter, question))
+    with pytest.raises(InputError, match="mean_context needs training contexts; name their file with --train"):
+        run(model, scenario(3), "mean_context")
+
+
 def losses(model: GenerativeAdapter, prepared: Prepared, case: int, examples: list[TuningExample]) -> float:
     """Of examples, with what was prepared for a case."""
     rows = [Row(example.tokens, prepared.adapters[case], example.start) for example in examples]
@@ -106,20 +118,22 @@ def losses(model: GenerativeAdapter, prepared: Prepared, case: int, examples: li
 @pytest.mark.parametrize("name", ["sft_lora", "sft_full", "cpt_lora", "cpt_full"])
 def test_tuned_models_learn_and_leave_the_base_as_it_was(name: str) -> None:
     model = make()
-    asked = scenario(2, training=[Question(text(4), ("w9 w9 w9",)) for _ in range(30)])
+    asked = scenario(
+        2, training=[EvaluationContext(text(5), tuple(Question(text(4), ("w9 w9 w9",)) for _ in range(30)))]
+    )
     before = {key: value.clone() for key, value in model.base.state_dict().items()}
     settings = MethodSettings(learning_rate=0.02, epochs=40)
     method = METHODS[name](model, asked, settings)
     method.fit()
     prepared, base = method.prepare(asked.cases), METHODS["closed_book"](model, asked, settings).prepare(asked.cases)
-    pairs = method.pairs(asked.training)
+    pairs = method.pairs(asked.training[0].questions)
     assert all(pair.tokens[pair.start :] == (9, 9, 9, 2) for pair in pairs)
     assert losses(model, prepared, 1, pairs) < 0.8 * losses(model, base, 1, pairs)
     assert all(torch.equal(value, before[key]) for key, value in model.base.state_dict().items())
 
 
 def test_what_training_took_is_measured() -> None:
-    asked = scenario(2, training=[Question(text(4), ("w9",)) for _ in range(3)])
+    asked = scenario(2, training=[EvaluationContext(text(5), tuple(Question(text(4), ("w9",)) for _ in range(3)))])
     runner = run(make(), asked, "sft_lora", learning_rate=0.02, epochs=1)
     assert runner.method_runs()[0].fit_seconds > 0
     assert len(runner.log.answers("sft_lora")) == 6

@@ -1,6 +1,7 @@
 """Every example runs as it is and shows what it says."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,34 @@ def test_operations_alone() -> None:
     assert after < 0.6 * before
 
 
-def test_the_notebook() -> None:
-    notebook = json.loads((FOLDER / "tour.ipynb").read_text())
-    assert notebook["nbformat"] == 4
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+def executed(notebook: str) -> dict[str, Any]:
+    """What the cells of a notebook define."""
+    content = json.loads((FOLDER / notebook).read_text())
+    assert content["nbformat"] == 4
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in cells)
     names: dict[str, Any] = {}
     for number, cell in enumerate(cells):
         exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    return names
+
+
+def test_the_tour() -> None:
+    names = executed("tour.ipynb")
     total = len(names["expected"])
     assert names["right"] >= 0.9 * total
     assert sum(one == other for one, other in zip(names["closed_book"], names["expected"], strict=True)) < total / 3
     assert names["known"][0] < names["known"][1]
     assert names["batch_right"] >= 7
+
+
+def test_the_notebook_of_smollm2(capsys: pytest.CaptureFixture[str], real_model: Path) -> None:
+    names = executed("smollm2.ipynb")
+    assert "1628" in names["adapted"][0]
+    assert "1628" not in names["without"][0]
+    assert names["own"] < 0.5 * min(names["closed_book"], names["others"])
+    assert "vasa.gguf" in capsys.readouterr().out
+    shutil.rmtree(names["folder"])
 
 
 def test_every_example_is_tested() -> None:
@@ -72,5 +88,6 @@ def test_every_example_is_tested() -> None:
         "linear_attention.py",  # by a file of its own
         "memory_of_two_users.py",
         "operations_alone.py",
+        "smollm2.ipynb",
         "tour.ipynb",
     }

@@ -81,7 +81,7 @@ def run_docqa(options: argparse.Namespace) -> int:
             lengths,
             options.protocol,
             options.part,
-            read_documents(training).questions if training else (),
+            read_documents(training).contexts if training else (),
             ask_settings(options),
         )
 
@@ -121,7 +121,7 @@ def run_dialog(options: argparse.Namespace) -> int:
 
     def make(_: GenerativeAdapter) -> Scenario:
         data, questions = read_conversations(options.data, options.questions)
-        training = read_conversations(options.train, options.questions)[0].questions if options.train else ()
+        training = read_conversations(options.train, options.questions)[0].contexts if options.train else ()
         return dialog(data, questions, options.protocol, training, ask_settings(options))
 
     return evaluate(options, [options.data, *([options.train] if options.train else [])], make)
@@ -173,7 +173,11 @@ def add_icl(tasks: Any) -> None:
 
 def run_icl(options: argparse.Namespace) -> int:
     """Run the evaluation `icl`."""
-    refuse(options, ("sft_lora", "sft_full"), "it has few_shot in place of supervised tuning on other questions")
+    refuse(
+        options,
+        ("mean_context", "sft_lora", "sft_full"),
+        "it has few_shot in place of supervised tuning on other questions",
+    )
     shots, seeds = numbers(options.shots, "--shots"), numbers(options.seeds, "--seeds")
     files = _icl_files(options, seeds)
 
@@ -208,7 +212,15 @@ def _icl_files(options: argparse.Namespace, seeds: list[int]) -> dict[tuple[str,
     return files
 
 
-ONLY_FOR_QUESTIONS = ("retrieval", "adapter_retrieval", "sft_lora", "sft_full", "few_shot_lora", "few_shot_full")
+ONLY_FOR_QUESTIONS = (
+    "mean_context",
+    "retrieval",
+    "adapter_retrieval",
+    "sft_lora",
+    "sft_full",
+    "few_shot_lora",
+    "few_shot_full",
+)
 
 
 def add_perplexity(tasks: Any) -> None:
@@ -246,7 +258,7 @@ def run_perplexity(options: argparse.Namespace) -> int:
     return evaluate(options, [options.data], make)
 
 
-WITH_TRAINING_QUESTIONS = ("sft_lora", "sft_full", "few_shot_lora", "few_shot_full")
+WITH_TRAINING_QUESTIONS = ("mean_context", "sft_lora", "sft_full", "few_shot_lora", "few_shot_full")
 
 
 def add_recall(tasks: Any) -> None:
