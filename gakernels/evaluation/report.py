@@ -19,7 +19,7 @@ from gakernels.errors import InputError
 from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
 from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
-from gakernels.evaluation.scenarios import Cell, Measurements, Scenario
+from gakernels.evaluation.scenarios import Cell, Measurements, Scenario, length_cell
 from gakernels.evaluation.tables import FRACTION, REFERENCE, tables
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
@@ -99,6 +99,7 @@ def build(
         "results": _results(scenario, measurements),
         "comparisons": _comparisons(scenario, measurements),
         "methods": [vars(run) for run in runner.method_runs()],
+        "measured_costs": [{**vars(cost), "cell": dict(cost.cell)} for cost in runner.measured_costs()],
         "costs": costs,
     }
 
@@ -150,17 +151,13 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
 
 def _cost_cells(scenario: Scenario) -> list[Cell]:
     """Cells that differ in the length of their contexts: without task and seed."""
-    return list(dict.fromkeys(_length_cell(case.cell) for case in scenario.cases))
-
-
-def _length_cell(cell: Cell) -> Cell:
-    return tuple((name, value) for name, value in cell if name not in ("task", "seed", "kind"))
+    return list(dict.fromkeys(length_cell(case.cell) for case in scenario.cases))
 
 
 def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
     """The mean tokens of the contexts of a cell, and of the questions about them."""
     decoder, scenario = runner.decoder, runner.scenario
-    cases = [(number, case) for number, case in enumerate(scenario.cases) if _length_cell(case.cell) == cell]
+    cases = [(number, case) for number, case in enumerate(scenario.cases) if length_cell(case.cell) == cell]
     context = fmean(len(decoder.encode(case.context.text)) for _, case in cases)
     requests = [request for number, case in cases for request in scenario.ask(number, case)[:8]]
     asked = fmean(

@@ -22,6 +22,11 @@ _EMPTY_LINE = re.compile(r"\n\s*\n")
 Cell = tuple[tuple[str, str | int], ...]
 
 
+def length_cell(cell: Cell) -> Cell:
+    """What distinguishes contexts of different lengths: a cell without task, seed and kind."""
+    return tuple((name, value) for name, value in cell if name not in ("task", "seed", "kind"))
+
+
 @dataclass(frozen=True)
 class EvaluationCase:
     """A context, and the cell that its results belong to.

@@ -75,7 +75,7 @@ def tables(report: Mapping[str, Any]) -> list[ReportTable]:
 
 def own_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     """Quality, comparisons of methods, measurements, and what was left out."""
-    found = [*_quality(report), *_compared(report), _measured(report), _skipped(report)]
+    found = [*_quality(report), *_compared(report), _measured_costs(report), _measured(report), _skipped(report)]
     return [table for table in found if table.rows]
 
 
@@ -189,7 +189,26 @@ def _shape_costs(report: Mapping[str, Any]) -> ReportTable:
     )
     headings = ("", "tokens", "FLOP to read the context", "FLOP of a question", "numbers kept", "bytes", "of what")
     note = "From the shapes of the model (docs/evaluation.md), for the mean context and question of a cell."
-    return ReportTable("Cost", headings, rows, note)
+    return ReportTable("Cost, by shapes", headings, rows, note)
+
+
+def _measured_costs(report: Mapping[str, Any]) -> ReportTable:
+    rows = tuple(
+        (
+            f"{cell_name(tuple(row['cell'].items()))}: {row['method']}",
+            short_seconds(row["contextualization_seconds"]),
+            short_count(row["stored_bytes"]) if row["stored_bytes"] else "-",
+            short_seconds(row["first_token_seconds"]),
+            "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
+        )
+        for row in report["measured_costs"]
+    )
+    headings = ("", "to read a context", "bytes kept of it", "to the first token", "tokens a second")
+    note = (
+        f"Measured on {report['device']}, per context and for one question at a time. Kept are adapters, and texts "
+        "that are read again with each question; what serves all contexts is not counted."
+    )
+    return ReportTable("Cost, measured", headings, rows, note)
 
 
 def _measured(report: Mapping[str, Any]) -> ReportTable:
@@ -197,7 +216,6 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
         (
             run["method"],
             short_seconds(run["fit_seconds"]) if run["fit_seconds"] >= 0.01 else "-",
-            short_seconds(run["contextualization_seconds"]),
             short_seconds(run["question_seconds"]),
             short_seconds(run["latency_seconds"]),
             short_count(run["peak_bytes"]),
@@ -208,7 +226,7 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
         for run in report["methods"]
     )
     headings = (
-        *("", "training", "a context", "a question, in batches", "a question alone", "peak bytes", "questions"),
+        *("", "training", "a question, in batches", "a question alone", "peak bytes", "questions"),
         *("cut to the model's limit", "contexts left out"),
     )
     note = (

@@ -44,6 +44,7 @@ def test_it_holds_scores_comparisons_costs_and_times() -> None:
         assert found is not None
         assert row == {**row, **vars(found), "unit": "fraction", "resampled": "contexts"}
     assert {row["method"] for row in made["methods"]} == set(NAMES)
+    assert [(row["cell"], row["method"]) for row in made["measured_costs"]] == [({"length": 1}, name) for name in NAMES]
 
 
 def test_without_an_adapter_the_first_method_is_compared_with_the_others() -> None:
@@ -58,7 +59,14 @@ def test_quality_is_in_percent_and_says_what_was_resampled() -> None:
     row |= {"value": 0.5, "low": 0.25, "high": 0.6666, "count": 1200, "clusters": 40}
     alone = {**row, "cell": {"length": 9}, "low": None, "high": None, "clusters": 1}
     loss = {**row, "metric": "completion_perplexity", "unit": "perplexity", "value": 7.4, "low": 7, "high": 8}
-    made = {"results": [row, alone, loss], "comparisons": [], "skipped": {}, "methods": [], "device": "x"}
+    made = {
+        "results": [row, alone, loss],
+        "comparisons": [],
+        "skipped": {},
+        "methods": [],
+        "measured_costs": [],
+        "device": "x",
+    }
     first, second = own_tables(made)
     assert first.title == "f1 (%)"
     assert first.rows == (
@@ -151,7 +159,7 @@ def test_the_papers_values_stand_beside_the_same_data_alone(
     row = {"cell": cell, "method": "adapter", "metric": "f1", "unit": "fraction", "resampled": "contexts"}
     row |= {"value": 0.5, "low": 0.4, "high": 0.6, "count": 9, "clusters": 3}
     made = {"scenario": scenario, "paper": data, "results": [row], "device": "x"}
-    made |= {"comparisons": [], "skipped": {}, "methods": [], "costs": []}
+    made |= {"comparisons": [], "skipped": {}, "methods": [], "measured_costs": [], "costs": []}
     found = [table for table in all_tables(made) if table.title.startswith("Paper")]
     assert [table.title for table in found] == titles
     if scenario == "docqa":
