@@ -181,7 +181,8 @@ class Estimate:
 
     Attributes:
         value: a score between 0 and 1, or a perplexity; of two methods the difference, of perplexities the ratio.
-        low, high: 95% bootstrap interval, resampling clusters; None if there is only one cluster.
+        low, high: 95% bootstrap interval, resampling clusters; None if there is only one cluster or all are alike, as
+            such clusters do not tell how much others would differ.
         count: number of answers, or tokens for a perplexity.
         clusters: number of clusters.
     """
@@ -221,9 +222,11 @@ def compare(metric: str, first: Samples, second: Samples) -> Estimate | None:
 
 def _estimate(parts: Sequence[Samples], statistic: Callable[[Tensor], Tensor]) -> Estimate:
     sums = _sums(parts)
-    low, high = interval(sums, statistic) if len(sums) > 1 else (None, None)
+    found = float(statistic(sums.sum(0, keepdim=True)))
+    low, high = interval(sums, statistic)
+    has_width = high - low > 1e-12 * max(abs(found), 1.0)
     count = sum(sample.weight if sample.count is None else sample.count for sample in parts[0].values())
-    return Estimate(float(statistic(sums.sum(0, keepdim=True))), low, high, round(count), len(sums))
+    return Estimate(found, low if has_width else None, high if has_width else None, round(count), len(sums))
 
 
 def _value(metric: str, sums: Tensor) -> Tensor:

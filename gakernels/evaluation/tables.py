@@ -12,7 +12,10 @@ from gakernels.evaluation.scenarios import Cell
 
 REFERENCE = "adapter"  # the method that others are compared with, if it is there
 FRACTION = "fraction"  # the unit of what is shown in percent
-INTERVALS = "In brackets 95% bootstrap intervals, which draw anew what the last column counts."
+INTERVALS = (
+    "In brackets: 95% bootstrap intervals, resampling the contexts (or tasks, or items) of the last column. Where there "
+    "is one, or all n are alike, there is no interval."
+)
 Rows = tuple[tuple[str, ...], ...]
 
 
@@ -123,13 +126,13 @@ def cell_name(cell: Cell) -> str:
 
 
 def interval_text(row: Mapping[str, Any] | None) -> str:
-    """A value with its interval, in percent with one digit or as it is with three; a dash for None. One cluster has no
-    interval."""
+    """A value with its interval, or with the number of clusters if it has none: in percent with one digit, or as it is
+    with three; a dash for None."""
     if row is None:
         return "-"
     factor, digits = (100, 1) if row["unit"] == FRACTION else (1, 3)
     if row["low"] is None:
-        return f"{factor * row['value']:.{digits}f} (n = 1)"
+        return f"{factor * row['value']:.{digits}f} (n = {row['clusters']})"
     value, low, high = (factor * row[key] for key in ("value", "low", "high"))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -196,7 +199,7 @@ def _measured_costs(report: Mapping[str, Any]) -> ReportTable:
     rows = tuple(
         (
             f"{cell_name(tuple(row['cell'].items()))}: {row['method']}",
-            short_seconds(row["contextualization_seconds"]),
+            short_seconds(row["contextualization_seconds"]) if row["contextualization_seconds"] >= 1e-4 else "-",
             short_count(row["stored_bytes"]) if row["stored_bytes"] else "-",
             short_seconds(row["first_token_seconds"]),
             "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",

@@ -97,7 +97,8 @@ def test_docqa_tells_what_the_demos_generator_is_worth(
     assert "No static LoRA trained with the generator's budget was given" in outcome.out
     for row in json.loads(path.read_text())["comparisons"]:
         if row["metric"] == "f1" and row["against"] in ("closed_book", "other_adapter"):
-            assert row["low"] > 0
+            assert row["low"] is None or row["low"] > 0
+            assert row["value"] > 0.5
     assert {file.name for file in path.parent.iterdir()} >= {"r.json", "r.md", "r.html", "r.f1.svg", "r.answers.jsonl"}
 
 
@@ -202,7 +203,7 @@ def test_icl_of_a_folder_and_of_files(run: Callable[..., Any], files: Any, tmp_p
     apart = [row for row in report["results"] if "task" in row["cell"]]
     assert {(row["count"], row["clusters"], row["resampled"]) for row in apart} == {(8, 4, "items")}  # under two seeds
     assert (report["settings"]["limit"], report["settings"]["sample_seed"]) == (4, 0)
-    drawn = "A cell has at most 4 questions, from each category in proportion, drawn at random with the seed 0."
+    drawn = "A cell has at most 4 questions, in proportion to their categories, drawn at random with the seed 0."
     assert drawn in report["notes"]
     assert drawn in path.with_suffix(".md").read_text()
     options = ["--methods", methods, "--epochs", 2, "--limit", 4, "--sample-seed", 1]

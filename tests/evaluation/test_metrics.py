@@ -276,15 +276,16 @@ def test_a_comparison_is_of_what_both_have(draw: random.Random, metric: str) -> 
     assert compare(metric, one, {}) is None
 
 
-def test_what_differs_by_the_same_everywhere_differs_for_certain(draw: random.Random) -> None:
+def test_what_is_the_same_everywhere_has_no_interval(draw: random.Random) -> None:
+    """Contexts that are all alike do not tell how much others would differ."""
     first = drawn_samples(draw)
     second = {key: Sample(sample.cluster, sample.total - 0.25) for key, sample in first.items()}
-    found = compare("f1", first, second)
-    assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
-    ratio = compare("perplexity", first, second)
-    assert ratio is not None
-    assert (ratio.low, ratio.high) == pytest.approx((math.exp(0.25), math.exp(0.25)))
+    difference, ratio = compare("f1", first, second), compare("perplexity", first, second)
+    right = score("match", {key: Sample(sample.cluster, 1.0) for key, sample in first.items()})
+    for found, expected in ((difference, 0.25), (ratio, math.exp(0.25)), (right, 1.0)):
+        assert found is not None
+        assert found.value == pytest.approx(expected)
+        assert (found.low, found.high, found.clusters) == (None, None, right.clusters)
 
 
 @pytest.mark.parametrize("metric", ["f1", "perplexity"])

@@ -189,7 +189,7 @@ def _sampling(options: argparse.Namespace) -> list[str]:
     """How many questions or documents were drawn, and how."""
     if options.limit is None:
         return []
-    drawn = "documents" if options.task == "perplexity" else "questions, from each category in proportion,"
+    drawn = "documents" if options.task == "perplexity" else "questions, in proportion to their categories,"
     return [f"A cell has at most {options.limit} {drawn} drawn at random with the seed {options.sample_seed}."]
 
 
