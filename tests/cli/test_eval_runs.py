@@ -169,15 +169,16 @@ def test_dialog_reads_every_kind_of_file(run: Callable[..., Any], files: Any, tm
             *("closed_book", "prompt", "retrieval", "adapter", "other_adapter")
         }
         assert bool(report["skipped"]["counts"]) == (data == msc)
-    same = [*files.model, "--data", msc, "--methods", "closed_book", *BARE, "--paper-data", "MSC-Self-Instruct"]
+    same = [*files.model, "--data", msc, "--methods", "closed_book", "--paper-data", "MSC-Self-Instruct"]
     path = tmp_path / "r" / "paper.json"
     assert run("eval", "dialog", *same, "--protocol", "released", "--json", path).code == 0
     shown = {file.name: "Paper, table 1" in file.read_text() for file in path.parent.glob("*.md")}
     assert [name for name, is_shown in shown.items() if is_shown] == ["paper.md"]
-    for options in (["--protocol", "official"], ["--protocol", "released", "--limit", 3]):
+    for options in (["--protocol", "official"], ["--protocol", "released", "--limit", 3, "--style", "bare"]):
         refused = run("eval", "dialog", *same, *options)
         assert refused.code == 2
-        assert "--paper-data needs --protocol released and no --limit" in refused.err
+        told = " ".join(str(option) for option in options[:2]) + (", --limit, --style" if len(options) > 2 else "")
+        assert f"needs --protocol released and nothing that changes it, but there is {told}" in refused.err
 
 
 def test_icl_of_a_folder_and_of_files(run: Callable[..., Any], files: Any, tmp_path: Path) -> None:

@@ -94,21 +94,24 @@ def add_paper_option(parser: argparse.ArgumentParser, task: str) -> None:
         "--paper-data",
         choices=paper.DATA[task],
         help="say that --data is this data set in the paper's split, to see the paper's numbers beside; "
-        "with --protocol released and without --limit",
+        "with --protocol released and nothing that changes it",
     )
 
 
-def _check_paper_option(options: argparse.Namespace) -> str | None:
+_NOT_THE_PAPERS = ("limit", "part", "style", "adapted_style", "chat", "new_tokens")
+
+
+def _paper_data(options: argparse.Namespace) -> str | None:
     """The paper's data, if that is what is evaluated.
 
     Raises:
-        InputError: the protocol or the items are others than the paper's.
+        InputError: the protocol or what is asked is not the paper's.
     """
     data: str | None = getattr(options, "paper_data", None)
-    if data is not None and (options.protocol != "released" or options.limit is not None):
-        raise InputError(
-            "--paper-data needs --protocol released and no --limit: else the paper's numbers are of others"
-        )
+    changed = [f"--{name.replace('_', '-')}" for name in _NOT_THE_PAPERS if getattr(options, name, None)]
+    if data is not None and (options.protocol != "released" or changed):
+        found = ", ".join([f"--protocol {options.protocol}", *changed])
+        raise InputError(f"--paper-data needs --protocol released and nothing that changes it, but there is {found}")
     return data
 
 
@@ -146,7 +149,7 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
     """
     if options.json is not None and options.json.suffix != ".json":
         raise InputError(f"--json must be a file whose name ends in .json, but it is {options.json}")
-    paper_data = _check_paper_option(options)
+    paper_data = _paper_data(options)
     for file in files:
         if not file.exists():
             raise InputError(f"there is no file {file}")
