@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from gakernels import Adapter, GenerativeAdapter, GeneratorConfig, InputError
 from gakernels.errors import first_line
 from gakernels.model.attachment import decoder_layers
-from gakernels.nn.adapted_quantized_linear import is_linear
+from gakernels.nn.adapted_opaque_linear import is_linear
 from studies.tiny_models import VOCABULARY, families, make_base
 
 TOLERANCE = 1e-4

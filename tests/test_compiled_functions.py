@@ -15,7 +15,7 @@ from gakernels.nn.cpu_attention import causal_attention
 from gakernels.nn.float8_linear import Float8Linear
 from gakernels.nn.frozen_rms_norm import rms_norm
 from gakernels.nn.gated_mlp import gated_product
-from gakernels.nn.low_rank_term import add_low_rank_term
+from gakernels.nn.low_rank_factors import add_low_rank_term
 from gakernels.nn.token_loss import token_loss
 
 ROOT = Path(gakernels.__file__).parent
@@ -101,7 +101,7 @@ CASES = {
     "nn.gated_mlp._GatedProduct": gated,
     "nn.frozen_rms_norm._NormFunction": norm,
     "nn.frozen_rms_norm._NormFunction, no weight": norm_without_weight,
-    "nn.low_rank_term._LowRankTerm": low_rank_term,
+    "nn.low_rank_factors._LowRankTerm": low_rank_term,
     "nn.token_loss._LossInBlocks": loss_in_blocks,
     "nn.float8_linear._Product": float8,
 }

@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         plot,
         pretrain,
         serve,
+        serve_export,
     )
 
     parser = _Parser(prog="gakernels", description="Turn contexts into adapters of a language model.")
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         plot,
         export,
         serve,
+        serve_export,
         eval,
         calibrate,
         info,

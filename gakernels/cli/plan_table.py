@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gakernels.data import BadRecords
-from gakernels.training.plan import FinetuningPlan, PretrainingPlan, RunPlan
+from gakernels.training.plan import RESERVED, FinetuningPlan, PretrainingPlan, RunPlan
 
 USUAL_TFLOPS = (100.0, 300.0, 600.0)
 
@@ -104,7 +104,14 @@ def _memory_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
         *rows,
         ("all", f"{plan.memory.total / 1e9:,.3f} GB"),
         ("layers that compute gate and up again", str(layers)),
+        *[(f"fits a GPU of {size} GB", _fit(size, count)) for size, count in plan.fits.items()],
     ]
+
+
+def _fit(size: int, layers: int | None) -> str:
+    if layers is None:
+        return "no"
+    return f"with memory_budget {size - RESERVED / 1e9:g}GB (layers: {layers})" if layers else "yes"
 
 
 def _time_rows(plan: PretrainingPlan, rates: Sequence[float]) -> list[tuple[str, str]]:

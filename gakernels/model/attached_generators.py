@@ -35,7 +35,7 @@ from gakernels.model.positions import check_chunk_size, position_limit
 from gakernels.model.shared_weights import SharedWeights
 from gakernels.model.windows import only_first_is_plain, pad_windows, split_evenly
 from gakernels.nn import AdaptedLinear, AdapterGenerator, CompactFactors, LowRankFactors
-from gakernels.nn.adapted_quantized_linear import adapted, linear_sizes
+from gakernels.nn.adapted_opaque_linear import adapted, linear_sizes
 from gakernels.nn.cpu_attention import CpuAttention
 from gakernels.nn.factors_in_force import Block, innermost
 from gakernels.nn.offloading import execution_device

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from gakernels.errors import InputError
 from gakernels.nn import AdaptedLinear, FrozenRMSNorm, GatedMLP
 from gakernels.nn.adapted_linear import has_hooks
-from gakernels.nn.adapted_quantized_linear import is_linear
+from gakernels.nn.adapted_opaque_linear import is_linear
 
 # Wrappers that compute the same as their module, and the attribute that holds it: compiled, replicated, recomputed.
 _WRAPPERS = {

@@ -10,7 +10,7 @@ from gakernels.errors import InputError
 from gakernels.model.attachment import decoder_layers
 from gakernels.model.base_model import remember_fingerprint
 from gakernels.nn import AdaptedLinear
-from gakernels.nn.adapted_quantized_linear import is_plain_linear
+from gakernels.nn.adapted_opaque_linear import is_plain_linear
 from gakernels.nn.bitsandbytes_linear import check_bitsandbytes, int8_linear, nf4_linear
 from gakernels.nn.float8_linear import Float8Linear, check_linear
 

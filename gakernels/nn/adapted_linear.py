@@ -1,71 +1,14 @@
 """AdaptedLinear: a frozen linear layer that takes a low-rank adapter, or a different one per row of the batch."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gakernels.errors import InputError
 from gakernels.nn.factors_in_force import HandedOver, factors_in_force
+from gakernels.nn.low_rank_factors import CompactFactors, Factors, LowRankFactors, as_windows
 from gakernels.nn.offloading import execution_device
 from gakernels.nn.side_stream import Later
 from gakernels.ops import lowrank_linear
-
-
-@dataclass(frozen=True)
-class LowRankFactors:
-    """The adapters that an `AdaptedLinear` uses: scale lora_B[i] lora_A[i] for adapter i.
-
-    Attributes:
-        lora_a: (adapters, r, d_in).
-        lora_b: (adapters, d_out, r).
-        scale: factor of the low-rank term.
-        adapter_index: (rows,) int64, the adapter of each row of the batch, -1 for none. None: a single adapter serves
-            all rows, and n adapters serve n equal groups of consecutive rows.
-    """
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-    adapter_index: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class CompactFactors:
-    """A different adapter for each row, as scale A1 U_i V_i^T B2 with A1 and B2 shared: nothing is multiplied out.
-
-    Attributes:
-        output_map: A1 (d_out, d_r).
-        input_map: B2 (d_r, d_in).
-        left: U (rows, d_r, r), zero for a row without an adapter.
-        right: V (rows, d_r, r).
-        scale: factor of the low-rank term.
-    """
-
-    output_map: Tensor
-    input_map: Tensor
-    left: Tensor
-    right: Tensor
-    scale: float
-
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add the low-rank term of x (rows, ..., d_in) to y (rows, ..., d_out), in place.
-
-        The maps are one matrix product each for all rows; the rows' own factors are two thin batched ones between them.
-
-        Raises:
-            InputError: the batch has another number of rows than there are factors.
-        """
-        rows = self.left.shape[0]
-        _check_rows(x, rows)
-        wide = torch.bmm(F.linear(x.reshape(rows, -1, x.shape[-1]), self.input_map), self.right)
-        wide = torch.bmm(wide, self.left.mT).view(-1, self.left.shape[1])
-        y.view(-1, y.shape[-1]).addmm_(wide, self.output_map.mT, alpha=self.scale)
-        return y
-
-
-Factors = LowRankFactors | CompactFactors | None
 
 
 class AdaptedLinear(nn.Linear):
@@ -168,22 +111,3 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
     """Share the hook dictionaries: a hook added to one layer runs on the other too, and can be removed from either."""
     for name in _HOOKS:
         target.__dict__[name] = source.__dict__[name]
-
-
-def as_windows(x: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor | None]:
-    """Shape the input as (windows, M, d_in) for `lowrank_linear`, with the index of each window's adapter."""
-    adapters, rows = factors.lora_a.shape[0], x.shape[0]
-    if factors.adapter_index is not None:
-        rows = factors.adapter_index.shape[0]
-        _check_rows(x, rows)
-        return x.reshape(rows, -1, x.shape[-1]), factors.adapter_index.to(x.device, torch.int64)
-    if rows % adapters:
-        raise InputError(f"the rows of the batch must be a multiple of the {adapters} adapters, but there are {rows}")
-    return x.reshape(adapters, -1, x.shape[-1]), None
-
-
-def _check_rows(x: Tensor, rows: int) -> None:
-    """Raises: InputError: the input is neither a batch of so many rows nor that batch flattened."""
-    flattened = x.dim() == 2 and x.shape[0] % rows == 0
-    if x.shape[0] != rows and not flattened:
-        raise InputError(f"the batch must have {rows} rows, one for each adapter, but it has {x.shape[0]}")

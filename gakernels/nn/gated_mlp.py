@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from gakernels.nn.adapted_linear import AdaptedLinear, Factors
-from gakernels.nn.adapted_quantized_linear import is_linear
+from gakernels.nn.adapted_linear import AdaptedLinear
+from gakernels.nn.adapted_opaque_linear import is_linear
+from gakernels.nn.low_rank_factors import Factors
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ from gakernels.training.instruction.steps import InstructionSteps, StepLoad
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 
+GPU_GIGABYTES = (24, 48, 80, 141)  # 10^9 bytes: RTX 4090, L40S, A100 and H100, H200
+RESERVED = 1.5e9  # bytes of a GPU that the CUDA context and libraries take
 QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # per weight; fp8 is stored in both layouts
 
 
@@ -70,6 +73,8 @@ class PretrainingPlan(RunPlan):
         windows: windows of a segment, context and reconstruction together.
         flops: the operations of a step, by their kind.
         memory: of one process.
+        fits: by size of a GPU in 10^9 bytes, how many layers must compute gate and up again for a step to fit one such
+            GPU a process; None if it does not fit.
     """
 
     segments: int
@@ -78,6 +83,7 @@ class PretrainingPlan(RunPlan):
     windows: int
     flops: StepFlops
     memory: MemoryEstimate
+    fits: Mapping[int, int | None]
 
     @property
     def tokens(self) -> int:
@@ -123,6 +129,8 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
     """
     shape, config, windows = base_shape(recipe.model), recipe.generator, recipe.windows
     at_once = windows.at_once(processes)
+    setting = step_setting(recipe, processes, device)
+    step = largest_step(recipe, shape, at_once, setting)
     one = pretraining_flops(shape, config, windows.chunks, config.chunk_size, windows.plain, windows.slices)
     operations = one * windows.batch_size
     return PretrainingPlan(
@@ -137,16 +145,29 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
         generator_parameters=_trained(shape, config),
         operations=operations.total,
         flops=operations,
-        memory=_memory(recipe, shape, at_once, processes, device),
+        memory=_memory(recipe, shape, step, setting),
+        fits=_fits(recipe, shape, at_once, processes),
     )
 
 
-def _memory(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, world: int, device: str) -> MemoryEstimate:
-    setting = step_setting(recipe, world, device)
-    step = largest_step(recipe, shape, at_once, setting)
+def _memory(recipe: PretrainingRecipe, shape: ModelShape, step: StepShape, setting: StepSetting) -> MemoryEstimate:
     if recipe.memory_budget is None:
         return estimate_memory(shape, recipe.generator, step, setting)
     return choose_recomputation(shape, recipe.generator, step, parse_bytes(recipe.memory_budget), setting)
+
+
+def _fits(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, processes: int) -> dict[int, int | None]:
+    setting = step_setting(recipe, processes, "cuda")
+    step = largest_step(recipe, shape, at_once, setting)
+    fits: dict[int, int | None] = {}
+    for size in GPU_GIGABYTES:
+        try:
+            estimate = choose_recomputation(shape, recipe.generator, step, int(size * 1e9 - RESERVED), setting)
+        except InputError:
+            fits[size] = None
+        else:
+            fits[size] = len(estimate.recomputed_layers)
+    return fits
 
 
 def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, setting: StepSetting) -> StepShape:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from gakernels import AdaptedLinear, GenerativeAdapter, LowRankFactors
 from gakernels.model.quantized_base import quantize_base
-from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, adapted
+from gakernels.nn.adapted_opaque_linear import AdaptedOpaqueLinear, adapted
 from gakernels.nn.bitsandbytes_linear import int8_linear, nf4_linear
 
 pytest.importorskip("bitsandbytes")
@@ -39,7 +39,7 @@ def test_a_model_in_4_bits_is_the_one_with_those_weights() -> None:
     model = make_trained(GenerativeAdapter(quantised, make_config()))
     plain = GenerativeAdapter(base, make_config())
     plain.load_generator_tensors(model.generator_tensors(), "model")
-    assert isinstance(quantised.model.layers[0].self_attn.o_proj, AdaptedQuantizedLinear)
+    assert isinstance(quantised.model.layers[0].self_attn.o_proj, AdaptedOpaqueLinear)
     ids = random_ids(2, 3, 6)
     results = []
     for one in (model, plain):

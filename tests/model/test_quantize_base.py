@@ -14,7 +14,7 @@ from gakernels import BackendError, GenerativeAdapter, InputError
 from gakernels.files import read_tensors
 from gakernels.model.quantized_base import quantize_base
 from gakernels.nn import FrozenRMSNorm, GatedMLP
-from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, is_plain_linear
+from gakernels.nn.adapted_opaque_linear import AdaptedOpaqueLinear, is_plain_linear
 from gakernels.nn.float8_linear import Float8Linear
 
 
@@ -66,7 +66,7 @@ def test_all_linear_layers_of_the_decoder_layers_and_no_others() -> None:
     layer = base.model.layers[0]
     assert isinstance(layer.mlp, GatedMLP)
     assert isinstance(layer.input_layernorm, FrozenRMSNorm)
-    assert isinstance(layer.self_attn.o_proj, AdaptedQuantizedLinear)
+    assert isinstance(layer.self_attn.o_proj, AdaptedOpaqueLinear)
     assert not any(parameter.requires_grad for parameter in model.base.parameters())
 
 

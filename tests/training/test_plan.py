@@ -85,6 +85,19 @@ def test_a_budget_is_kept_or_refused(folder: Path) -> None:
         plan_pretraining(replace(recipe, memory_budget="1KB"), device="cpu")
 
 
+def test_which_gpus_a_run_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(BaseConfig(str(folder)))
+    assert set(plan_pretraining(recipe, device="cpu").fits.values()) == {0}
+    monkeypatch.setattr("gakernels.training.plan.RESERVED", 0)
+    free = plan_pretraining(recipe, device="cuda").memory
+    sizes = tuple(size / 1e9 for size in (free.total, free.total - 1, 1000))
+    monkeypatch.setattr("gakernels.training.plan.GPU_GIGABYTES", sizes)
+    enough, less, nothing = plan_pretraining(recipe, device="cpu").fits.values()
+    assert (enough, nothing) == (0, None)
+    assert less is not None
+    assert less > 0
+
+
 def test_sizes_in_a_recipe_are_those_of_such_a_model() -> None:
     sizes = {"hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocabulary": 64}
     for family in ("llama", "llama_tied"):

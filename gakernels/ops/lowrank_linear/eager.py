@@ -39,9 +39,23 @@ def forward(
     """Returns y (windows, M, d_out) and the shrunk input z = x A^T (windows, M, r)."""
     # In three dimensions F.linear with a bias returns a view, and PyTorch would let nobody change y in place.
     y = torch.ops.aten._unsafe_view(F.linear(x.flatten(0, 1), weight, bias), [*x.shape[:2], weight.shape[0]])
+    return with_term(y, x, lora_a, lora_b, scale, adapter_index, in_place=True)
+
+
+@autocast.without
+def with_term(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    adapter_index: Tensor | None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y with the low-rank term of x added, and z."""
     z = x @ select(lora_a, adapter_index).mT
-    y.baddbmm_(z, select(lora_b, adapter_index).mT, alpha=scale)
-    return y, z
+    add = y.baddbmm_ if in_place else y.baddbmm
+    return add(z, select(lora_b, adapter_index).mT, alpha=scale), z
 
 
 @autocast.without

@@ -1,4 +1,4 @@
-"""AdaptedQuantizedLinear: an `AdaptedLinear` over a frozen linear layer whose weight is no plain matrix."""
+"""AdaptedOpaqueLinear: an `AdaptedLinear` over a frozen linear layer whose weight is no plain matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gakernels.errors import InputError
-from gakernels.nn.adapted_linear import AdaptedLinear, LowRankFactors, as_windows
-from gakernels.nn.low_rank_term import add_low_rank_term
+from gakernels.nn.adapted_linear import AdaptedLinear
+from gakernels.nn.low_rank_factors import LowRankFactors, add_low_rank_term, as_windows
 from gakernels.nn.offloading import only_aligns
 
 
@@ -45,10 +45,10 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def adapted(linear: Any) -> AdaptedLinear:
     """A linear layer of any kind as one that takes adapters."""
-    return (AdaptedLinear if is_plain_linear(linear) else AdaptedQuantizedLinear).from_linear(linear)
+    return (AdaptedLinear if is_plain_linear(linear) else AdaptedOpaqueLinear).from_linear(linear)
 
 
-class AdaptedQuantizedLinear(AdaptedLinear):
+class AdaptedOpaqueLinear(AdaptedLinear):
     """A frozen layer of any kind that maps (..., d_in) to (..., d_out), with an exchangeable adapter.
 
     The layer itself computes its product and the gradient of its input; the low-rank term is added in the dtype of that
@@ -68,7 +68,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
         self.requires_grad_(False)
 
     @classmethod
-    def from_linear(cls, linear: Any) -> "AdaptedQuantizedLinear":
+    def from_linear(cls, linear: Any) -> "AdaptedOpaqueLinear":
         """Wrap a layer: its parameters are shared, not copied, and are frozen."""
         return cls(linear)
 
@@ -111,7 +111,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
 
     # The layer keeps its own ways of moving, casting and saving its tensors.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedQuantizedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedOpaqueLinear":
         self.original._apply(fn, recurse)
         return self
 

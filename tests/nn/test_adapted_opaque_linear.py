@@ -1,4 +1,4 @@
-"""AdaptedQuantizedLinear over a layer that is no `nn.Linear`, against AdaptedLinear over the same map."""
+"""AdaptedOpaqueLinear over a layer that is no `nn.Linear`, against AdaptedLinear over the same map."""
 
 import copy
 
@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gakernels import AdaptedLinear, InputError, LowRankFactors
 from gakernels.nn import CompactFactors
-from gakernels.nn.adapted_quantized_linear import AdaptedQuantizedLinear, adapted, is_linear, is_plain_linear
+from gakernels.nn.adapted_opaque_linear import AdaptedOpaqueLinear, adapted, is_linear, is_plain_linear
 
 WIDTH, OUT, RANK = 6, 5, 3
 
@@ -42,12 +42,12 @@ class Packed(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def pair(generator: Generator, dtype: torch.dtype = torch.float64) -> tuple[AdaptedLinear, AdaptedQuantizedLinear]:
+def pair(generator: Generator, dtype: torch.dtype = torch.float64) -> tuple[AdaptedLinear, AdaptedOpaqueLinear]:
     linear = nn.Linear(WIDTH, OUT, dtype=dtype).requires_grad_(False)
     for parameter in linear.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype))
     wrapped = adapted(Packed(linear))
-    assert isinstance(wrapped, AdaptedQuantizedLinear)
+    assert isinstance(wrapped, AdaptedOpaqueLinear)
     return AdaptedLinear.from_linear(linear), wrapped
 
 
