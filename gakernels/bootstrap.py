@@ -50,7 +50,7 @@ def interval(
     values = []
     for start in range(0, resamples, _BLOCK):
         rows = torch.randint(clusters, (min(_BLOCK, resamples - start), clusters), dtype=torch.int32, generator=random)
-        places = rows + torch.arange(len(rows))[:, None] * clusters
+        places = rows + torch.arange(len(rows), dtype=torch.int32)[:, None] * clusters
         drawn = torch.bincount(places.view(-1), minlength=places.numel()).view_as(rows)
         values.append(statistic(drawn.double() @ wide))
     level = tail(clusters)
