@@ -1,6 +1,8 @@
 """Bootstrap confidence intervals."""
 
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -22,30 +24,51 @@ def ratio_of_perplexities(
         resamples: number of bootstrap samples.
         seed: seed of the resampling.
     """
-    random = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(tokens), (resamples, len(tokens)), generator=random)
-    difference = (first - second).double().cpu()[rows].sum(1) / tokens.double().cpu()[rows].sum(1)
-    low, high = torch.quantile(difference, torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
+    sums = torch.stack([first.double() - second.double(), tokens.double()], dim=1)
+    logarithms = interval(sums, lambda total: total[:, 0] / total[:, 1], resamples, seed)
+    low, high = torch.tensor(logarithms, dtype=torch.float64).exp().tolist()
     return low, high
 
 
 def interval(
     sums: Tensor, statistic: Callable[[Tensor], Tensor], resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of a statistic that depends on sums over contexts, by resampling whole contexts.
+    """95% interval of a statistic that depends on sums over clusters, by resampling whole clusters.
+
+    It is the expanded percentile interval: a plain one is too narrow for few clusters, because the bootstrap divides by
+    n where a variance is estimated with n - 1, and knows no t distribution; `tail` makes up for both.
 
     Args:
-        sums: (n, k) the contribution of each context to the k sums (for instance its score and number of questions).
+        sums: (n, k) the contribution of each cluster to the k sums (for instance the total score and the number of
+            questions of a context).
         statistic: maps sums (resamples, k) in float64 to its values (resamples,).
         resamples: number of bootstrap samples.
         seed: seed of the resampling.
     """
     random = torch.Generator().manual_seed(seed)
-    contexts, wide = len(sums), sums.double().cpu()
+    clusters, wide = len(sums), sums.double().cpu()
     values = []
     for start in range(0, resamples, _BLOCK):
-        rows = torch.randint(contexts, (min(_BLOCK, resamples - start), contexts), generator=random)
-        drawn = torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones_like(rows).double())
-        values.append(statistic(drawn @ wide))
-    low, high = torch.quantile(torch.cat(values), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        rows = torch.randint(clusters, (min(_BLOCK, resamples - start), clusters), dtype=torch.int32, generator=random)
+        places = rows + torch.arange(len(rows), dtype=torch.int32)[:, None] * clusters
+        drawn = torch.bincount(places.view(-1), minlength=places.numel()).view_as(rows)
+        values.append(statistic(drawn.double() @ wide))
+    level = tail(clusters)
+    low, high = torch.quantile(torch.cat(values), torch.tensor([level, 1 - level], dtype=torch.float64)).tolist()
     return low, high
+
+
+def tail(clusters: int) -> float:
+    """The share of resamples to leave out on either side: 0.025 for many clusters, less for few (0 for one).
+
+    The normal probability beyond sqrt(n / (n - 1)) t, where t leaves out 0.025 of the t distribution with n - 1 degrees
+    of freedom (T. Hesterberg, What Teachers Should Know About the Bootstrap, 2015).
+    """
+    if clusters < 2:
+        return 0.0
+    freedom, z = clusters - 1, NormalDist().inv_cdf(0.975)
+    # The series of t in powers of 1 / freedom (Abramowitz and Stegun 26.7.5): the error is below 1% from n = 4 on; for
+    # fewer clusters the result is the whole range of the resamples either way.
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return NormalDist().cdf(-math.sqrt(clusters / freedom) * t)

@@ -109,7 +109,7 @@ def ablation(generators: Path, seed: int) -> dict[str, Any]:
                 "scenario": scenario,
                 "method": method,
                 "metric": metric,
-                **score(metric, samples).to_dict(),
+                **vars(score(metric, samples)),
             }
             for scenario, methods in found.items()
             for method, by_metric in methods.items()

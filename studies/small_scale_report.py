@@ -1,6 +1,7 @@
 """Plots and tables of the small-scale study: the ablation, recall against context length, and recall against cost."""
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,13 @@ def _label(row: Mapping[str, Any]) -> str:
     return BASELINES.get(row["method"], row["method"])
 
 
+def _errors(rows: Sequence[StudyRow]) -> list[list[float]]:
+    """The distances from each value to the ends of its interval; not a number if it has none."""
+    return [[nan if row[key] is None else abs(row["value"] - row[key]) for row in rows] for key in ("low", "high")]
+
+
 def _mark(axes: Axes, row: Mapping[str, Any], place: float, seed: int) -> None:
-    errors = [[abs(row["value"] - row[key])] for key in ("low", "high")]
+    errors = _errors([row])
     axes.errorbar([row["value"]], [place], xerr=errors, fmt=MARKERS[seed], color=f"C{seed}", markersize=4, linewidth=1)
 
 
@@ -80,8 +86,7 @@ def draw_recall(by_length: Mapping[str, Mapping[str, Any]]) -> Any:
             values = [row["value"] for row in rows]
             tokens = [row["cell"]["length"] * 2 ** (0.03 * (number - len(methods) / 2)) for row in rows]
             style = {"color": f"C{number}", "marker": MARKERS[number], "markersize": 4, "linewidth": 1}
-            errors = [[abs(row["value"] - row[key]) for row in rows] for key in ("low", "high")]
-            left.errorbar(tokens, values, yerr=errors, label=method.replace("_", " "), **style)
+            left.errorbar(tokens, values, yerr=_errors(rows), label=method.replace("_", " "), **style)
             right.plot([cost[method, row["cell"]["length"]] for row in rows], values, **style)
         left.set_xscale("log", base=2)
         left.set_xticks(lengths := sorted({row["cell"]["length"] for row in part["results"]}), map(str, lengths))
@@ -150,6 +155,8 @@ def _value(row: StudyRow | None, digits: int) -> str:
     if row is None:
         return "-"
     factor, unit = (100, "%") if digits == 1 else (1, "")
+    if row["low"] is None:
+        return f"{factor * row['value']:.{digits}f}{unit}"
     value, low, high = (factor * row[key] for key in ("value", "low", "high"))
     return f"{value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 

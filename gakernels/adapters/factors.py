@@ -49,6 +49,10 @@ class AdapterFactors:
         """How many numbers the factors hold."""
         return sum(factor.numel() for factor in [*self.lora_a.values(), *self.lora_b.values()])
 
+    def bytes(self) -> int:
+        """How many bytes the factors take as they are."""
+        return sum(factor.nbytes for factor in [*self.lora_a.values(), *self.lora_b.values()])
+
     def to(self: _Factors, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> _Factors:
         """The same adapter on another device or in another dtype."""
         lora_a, lora_b = (

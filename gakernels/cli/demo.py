@@ -27,7 +27,8 @@ from gakernels.demo.experiment import peak_rss_bytes
 from gakernels.demo.reading import WAYS, Reading, Scores, ask, score_questions
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import EvaluationContext, Question, read_flat_qa
-from gakernels.evaluation.metrics import Score, answer_exact_match
+from gakernels.evaluation.metrics import Estimate, answer_exact_match
+from gakernels.evaluation.tables import FRACTION, interval_text
 from gakernels.files import write_text
 from gakernels.paths import expanded, user_path
 
@@ -173,7 +174,7 @@ def _shown(text: str | None, questions: list[str]) -> tuple[EvaluationContext, E
     return EvaluationContext(text, tuple(Question(question, ()) for question in questions)), first
 
 
-def _f1(scores: Scores) -> dict[str, dict[str, float]]:
+def _f1(scores: Scores) -> dict[str, dict[str, float | None]]:
     return {
         way: {"f1": found.value, "low": found.low, "high": found.high, "n": found.count}
         for way, found in scores.f1.items()
@@ -221,13 +222,13 @@ def _show_scores(console: Console, scores: dict[str, Scores]) -> None:
         reads = f"{first.contextualization_seconds[way]:.2f}" if "adapter" in way else "-"
         table.add_row(
             LABELS[way],
-            *(_interval(found.f1.get(way)) for found in scores.values()),
+            *(_shown_f1(found.f1.get(way)) for found in scores.values()),
             reads,
             f"{first.question_seconds[way]:.2f}",
         )
     console.print(table)
 
 
-def _interval(f1: Score | None) -> str:
-    """In %; a dash where a single text has no other one."""
-    return "-" if f1 is None else f"{100 * f1.value:.0f} [{100 * f1.low:.0f}, {100 * f1.high:.0f}]"
+def _shown_f1(f1: Estimate | None) -> str:
+    """A dash where a single text has no other one."""
+    return interval_text(None if f1 is None else {**vars(f1), "unit": FRACTION})

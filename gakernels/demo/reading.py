@@ -9,7 +9,7 @@ from gakernels.data.bad_records import BadRecords
 from gakernels.demo.experiment import context_bytes
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, read_flat_qa
-from gakernels.evaluation.metrics import Score, score
+from gakernels.evaluation.metrics import Estimate, score
 from gakernels.evaluation.runner import Runner, RunSettings
 from gakernels.evaluation.scenarios import AskSettings, EvaluationCase, EvaluationRequest, Scenario, docqa
 from gakernels.model import GenerativeAdapter
@@ -64,7 +64,7 @@ class Scores:
         question_seconds: per question, by way.
     """
 
-    f1: dict[str, Score]
+    f1: dict[str, Estimate]
     contextualization_seconds: dict[str, float]
     question_seconds: dict[str, float]
 

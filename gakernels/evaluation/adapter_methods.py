@@ -24,7 +24,8 @@ class GeneratedAdapter(SimpleMethod):
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """Makes the adapters, several contexts in a pass."""
-        return Prepared(self.adapt([case.context.text for case in cases]))
+        adapters = self.adapt([case.context.text for case in cases])
+        return Prepared(adapters, kept=adapters)
 
 
 class StreamedAdapter(SimpleMethod):
@@ -35,7 +36,8 @@ class StreamedAdapter(SimpleMethod):
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """Reads piece by piece."""
-        return Prepared([self.to_base(self._read(case.context.text)) for case in cases])
+        adapters = [self.to_base(self._read(case.context.text)) for case in cases]
+        return Prepared(adapters, kept=adapters)
 
     def _read(self, text: str) -> Adapter:
         stream = self.model.stream()
@@ -61,7 +63,7 @@ class MergedAdapter(SimpleMethod):
             finally:
                 self.model.unmerge()
 
-        return Prepared([None] * len(cases), weights=weights, separate=True)
+        return Prepared([None] * len(cases), weights=weights, separate=True, kept=adapters)
 
 
 class AdapterWithRetrieval(Retrieval):
@@ -71,7 +73,9 @@ class AdapterWithRetrieval(Retrieval):
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """Makes the adapters and indexes the passages."""
-        return Prepared(self.adapt([case.context.text for case in cases]), self.retriever(cases))
+        texts = [case.context.text for case in cases]
+        adapters = self.adapt(texts)
+        return Prepared(adapters, self.retriever(cases), kept=[*adapters, *texts])
 
 
 class OtherAdapter(SimpleMethod):
@@ -87,7 +91,8 @@ class OtherAdapter(SimpleMethod):
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """Makes the adapters of the others."""
         others = [self.scenario.cases[case.other].context.text for case in cases if case.other is not None]
-        return Prepared(self.adapt(others))
+        adapters = self.adapt(others)
+        return Prepared(adapters, kept=adapters)
 
 
 class MeanContext(SimpleMethod):

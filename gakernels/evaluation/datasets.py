@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Question:
         answers: gold answers, at least one.
         options: answers to choose from; empty if the answer is free.
         id: its name in the data set.
+        category: its kind, which has results of its own; empty if there are none.
     """
 
     text: str
     answers: tuple[str, ...]
     options: tuple[str, ...] = ()
     id: str = ""
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,16 @@ def _questions(
     for number, asked in enumerate(map(dict_of, _list(entry.get(key)))):
         where, text, golds = f"{place}.{key}[{number}]", text_of(asked.get("question")), answers(asked)
         if text and golds:
-            found.append(Question(text, golds, id=str(asked.get("id", where))))
+            found.append(Question(text, golds, id=str(asked.get("id", where)), category=_category(asked)))
         else:
             skipped.add("question without answers" if text else "question without text", where)
     return tuple(found)
+
+
+def _category(asked: Mapping[str, Any]) -> str:
+    """The category of a question, a text or a number."""
+    value = asked.get("category")
+    return str(value) if isinstance(value, int) else text_of(value)
 
 
 # Documents
@@ -261,8 +269,9 @@ def read_flat_qa(name: str) -> Dataset:
     """The contexts of flat rows `{context, question, answer}`, with all questions of each.
 
     `answers` may stand for `answer`; either is a text, a number, a list of them, or SQuAD's `{"text": [...]}`. A row
-    may have several questions: `{context, qas: [{question, answer}, ...]}`. Other entries are ignored. Left out and
-    counted: rows without a context, a question or an answer.
+    may have several questions: `{context, qas: [{question, answer}, ...]}`. A question may have a `category`, whose
+    results are also reported apart. Other entries are ignored. Left out and counted: rows without a context, a question
+    or an answer.
 
     Args:
         name: a file of JSON (a list of rows), JSON lines, Parquet (both also compressed) or CSV, by its suffix, or
@@ -279,8 +288,9 @@ def read_flat_qa(name: str) -> Dataset:
         if empty:
             skipped.add(f"row without {empty}", place)
         else:
-            by_context.setdefault(context, []).append(Question(question, answers, id=str(row.get("id", place))))
-    contexts = (EvaluationContext(text, tuple(asked), asked[0].id) for text, asked in by_context.items())
+            asked = Question(question, answers, id=str(row.get("id", place)), category=_category(row))
+            by_context.setdefault(context, []).append(asked)
+    contexts = (EvaluationContext(text, tuple(found), found[0].id) for text, found in by_context.items())
     return _dataset(Path(name), contexts, skipped)
 
 
@@ -481,14 +491,23 @@ def _persona_chat_turns(text: str) -> Turns:
 
 
 _LOCOMO_SESSION = re.compile(r"session_(\d+)")
+# The numbers in its files; the order and the names are those of its paper's tables and evaluation.
+_LOCOMO_CATEGORIES = {
+    "1": "multi-hop",
+    "2": "temporal",
+    "3": "open-domain",
+    "4": "single-hop",
+    "5": "adversarial",
+}
 
 
 def read_locomo(path: Path) -> Dataset:
     """The conversations of a LoCoMo file, over many sessions, with their questions.
 
-    Schema: `[{"sample_id", "conversation": {"session_1_date_time": str, "session_1": [{"speaker", "text"}], ...}, "qa":
-    [{"question", "answer"}]}]`. Each session follows its date. Left out and counted: entries without sessions
-    or questions, questions without text or answer (LoCoMo's adversarial ones have none).
+    Schema: `[{"sample_id", "conversation": {"session_1_date_time": str, "session_1": [{"speaker", "text",
+    "blip_caption"}], ...}, "qa": [{"question", "answer", "category"}]}]`. Each session follows its date; the caption of
+    an image that a turn shares follows its text, as "[image: a photo of a dog]". Left out and counted: entries without
+    sessions or questions, questions without text or answer (LoCoMo's adversarial ones have none).
 
     Raises:
         InputError: there is no such file, it is not JSON of this form, or nothing is left of it.
@@ -503,7 +522,10 @@ def read_locomo(path: Path) -> Dataset:
 def _locomo_conversations(entries: list[Any], path: Path, skipped: BadRecords) -> Contexts:
     for number, entry in enumerate(map(dict_of, entries)):
         place, text = f"{path}[{number}]", _locomo_sessions(dict_of(entry.get("conversation")))
-        questions = _questions(entry, "qa", place, skipped, flat_answers)
+        questions = tuple(
+            replace(question, category=_LOCOMO_CATEGORIES.get(question.category, question.category))
+            for question in _questions(entry, "qa", place, skipped, flat_answers)
+        )
         if text and questions:
             yield EvaluationContext(text, questions, str(entry.get("sample_id", number)))
         else:
@@ -516,11 +538,17 @@ def _locomo_sessions(sessions: dict[str, Any]) -> str:
     texts = []
     for number in sorted(found):
         turns = map(dict_of, _list(found[number]))
-        spoken = [(text_of(turn.get("speaker")), text_of(turn.get("text"))) for turn in turns]
+        spoken = [(text_of(turn.get("speaker")), _locomo_said(turn)) for turn in turns]
         said = conversation([(speaker, text) for speaker, text in spoken if speaker and text])
         if said:
             texts.append("\n".join(filter(None, (text_of(sessions.get(f"session_{number}_date_time")), said))))
     return "\n\n".join(texts)
+
+
+def _locomo_said(turn: dict[str, Any]) -> str:
+    """The text of a turn, and the caption of the image that it shares."""
+    caption = text_of(turn.get("blip_caption"))
+    return " ".join(filter(None, (text_of(turn.get("text")), caption and f"[image: {caption}]")))
 
 
 # In-context learning

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gakernels.data.bad_records import BadRecords
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import EvaluationContext, Question, Task
-from gakernels.evaluation.metrics import PROTOCOLS, Sample, best_option, label_match, macro_f1
+from gakernels.evaluation.metrics import PROTOCOLS, Sample, best_option, label_match, label_samples, value
 from gakernels.evaluation.prompts import ICL_NEW_TOKENS, ICL_STOPS, demonstration_text, icl_prompt
 from gakernels.evaluation.scenarios import (
     Answers,
@@ -19,7 +19,7 @@ from gakernels.evaluation.scenarios import (
     EvaluationRequest,
     Measurements,
     Scenario,
-    limited,
+    sampled,
 )
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -121,6 +121,7 @@ def icl(
         lambda item: icl_prompt(item, None, adapted_style),
         {**styles, "shots": list(dict.fromkeys(shots))},
         _all_skipped(tasks),
+        lambda cell: "items" if "task" in dict(cell) else "tasks",
     )
 
 
@@ -130,7 +131,8 @@ def _draw(
     """A case for each task; the other context is that of the next task."""
     cases = []
     for place, task in enumerate(tasks):
-        (context,) = limited([few_shot_context(task.train, task.test, shots, task.seed, protocol)], settings.limit)
+        whole = few_shot_context(task.train, task.test, shots, task.seed, protocol)
+        (context,) = sampled([whole], settings.limit, settings.sample_seed)
         kind = "classification" if task.test.is_classification else "other"
         cell = (("kind", kind), ("task", task.test.name), ("shots", shots), ("seed", task.seed))
         other = first + (place + 1) % len(tasks) if len(tasks) > 1 else None
@@ -181,44 +183,42 @@ def _requests(
 
 
 def _measure(scenario: Scenario, answers: Answers) -> Measurements:
-    """Per kind of task and number of shots, one sample per task (the mean over its seeds); and each task alone."""
-    scores: dict[tuple[str, int, str, str], dict[int, float]] = {}
-    for number, case in enumerate(scenario.cases):
-        cell = dict(case.cell)
-        for metric, value in _case_scores(case, number, answers, scenario.protocol).items():
-            key = str(cell["kind"]), int(cell["shots"]), metric, str(cell["task"])
-            scores.setdefault(key, {})[int(cell["seed"])] = value
-    tasks = list(dict.fromkeys(task for *_, task in scores))
-    together: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
+    """Per kind of task and number of shots, one sample per task; and each task alone, whose clusters are its items: the
+    answers to an item under all seeds belong together."""
     apart: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
-    for (kind, shots, metric, task), by_seed in scores.items():
-        mean = Sample(tasks.index(task), sum(by_seed.values()) / len(by_seed))
-        together.setdefault(((("kind", kind), ("shots", shots)), metric), {})[task] = mean
-        of_task = (("kind", kind), ("task", task), ("shots", shots)), metric
-        apart[of_task] = {seed: Sample(seed, value) for seed, value in by_seed.items()}
+    items: dict[Hashable, int] = {}
+    for number, case in enumerate(scenario.cases):
+        cell = tuple(pair for pair in case.cell if pair[0] != "seed")
+        for metric, key, sample in _case_samples(case, number, answers, scenario.protocol, items):
+            apart.setdefault((cell, metric), {})[key] = sample
+    tasks = {task: number for number, task in enumerate(dict.fromkeys(dict(cell)["task"] for cell, _ in apart))}
+    together: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
+    for (cell, metric), samples in apart.items():
+        task, of_kind = dict(cell)["task"], tuple(pair for pair in cell if pair[0] != "task")
+        together.setdefault((of_kind, metric), {})[task] = Sample(tasks[task], value(metric, samples))
     return {**together, **apart}
 
 
-def _case_scores(case: EvaluationCase, number: int, answers: Answers, protocol: str) -> dict[str, float]:
-    """For one draw of one task: the share of generated labels that match, and the ranking's accuracy or macro-F1."""
-    matches, chosen, gold = [], [], []
-    for place, question in enumerate(case.context.questions):
-        if (number, place, -1) not in answers:
-            continue
-        matches.append(label_match(str(answers[number, place, -1]), question.answers[0], protocol))
+def _case_samples(
+    case: EvaluationCase, number: int, answers: Answers, protocol: str, items: dict[Hashable, int]
+) -> Iterator[tuple[str, Hashable, Sample]]:
+    """For one draw of one task, whether generated labels match, the ranking's accuracy and macro-F1: metric, key and
+    sample. `items` numbers the items."""
+    seed, classification = dict(case.cell)["seed"], dict(case.cell)["kind"] == "classification"
+    answered = [(n, question) for n, question in enumerate(case.context.questions) if (number, n, -1) in answers]
+    labels = list(dict.fromkeys(question.answers[0] for _, question in answered))
+    for place, question in answered:
+        item, gold = items.setdefault((question.text, question.answers), len(items)), question.answers[0]
+        match = label_match(str(answers[number, place, -1]), gold, protocol)
+        yield "match", (seed, place), Sample(item, match, group=seed)
         losses = [answers[number, place, option] for option in range(len(question.options))]
         if losses:
             totals, tokens = zip(*losses, strict=True)
-            chosen.append(question.options[best_option(totals, tokens)])
-            gold.append(question.answers[0])
-    if not matches:
-        return {}
-    scores = {"match": sum(matches) / len(matches)}
-    if gold:
-        scores["ranking_accuracy"] = sum(map(str.__eq__, chosen, gold)) / len(gold)
-        if dict(case.cell)["kind"] == "classification":
-            scores["ranking_macro_f1"] = macro_f1(chosen, gold, gold_labels_only=True)
-    return scores
+            chosen = question.options[best_option(totals, tokens)]
+            yield "ranking_accuracy", (seed, place), Sample(item, float(chosen == gold), group=seed)
+        if losses and classification:
+            for label, sample in label_samples(item, chosen, gold, labels, seed).items():
+                yield "ranking_macro_f1", (seed, place, label), sample
 
 
 def _all_skipped(tasks: Sequence[TaskData]) -> BadRecords:

@@ -62,12 +62,18 @@ class Prepared:
         weights: puts the weights of a case in place while a block runs; None for the base model's own.
         separate: whether requests of different cases must not share a batch: each case has its own weights, or its
             requests have a long common start, which is then read once.
+        kept: the adapters and texts that are stored of the contexts between questions.
     """
 
     adapters: Sequence[Adapter | None]
     in_front: Callable[[int, str], str | None] = lambda number, query: None
     weights: Callable[[int], AbstractContextManager[None]] | None = None
     separate: bool = False
+    kept: Sequence[Adapter | str] = ()
+
+    def kept_bytes(self) -> int:
+        """The size of what is kept: adapters as they are, texts in UTF-8."""
+        return sum(len(one.encode()) if isinstance(one, str) else one.bytes() for one in self.kept)
 
 
 class Method(Protocol):
@@ -144,7 +150,8 @@ class FullPrompt(SimpleMethod):
         few ones share batches with those about other contexts."""
         questions = sum(len(case.context.questions) for case in cases)
         separate = questions >= SHARING * len(cases)
-        return Prepared([None] * len(cases), lambda number, query: cases[number].context.text, separate=separate)
+        texts = [case.context.text for case in cases]
+        return Prepared([None] * len(cases), lambda number, query: texts[number], separate=separate, kept=texts)
 
 
 class PassageSearch:
@@ -210,7 +217,8 @@ class Retrieval(SimpleMethod):
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """Indexes the passages of each context."""
-        return Prepared([None] * len(cases), self.retriever(cases))
+        texts = [case.context.text for case in cases]
+        return Prepared([None] * len(cases), self.retriever(cases), kept=texts)
 
     def retriever(self, cases: Sequence[EvaluationCase]) -> Callable[[int, str], str]:
         """A function from the number of a case in this list and a query to the retrieved text."""

@@ -1,6 +1,6 @@
 """Scores of answers: SQuAD's F1 and exact match, accuracy, macro-F1, the choice among options (docs/evaluation.md).
 
-The samples of a method give its score, those of two methods a comparison, with intervals over contexts.
+The samples of a method give its score, those of two methods a comparison, with intervals over clusters of samples.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,28 +23,6 @@ _LARGEST = 700.0  # e^700 is about the largest float64
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@dataclass(frozen=True)
-class Score:
-    """A mean, or a similar statistic, with its uncertainty.
-
-    Attributes:
-        value: between 0 and 1.
-        low, high: 95% bootstrap interval, resampling contexts; of zero width if there is only one context.
-        count: number of questions.
-        contexts: number of contexts that they are about.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
-    contexts: int
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 # One answer
@@ -148,95 +126,129 @@ def _check_protocol(protocol: str) -> None:
 # Many answers
 
 
-def macro_f1(predictions: Sequence[str], answers: Sequence[str], gold_labels_only: bool = False) -> float:
-    """The mean over labels of the F1 score of each.
-
-    Args:
-        predictions: a label for each question.
-        answers: the gold label of each.
-        gold_labels_only: average over the labels that occur in the answers, as MetaICL does; otherwise also over those
-            that occur in predictions only, with an F1 of 0, as scikit-learn does.
-
-    Raises:
-        InputError: there is no question, or the lengths differ.
-    """
-    if len(predictions) != len(answers) or not answers:
-        raise InputError(
-            f"predictions must be as many as answers, at least one, but they are {len(predictions)} and {len(answers)}"
-        )
-    given, gold = Counter(predictions), Counter(answers)
-    right = Counter(answer for prediction, answer in zip(predictions, answers, strict=True) if prediction == answer)
-    labels = gold if gold_labels_only else gold | given
-    return sum(2 * right[label] / (given[label] + gold[label]) for label in sorted(labels)) / len(labels)
-
-
 @dataclass(frozen=True)
 class Sample:
-    """What one question (or window, or task) adds to a metric: the sum of totals over the sum of weights.
+    """What one question (or window, or task) adds to a metric, which is the sum of totals over the sum of weights.
 
     Attributes:
-        context: number of its context; contexts are resampled.
+        cluster: number of what it belongs to (its context; in `icl` its item, or its task); clusters are resampled.
         total: a score, or a loss in nats.
         weight: 1, or the number of tokens.
+        group: seed of a draw, or label of a macro-F1; a metric is the mean over groups, which are not resampled.
+        count: what it adds to the number of answers; None for its weight.
     """
 
-    context: int
+    cluster: int
     total: float
     weight: float = 1.0
+    group: Hashable = None
+    count: float | None = None
 
 
 Samples = Mapping[Hashable, Sample]
 
 
+def label_samples(
+    cluster: int, prediction: str, answer: str, labels: Iterable[str], seed: Hashable = None
+) -> dict[Hashable, Sample]:
+    """What one answer adds to the macro-F1, by label: the mean over labels (and seeds) of the F1 of each.
+
+    The F1 of a label is the number of right answers over the mean of the numbers predicted and wanted.
+
+    Args:
+        cluster: of the samples.
+        prediction: the label given.
+        answer: the gold label.
+        labels: over which the macro-F1 is the mean: those that occur in answers (as MetaICL counts), or also those that
+            occur in predictions only (as scikit-learn counts).
+        seed: of the draw that the answer belongs to.
+    """
+    return {
+        label: Sample(
+            cluster,
+            total=float(prediction == answer == label),
+            weight=((prediction == label) + (answer == label)) / 2,
+            group=(seed, label),
+            count=float(answer == label),
+        )
+        for label in labels
+    }
+
+
 @dataclass(frozen=True)
-class Comparison:
-    """One method compared with another on the same questions, paired, with the 95% bootstrap interval.
+class Estimate:
+    """A score of a method, or a comparison of two, with its uncertainty.
 
     Attributes:
-        value: difference of the scores; for perplexities, their ratio.
-        low, high: the interval; of zero width if there is only one context.
+        value: a score between 0 and 1, or a perplexity; of two methods the difference, of perplexities the ratio.
+        low, high: 95% bootstrap interval, resampling clusters; None if there is only one cluster or all are alike, as
+            such clusters do not tell how much others would differ.
+        count: number of answers, or tokens for a perplexity.
+        clusters: number of clusters.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    count: int
+    clusters: int
 
 
-def score(metric: str, samples: Samples) -> Score:
+def value(metric: str, samples: Samples) -> float:
     """The value of a metric over at least one sample."""
-    sums = _sums([list(samples.values())])
-
-    def statistic(total: Tensor) -> Tensor:
-        return _value(metric, total)
-
-    low, high = interval(sums, statistic)
-    total = sums.sum(0, keepdim=True)
-    return Score(float(statistic(total)), low, high, int(total[0, 1]), len(sums))
+    return float(_value(metric, _sums([samples]).sum(0, keepdim=True)))
 
 
-def compare(metric: str, first: Samples, second: Samples) -> Comparison | None:
-    """First minus second (for perplexities, first over second) on the samples of both; None if they share none."""
+def score(metric: str, samples: Samples) -> Estimate:
+    """The value of a metric over at least one sample, with its interval."""
+    return _estimate([samples], lambda sums: _value(metric, sums))
+
+
+def compare(metric: str, first: Samples, second: Samples) -> Estimate | None:
+    """First minus second (for perplexities, first over second) on the samples of both; None if they share none.
+
+    It is paired: the clusters are drawn for both together.
+    """
     common = [key for key in first if key in second]
     if not common:
         return None
-    sums = _sums([[first[key] for key in common], [second[key] for key in common]])
 
-    def statistic(total: Tensor) -> Tensor:
-        values = [_value(metric, total[:, :2]), _value(metric, total[:, 2:])]
-        return values[0] / values[1] if metric.endswith(PERPLEXITY) else values[0] - values[1]
+    def statistic(sums: Tensor) -> Tensor:
+        one, other = (_value(metric, half) for half in sums.chunk(2, dim=1))
+        return one / other if metric.endswith(PERPLEXITY) else one - other
 
+    return _estimate([{key: samples[key] for key in common} for samples in (first, second)], statistic)
+
+
+def _estimate(parts: Sequence[Samples], statistic: Callable[[Tensor], Tensor]) -> Estimate:
+    sums = _sums(parts)
+    found = float(statistic(sums.sum(0, keepdim=True)))
     low, high = interval(sums, statistic)
-    return Comparison(float(statistic(sums.sum(0, keepdim=True))), low, high)
+    has_width = high - low > 1e-12 * max(abs(found), 1.0)
+    count = sum(sample.weight if sample.count is None else sample.count for sample in parts[0].values())
+    return Estimate(found, low if has_width else None, high if has_width else None, round(count), len(sums))
 
 
-def _value(metric: str, total: Tensor) -> Tensor:
-    mean = total[:, 0] / total[:, 1]
+def _value(metric: str, sums: Tensor) -> Tensor:
+    """(n,) values from (n, 2 groups) totals and weights; groups of which nothing was drawn do not count."""
+    totals, weights = sums.chunk(2, dim=1)
+    mean = (totals / weights).nanmean(1)
     return mean.clamp(max=_LARGEST).exp() if metric.endswith(PERPLEXITY) else mean
 
 
-def _sums(parts: Sequence[Sequence[Sample]]) -> Tensor:
-    """(contexts, 2 per part): the totals and weights of each part, by context."""
-    order, rows = torch.unique(torch.tensor([sample.context for sample in parts[0]]), return_inverse=True)
-    columns = [[getattr(sample, name) for sample in part] for part in parts for name in ("total", "weight")]
-    values = torch.tensor(columns, dtype=torch.float64).mT
-    return torch.zeros(len(order), values.shape[1], dtype=torch.float64).index_add_(0, rows, values)
+def _sums(parts: Sequence[Samples]) -> Tensor:
+    """(clusters, 2 groups per part): totals and weights of each group, by cluster. All parts have the same keys."""
+    clusters = _numbered(sample.cluster for sample in parts[0].values())
+    groups = _numbered(sample.group for sample in parts[0].values())
+    sums = torch.zeros(len(clusters), 2 * len(parts), len(groups), dtype=torch.float64)
+    rows = torch.tensor([clusters[sample.cluster] for sample in parts[0].values()])
+    columns = torch.tensor([groups[sample.group] for sample in parts[0].values()])
+    for number, part in enumerate(parts):
+        for place, name in enumerate(("total", "weight")):
+            values = torch.tensor([getattr(sample, name) for sample in part.values()], dtype=torch.float64)
+            sums[:, 2 * number + place].index_put_((rows, columns), values, accumulate=True)
+    return sums.flatten(1)
+
+
+def _numbered(names: Iterable[Hashable]) -> dict[Hashable, int]:
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}

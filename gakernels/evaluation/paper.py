@@ -12,6 +12,13 @@ from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.evaluation.cost import adapter_numbers, key_value_numbers
 from gakernels.model.config import GeneratorConfig
 
+# The data of the paper's results, by evaluation.
+DATA = {
+    "docqa": ("SQuAD", "StreamingQA"),
+    "dialog": ("MSC-Self-Instruct",),
+    "icl": ("MetaICL",),
+    "perplexity": ("SlimPajama",),
+}
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+from operator import itemgetter
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +28,7 @@ from gakernels.evaluation.scenarios import (
     EvaluationRequest,
     Measurements,
     Scenario,
+    draw_rank,
     with_others,
 )
 from gakernels.model.windows import split_evenly
@@ -52,7 +56,7 @@ class CutDocument:
 
 
 def cut_documents(
-    path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, limit: int | None = None
+    path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, limit: int | None = None, seed: int = 0
 ) -> tuple[list[CutDocument], BadRecords]:
     """The first 2 n tokens of documents: n of context, then n that follow.
 
@@ -61,35 +65,51 @@ def cut_documents(
             2 n consecutive tokens. May be compressed (`.gz`, `.xz`, `.bz2`, `.zst`).
         tokenizer: of the model.
         tokens: n, at least 2.
-        limit: most documents.
+        limit: most documents, drawn at random from all; None for all.
+        seed: of the draw, which depends on it and on the texts alone.
 
     Returns:
-        The documents, and what was left out: records without text, documents that are too short.
+        The documents, and what was left out: records without text, documents that are too short (with a limit some of
+        these are not noticed).
 
     Raises:
-        InputError: n is below 2, the file is missing, not text, or has no document that is long enough.
+        InputError: n is below 2 or the limit below 1; the file is missing, not text, or has no document that is long
+            enough.
     """
-    if tokens < 2:
-        raise InputError(f"tokens must be at least 2, but it is {tokens}")
-    documents: list[CutDocument] = []
+    for name, value, least in (("tokens", tokens, 2), ("limit", limit, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, but it is {value}")
+    plain, order = _is_plain(path), count()
+    drawn: list[tuple[int, int, CutDocument]] = []  # a heap; the one with the highest rank comes first
     skipped = BadRecords()
     for name, text in document_texts(path, skipped):
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-        starts = range(0, len(ids) - 2 * tokens + 1, 2 * tokens)
-        if not starts:
+        if not plain and len(drawn) == limit and draw_rank(seed, text) > -drawn[0][0]:
+            continue  # before it is cut into tokens
+        pieces = _pieces(name, text, tokenizer, tokens)
+        if not pieces:
             skipped.add(f"document of fewer than {2 * tokens} tokens", name)
-        for start in starts if _is_plain(path) else starts[:1]:
-            if limit is not None and len(documents) == limit:
-                return documents, skipped
-            middle, end = start + tokens, start + 2 * tokens
-            piece = text[offsets[start][0] : offsets[middle - 1][1]]
-            if piece.strip():
-                place = f"{name}+{start}" if _is_plain(path) else name
-                documents.append(CutDocument(place, piece, tuple(ids[start:middle]), tuple(ids[middle:end])))
+        for piece in pieces if plain else pieces[:1]:
+            heappush(drawn, (-draw_rank(seed, piece.text if plain else text), next(order), piece))
+            if limit is not None and len(drawn) > limit:
+                heappop(drawn)
+    documents = [document for _, _, document in sorted(drawn, key=itemgetter(1))]
     if not documents:
         raise InputError(f"{path} has no document of {2 * tokens} tokens{because(skipped)}")
     return documents, skipped
+
+
+def _pieces(name: str, text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[CutDocument]:
+    """A text in pieces of 2 n tokens, the rest left out."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+    pieces = []
+    for start in range(0, len(ids) - 2 * tokens + 1, 2 * tokens):
+        middle, end = start + tokens, start + 2 * tokens
+        context = text[offsets[start][0] : offsets[middle - 1][1]]
+        if context.strip():
+            place = f"{name}+{start}" if start else name
+            pieces.append(CutDocument(place, context, tuple(ids[start:middle]), tuple(ids[middle:end])))
+    return pieces
 
 
 def document_texts(path: Path, skipped: BadRecords) -> Iterator[tuple[str, str]]:
@@ -181,6 +201,6 @@ def _documents(windows: Mapping[Hashable, Sample]) -> dict[Hashable, Sample]:
     """A sample for each document: the mean loss of its tokens."""
     sums: dict[int, tuple[float, float]] = {}
     for window in windows.values():
-        total, weight = sums.get(window.context, (0.0, 0.0))
-        sums[window.context] = total + window.total, weight + window.weight
+        total, weight = sums.get(window.cluster, (0.0, 0.0))
+        sums[window.cluster] = total + window.total, weight + window.weight
     return {document: Sample(document, total / weight) for document, (total, weight) in sums.items()}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
 from gakernels.evaluation import paper
-from gakernels.evaluation.tables import cell_name
+from gakernels.evaluation.tables import FRACTION, cell_name
 
 _MARKERS = "osD^v<>ph*"
 _RECALL_AXES = {
@@ -33,10 +34,10 @@ def plots(report: Mapping[str, Any]) -> dict[str, str]:
     made: dict[str, str] = {}
     with rc_context({"svg.hashsalt": "gakernels", "font.size": 9}):
         for metric in dict.fromkeys(row["metric"] for row in report["results"]):
-            rows = [row for row in report["results"] if row["metric"] == metric and "task" not in row["cell"]]
+            rows = [_scaled(row) for row in report["results"] if row["metric"] == metric and not _is_detail(row)]
             if report["scenario"] == "recall":
                 figure = Figure(figsize=(9, 5.5), layout="constrained")
-                draw_recall(figure, rows, report["settings"]["chance"])
+                draw_recall(figure, rows, 100 * report["settings"]["chance"])
             else:
                 figure = Figure(figsize=(8, 4.2), layout="constrained")
                 _draw_metric(figure.subplots(), report, metric, rows)
@@ -47,6 +48,21 @@ def plots(report: Mapping[str, Any]) -> dict[str, str]:
             _draw_cost(figure.subplots(), report, first)
             made["cost"] = _svg(figure)
     return made
+
+
+def _is_detail(row: Mapping[str, Any]) -> bool:
+    """Whether a row is about a part of another one; such rows are in the tables alone."""
+    return not {"task", "category"}.isdisjoint(row["cell"])
+
+
+def _scaled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it is shown: fractions in percent."""
+    factor = 100 if row["unit"] == FRACTION else 1
+    return {**row, **{key: factor * row[key] for key in ("value", "low", "high") if row[key] is not None}}
+
+
+def _axis(row: Mapping[str, Any]) -> str:
+    return row["metric"].replace("_", " ") + (" (%)" if row["unit"] == FRACTION else "")
 
 
 def _svg(figure: Any) -> str:
@@ -67,12 +83,12 @@ def _draw_metric(axes: Any, report: Mapping[str, Any], metric: str, rows: list[d
         x, values = [row["cell"][along] * beside for row in line], [row["value"] for row in line]
         style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
         axes.errorbar(x, values, yerr=_errors(line), label=name, linewidth=1, elinewidth=0.8, capsize=2, **style)
-    if report["scenario"] == "docqa" and metric == "f1":
-        _paper_lines(axes, {row["cell"]["length"] for row in rows})
+    if report["scenario"] == "docqa" and metric == "f1" and report["paper"] is not None:
+        _paper_lines(axes, report["paper"], {row["cell"]["length"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["cell"][along] for row in rows}))
     axes.get_xaxis().set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_ylabel(_axis(rows[0]))
     axes.set_xlabel({"length": "tokens of context", "shots": "demonstrations"}.get(along, along))
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
@@ -90,12 +106,13 @@ def _lines(rows: list[dict[str, Any]], along: str) -> dict[str, list[dict[str, A
     return {name: sorted(line, key=lambda row: row["cell"][along]) for name, line in lines.items()}
 
 
-def _paper_lines(axes: Any, lengths: set[int]) -> None:
-    """The paper's F1 for Mistral-7B-Instruct on SQuAD, dotted."""
+def _paper_lines(axes: Any, data: str, lengths: set[int]) -> None:
+    """The paper's F1 for Mistral-7B-Instruct, dotted."""
+    part = next(part for part in paper.TABLE_5 if part.data == data)
     shown = [length for length in paper.LENGTHS if length in lengths]
     for number, method in enumerate(_PAPER_LINES):
-        values = [paper.TABLE_5[0].values(length)[method] / 100 for length in shown]
-        axes.plot(shown, values, ":x", color=f"{0.2 + 0.25 * number}", label=f"paper, Mistral-7B, SQuAD: {method}")
+        values = [part.values(length)[method] for length in shown]
+        axes.plot(shown, values, ":x", color=f"{0.2 + 0.25 * number}", label=f"paper, {part.model}: {method}")
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -106,14 +123,15 @@ def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.barh(range(len(rows)), values, xerr=_errors(rows), color="C0", alpha=0.8, height=0.6, ecolor="0.3")
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
+    axes.set_xlabel(_axis(rows[0]))
     positive = [value for value in values if value > 0]
     if positive and max(positive) > 50 * min(positive):
         axes.set_xscale("log")
 
 
 def _errors(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """The distances from each value to the lower and upper end of its interval."""
-    return [[abs(row["value"] - row[key]) for row in rows] for key in ("low", "high")]
+    """The distances from each value to the lower and upper end of its interval; not a number if it has none."""
+    return [[nan if row[key] is None else abs(row["value"] - row[key]) for row in rows] for key in ("low", "high")]
 
 
 def _cells(rows: list[dict[str, Any]]) -> int:
@@ -123,8 +141,9 @@ def _cells(rows: list[dict[str, Any]]) -> int:
 def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
     """Quality against the operations of a question, one point per method and cell."""
     quality: dict[tuple[str, str], float] = {}
-    for row in report["results"]:
-        if row["metric"] == metric and "task" not in row["cell"]:
+    rows = [_scaled(row) for row in report["results"] if row["metric"] == metric]
+    for row in rows:
+        if not _is_detail(row):
             cell = {name: value for name, value in row["cell"].items() if name != "kind"}
             quality.setdefault((row["method"], cell_name(tuple(cell.items()))), row["value"])
     methods = list(dict.fromkeys(row["method"] for row in report["costs"]))
@@ -140,13 +159,14 @@ def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
             axes.plot(x, y, marker, color=f"C{number % 10}", label=method, markersize=6, alpha=0.7)
     axes.set_xscale("log")
     axes.set_xlabel("operations of a question (FLOP, from the shapes)")
-    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_ylabel(_axis(rows[0]))
     axes.set_title("quality against the cost of a question")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def draw_recall(figure: Any, rows: Sequence[Mapping[str, Any]], chance: float) -> None:
-    """Draw one metric of recall: a panel for each test, a line for each method, the chance level as a dotted line."""
+    """Draw one metric of recall, values and chance in percent: a panel for each test, a line for each method, chance
+    dotted."""
     tests = list(dict.fromkeys(name for row in rows for name in row["cell"]))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     across = min(3, len(tests))
@@ -164,9 +184,10 @@ def draw_recall(figure: Any, rows: Sequence[Mapping[str, Any]], chance: float) -
         axes.axhline(chance, color="0.5", linestyle=":", linewidth=1)
         axes.set_xticks(range(len(values)), [f"{value:,}" if isinstance(value, int) else value for value in values])
         axes.set_xlabel(_RECALL_AXES.get(test, test))
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylim(-3, 103)
     for axes in list(panels)[len(tests) :]:
         axes.set_visible(False)
+    figure.supylabel(_axis(rows[0]))
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods), fontsize=8
     )

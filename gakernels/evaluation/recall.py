@@ -22,7 +22,7 @@ from gakernels.evaluation.scenarios import (
     EvaluationRequest,
     Measurements,
     Scenario,
-    limited,
+    sampled,
     with_others,
 )
 
@@ -52,6 +52,7 @@ class RecallSettings:
         form: how to ask: a `question`, or a `statement`, the sentence up to the value.
         seed: of the random draws.
         limit: most questions in each cell; None for all.
+        sample_seed: of the draw of so many questions.
 
     Raises:
         InputError: there is no such test or form, or a number is out of range.
@@ -68,6 +69,7 @@ class RecallSettings:
     form: str = "question"
     seed: int = 0
     limit: int | None = None
+    sample_seed: int = 0
 
     def __post_init__(self) -> None:
         unknown = [test for test in self.tests if test not in TESTS]
@@ -95,11 +97,12 @@ def recall(settings: RecallSettings, measure: Callable[[str], int]) -> Scenario:
     """
     by_cell: dict[Cell, list[EvaluationContext]] = {}
     for test in dict.fromkeys(settings.tests):
-        for cell, drawn in _contexts(test, settings, measure):
-            by_cell.setdefault(cell, []).append(drawn)
+        for cell, made in _contexts(test, settings, measure):
+            by_cell.setdefault(cell, []).append(made)
     cases: list[EvaluationCase] = []
     for cell, contexts in by_cell.items():
-        cases += with_others([EvaluationCase(each, cell) for each in limited(contexts, settings.limit)], len(cases))
+        drawn = sampled(contexts, settings.limit, settings.sample_seed)
+        cases += with_others([EvaluationCase(each, cell) for each in drawn], len(cases))
 
     def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
         return [

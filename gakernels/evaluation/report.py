@@ -17,10 +17,10 @@ import transformers
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
 from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
-from gakernels.evaluation.metrics import compare, score
+from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
-from gakernels.evaluation.scenarios import Cell, Measurements, Scenario
-from gakernels.evaluation.tables import REFERENCE, tables
+from gakernels.evaluation.scenarios import Cell, Measurements, Scenario, length_cell
+from gakernels.evaluation.tables import FRACTION, REFERENCE, tables
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.version import __version__
@@ -61,13 +61,16 @@ def describe_model(model: GenerativeAdapter) -> dict[str, Any]:
     }
 
 
-def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
+def build(
+    runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = (), paper_data: str | None = None
+) -> dict[str, Any]:
     """The report, in JSON types.
 
     Args:
         runner: the runner, after its run.
         settings: of the run, as in the log of answers.
         notes: further remarks for the reader.
+        paper_data: one of `paper.DATA`, if data, split and protocol are the paper's: its values are shown too.
     """
     model, scenario = runner.model, runner.scenario
     costs, why_not = _costs(runner)
@@ -76,6 +79,7 @@ def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()
         "kind": KIND,
         "scenario": scenario.name,
         "protocol": scenario.protocol,
+        "paper": paper_data,
         "settings": dict(settings),
         "model": model.base.config.name_or_path,
         "generator": model.config.to_dict(),
@@ -92,31 +96,39 @@ def build(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = ()
             "first": {reason: places[0] for reason, places in scenario.skipped.places.items()},
         },
         "notes": [*notes, *([why_not] if why_not else [])],
-        "results": _results(measurements),
-        "comparisons": _comparisons(measurements),
+        "results": _results(scenario, measurements),
+        "comparisons": _comparisons(scenario, measurements),
         "methods": [vars(run) for run in runner.method_runs()],
+        "measured_costs": [{**vars(cost), "cell": dict(cost.cell)} for cost in runner.measured_costs()],
         "costs": costs,
     }
 
 
-def _results(measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
+def _results(scenario: Scenario, measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
     """The scores of all methods, by metric and cell."""
     return [
-        {"cell": dict(cell), "method": method, "metric": metric, **score(metric, samples).to_dict()}
+        {**_about(scenario, cell, metric, PERPLEXITY), "method": method, **vars(score(metric, samples))}
         for method, found in measurements.items()
         for (cell, metric), samples in found.items()
     ]
 
 
-def _comparisons(measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
-    """The generated adapter compared with every other method, paired."""
+def _comparisons(scenario: Scenario, measurements: Mapping[str, Measurements]) -> list[dict[str, Any]]:
+    """The generated adapter (without one, the first method) compared with every other method, paired."""
+    reference = REFERENCE if REFERENCE in measurements else next(iter(measurements))
     return [
-        {"cell": dict(cell), "metric": metric, "method": REFERENCE, "against": method, **vars(compared)}
+        {**_about(scenario, cell, metric, "ratio"), "method": reference, "against": method, **vars(compared)}
         for method, found in measurements.items()
-        if method != REFERENCE
-        for (cell, metric), samples in measurements.get(REFERENCE, {}).items()
+        if method != reference
+        for (cell, metric), samples in measurements[reference].items()
         if (compared := compare(metric, samples, found.get((cell, metric), {}))) is not None
     ]
+
+
+def _about(scenario: Scenario, cell: Cell, metric: str, of_perplexities: str) -> dict[str, Any]:
+    """What a value is of, its unit (another one for perplexities), and what its interval resamples."""
+    unit = of_perplexities if metric.endswith(PERPLEXITY) else FRACTION
+    return {"cell": dict(cell), "metric": metric, "unit": unit, "resampled": scenario.resampled(cell)}
 
 
 def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
@@ -139,17 +151,13 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
 
 def _cost_cells(scenario: Scenario) -> list[Cell]:
     """Cells that differ in the length of their contexts: without task and seed."""
-    return list(dict.fromkeys(_length_cell(case.cell) for case in scenario.cases))
-
-
-def _length_cell(cell: Cell) -> Cell:
-    return tuple((name, value) for name, value in cell if name not in ("task", "seed", "kind"))
+    return list(dict.fromkeys(length_cell(case.cell) for case in scenario.cases))
 
 
 def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
     """The mean tokens of the contexts of a cell, and of the questions about them."""
     decoder, scenario = runner.decoder, runner.scenario
-    cases = [(number, case) for number, case in enumerate(scenario.cases) if _length_cell(case.cell) == cell]
+    cases = [(number, case) for number, case in enumerate(scenario.cases) if length_cell(case.cell) == cell]
     context = fmean(len(decoder.encode(case.context.text)) for _, case in cases)
     requests = [request for number, case in cases for request in scenario.ask(number, case)[:8]]
     asked = fmean(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,7 +31,7 @@ from gakernels.evaluation.answer_log import AnswerLog, Entry
 from gakernels.evaluation.measuring import measured
 from gakernels.evaluation.methods import ClosedBook, FullPrompt, Method, MethodSettings, Prepared, Retrieval
 from gakernels.evaluation.prompts import Asker
-from gakernels.evaluation.scenarios import Answer, EvaluationRequest, Measurements, Scenario
+from gakernels.evaluation.scenarios import Answer, Cell, EvaluationRequest, Measurements, Scenario, length_cell
 from gakernels.evaluation.tuned_methods import ContextTuning, FewShotTuning, SupervisedTuning
 from gakernels.generation.decoder import Decoder, Row, SharedStart, plan_batches
 from gakernels.model import GenerativeAdapter
@@ -115,6 +115,27 @@ class MethodRun:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class MeasuredCost:
+    """What a context and a question about it cost with a method.
+
+    Attributes:
+        cell: cells of one length of context together (`length_cell`).
+        method: its name.
+        contextualization_seconds: per context.
+        stored_bytes: of adapters and texts, per context.
+        first_token_seconds: for a single question; the median of a few, as the next one. None if none was asked alone.
+        tokens_per_second: from there on.
+    """
+
+    cell: Cell
+    method: str
+    contextualization_seconds: float
+    stored_bytes: float
+    first_token_seconds: float | None
+    tokens_per_second: float | None
+
+
 class Runner:
     """Runs a scenario on a model.
 
@@ -171,9 +192,11 @@ class Runner:
         # A separate process group: finished processes wait for the others as long as necessary.
         finish = dist.new_group(timeout=_LONG, backend="gloo") if self.ranks.world > 1 else None
         shards = list(self._shards())
+        cells = [length_cell(self.scenario.cases[shard[0]].cell) for shard in shards]
+        first = {cells.index(cell) for cell in cells}
         for name, method in self.methods.items():
             own = [
-                (number, requests)
+                (number in first, requests)
                 for number, shard in enumerate(shards)
                 if number % self.ranks.world == self.ranks.rank
                 and (requests := self._open_requests(name, method, shard))
@@ -192,18 +215,41 @@ class Runner:
         """Time, memory and counts of each method."""
         return [self._method_run(name, method) for name, method in self.methods.items()]
 
+    def measured_costs(self) -> list[MeasuredCost]:
+        """What contexts and questions cost, by length of the context and method."""
+        cells = list(dict.fromkeys(length_cell(case.cell) for case in self.scenario.cases))
+        return [
+            cost for cell in cells for name in self.methods if (cost := self._measured_cost(cell, name)) is not None
+        ]
+
+    def _measured_cost(self, cell: Cell, name: str) -> MeasuredCost | None:
+        facts = [fact for fact in self.log.facts(name) if fact.get("cell") == dict(cell)]
+        contexts = sum(fact.get("contexts", 0) for fact in facts)
+        if not contexts:
+            return None  # every context of the cell was left out
+        alone = next((fact for fact in facts if "first_token_seconds" in fact), {})
+        return MeasuredCost(
+            cell=cell,
+            method=name,
+            contextualization_seconds=sum(fact.get("seconds_preparing", 0) for fact in facts) / contexts,
+            stored_bytes=sum(fact.get("stored_bytes", 0) for fact in facts) / contexts,
+            first_token_seconds=alone.get("first_token_seconds"),
+            tokens_per_second=alone.get("tokens_per_second"),
+        )
+
     def _shards(self) -> Iterator[list[int]]:
-        """Numbers of the cases that are held at once; they depend on the scenario alone."""
-        shard: list[int] = []
-        questions = 0
-        for number, case in enumerate(self.scenario.cases):
-            shard.append(number)
-            questions += len(case.context.questions)
-            if len(shard) >= self.settings.shard_contexts or questions >= self.settings.shard_questions:
+        """Numbers of the cases that are held at once, all of one length; they depend on the scenario alone."""
+        for _, cell in groupby(enumerate(self.scenario.cases), key=lambda numbered: length_cell(numbered[1].cell)):
+            shard: list[int] = []
+            questions = 0
+            for number, case in cell:
+                shard.append(number)
+                questions += len(case.context.questions)
+                if len(shard) >= self.settings.shard_contexts or questions >= self.settings.shard_questions:
+                    yield shard
+                    shard, questions = [], 0
+            if shard:
                 yield shard
-                shard, questions = [], 0
-        if shard:
-            yield shard
 
     def _open_requests(self, name: str, method: Method, shard: Sequence[int]) -> list[EvaluationRequest]:
         """All requests of a shard if any of them is open; none if all are answered."""
@@ -217,15 +263,18 @@ class Runner:
         answered = self.log.answers(name)
         return [] if all(request.key in answered for request in requests) else requests
 
-    def _run_method(self, name: str, method: Method, shards: Sequence[tuple[int, Sequence[EvaluationRequest]]]) -> None:
+    def _run_method(
+        self, name: str, method: Method, shards: Sequence[tuple[bool, Sequence[EvaluationRequest]]]
+    ) -> None:
+        """Ask the requests of each shard; in the first shard of a length some also one by one."""
         total = sum(len(requests) for _, requests in shards)
         with tqdm(total=total, desc=name, unit="request", disable=None if self._progress else True) as bar:
             try:
                 with measured(self.model.device) as fit:
                     method.fit()
                 self.log.add(Entry(name, (), {"fit_seconds": fit.seconds, "peak_bytes": fit.peak_bytes}))
-                for number, requests in shards:
-                    self._run_shard(name, method, requests, bar, alone=number == 0)
+                for alone, requests in shards:
+                    self._run_shard(name, method, requests, bar, alone)
             except torch.OutOfMemoryError as error:
                 raise InputError(
                     f"{name}: not enough memory for a batch of {self.settings.batch_tokens} tokens; continue with "
@@ -240,14 +289,16 @@ class Runner:
         with measured(self.model.device) as preparing:
             prepared = method.prepare([self.scenario.cases[number] for number in numbers])
         rows = [self._row(request, places[request.case], prepared, method.adapted) for request in requests]
-        facts = {"contexts": len(numbers), "seconds_preparing": preparing.seconds}
-        self.log.add(Entry(name, (), {**facts, "peak_bytes": preparing.peak_bytes}))
+        cell = dict(length_cell(self.scenario.cases[numbers[0]].cell))
+        facts = {"cell": cell, "contexts": len(numbers), "seconds_preparing": preparing.seconds}
+        facts |= {"stored_bytes": prepared.kept_bytes(), "peak_bytes": preparing.peak_bytes}
+        self.log.add(Entry(name, (), facts))
         for place, part in enumerate(self._parts(requests, prepared.separate)):
             weights = prepared.weights
             asked, read = [requests[number] for number in part], [rows[number] for number in part]
             with nullcontext() if weights is None else weights(places[asked[0].case]):
                 if alone and place == 0 and self.settings.alone:
-                    self._ask_alone(name, list(zip(asked, read, strict=True))[: self.settings.alone])
+                    self._ask_alone(name, cell, list(zip(asked, read, strict=True))[: self.settings.alone])
                 self._ask_part(name, asked, read, prepared.separate, bar)
 
     def _ask_part(
@@ -311,14 +362,21 @@ class Runner:
         counts = {"requests": len(requests), "truncated": sum(row.cut for row in rows)}
         self.log.add(Entry(name, keyed, {**counts, **vars(took)}))
 
-    def _ask_alone(self, name: str, asked: Sequence[tuple[EvaluationRequest, Row]]) -> None:
+    def _ask_alone(
+        self, name: str, cell: Mapping[str, str | int], asked: Sequence[tuple[EvaluationRequest, Row]]
+    ) -> None:
         """Measure how long a single answer takes; the first one is a warm-up and does not count."""
-        seconds = []
+        seconds, first_token, rates = [], [], []
         for request, row in asked:
             with measured(self.model.device) as took:
                 self._answers([request], [row])
             seconds.append(took.seconds)
-        self.log.add(Entry(name, (), {"latency_seconds": statistics.median(seconds[1:] or seconds)}))
+            if request.continuation is None:
+                first, rate = self.decoder.speed(row, self.scenario.new_tokens)
+                first_token.append(first)
+                rates.append(rate)
+        facts = {"latency_seconds": _median(seconds), "first_token_seconds": _median(first_token)}
+        self.log.add(Entry(name, (), {"cell": dict(cell), **facts, "tokens_per_second": _median(rates)}))
 
     def _answers(
         self, requests: Sequence[EvaluationRequest], rows: Sequence[Row], shared: SharedStart | None = None
@@ -346,3 +404,9 @@ class Runner:
             truncated=sums["truncated"],
             left_out=dict(reasons),
         )
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    """Without the first, if there are more; None without any."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known[1:] or known) if known else None

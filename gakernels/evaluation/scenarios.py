@@ -3,6 +3,7 @@ about conversations (sections 4.1 and 4.3 of the paper)."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -19,6 +20,11 @@ from gakernels.evaluation.prompts import QA_NEW_TOKENS, QA_STOPS, qa_prompt
 _EMPTY_LINE = re.compile(r"\n\s*\n")
 
 Cell = tuple[tuple[str, str | int], ...]
+
+
+def length_cell(cell: Cell) -> Cell:
+    """What distinguishes contexts of different lengths: a cell without task, seed and kind."""
+    return tuple((name, value) for name, value in cell if name not in ("task", "seed", "kind"))
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Scenario:
         write_prompt: writes a question for an adapted or tuned model, for tuning.
         settings: what else the results depend on, in JSON types.
         skipped: records that were left out.
+        resampled: what the intervals of a cell resample: the clusters of its samples.
     """
 
     name: str
@@ -103,6 +110,7 @@ class Scenario:
     write_prompt: Callable[[str], str] = str
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: BadRecords = field(default_factory=BadRecords)
+    resampled: Callable[[Cell], str] = lambda cell: "contexts"
 
     def documents(self) -> list[str]:
         """The passages of all contexts: parts between empty lines, each once."""
@@ -114,17 +122,35 @@ def parts(text: str) -> list[str]:
     return [part.strip() for part in _EMPTY_LINE.split(text) if part.strip()]
 
 
-def limited(contexts: Sequence[EvaluationContext], limit: int | None) -> list[EvaluationContext]:
-    """The first contexts, up to `limit` questions in all; all contexts without a limit."""
+def sampled(contexts: Sequence[EvaluationContext], limit: int | None, seed: int = 0) -> list[EvaluationContext]:
+    """Contexts with `limit` questions in all, drawn at random, from each category in proportion; all without a limit.
+
+    The draw depends on the seed, the questions and their answers alone: neither on their order nor on how documents are
+    grouped. A larger limit adds questions to those of a smaller one.
+    """
     if limit is None:
         return list(contexts)
-    kept, left = [], limit
-    for context in contexts:
-        if left <= 0:
-            break
-        kept.append(EvaluationContext(context.text, context.questions[:left], context.name))
-        left -= len(context.questions)
-    return kept
+    by_category: dict[str, list[tuple[int, int, int]]] = {}
+    for number, context in enumerate(contexts):
+        for place, question in enumerate(context.questions):
+            drawn = draw_rank(seed, question.text, *question.answers)
+            by_category.setdefault(question.category, []).append((drawn, number, place))
+    ranked = [
+        ((rank + 0.5) / len(category), one)
+        for category in by_category.values()
+        for rank, one in enumerate(sorted(category))
+    ]
+    kept = {(number, place) for _, (_, number, place) in sorted(ranked)[:limit]}
+    chosen = (
+        replace(context, questions=tuple(q for place, q in enumerate(context.questions) if (number, place) in kept))
+        for number, context in enumerate(contexts)
+    )
+    return [context for context in chosen if context.questions]
+
+
+def draw_rank(seed: int, *texts: str) -> int:
+    """A random number that depends on a seed and on texts alone; those with the least numbers are a random sample."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *texts)).encode()).digest(), "big")
 
 
 def with_others(cases: Sequence[EvaluationCase], first: int = 0) -> list[EvaluationCase]:
@@ -164,12 +190,14 @@ class AskSettings:
         adapted_style: of an adapted or tuned model's.
         new_tokens: most tokens of an answer; None for the scenario's.
         limit: most questions, in each cell; None for all.
+        sample_seed: of the draw of so many questions.
     """
 
     style: str | None = None
     adapted_style: str | None = None
     new_tokens: int | None = None
     limit: int | None = None
+    sample_seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("new_tokens", "limit"):
@@ -215,7 +243,8 @@ def docqa(
     cell_lengths: list[int | str] = list(dict.fromkeys(lengths)) if lengths is not None else ["own"]
     for length in cell_lengths:
         contexts = data.contexts if isinstance(length, str) else group_contexts(data.contexts, length, measure, part)
-        cells = [EvaluationCase(context, (("length", length),)) for context in limited(contexts, settings.limit)]
+        drawn = sampled(contexts, settings.limit, settings.sample_seed)
+        cells = [EvaluationCase(context, (("length", length),)) for context in drawn]
         cases += with_others(cells, len(cases))
     told = {"part": part, **styles, "lengths": cell_lengths}
     return _question_scenario("docqa", protocol, cases, settings, styles, training, told, data.skipped)
@@ -245,7 +274,8 @@ def dialog(
     if questions == "response":
         styles = dict.fromkeys(styles, "bare")
     cell = (("questions", questions),)
-    cases = with_others([EvaluationCase(context, cell) for context in limited(data.contexts, settings.limit)])
+    drawn = sampled(data.contexts, settings.limit, settings.sample_seed)
+    cases = with_others([EvaluationCase(context, cell) for context in drawn])
     told = {"questions": questions, **styles}
     return _question_scenario("dialog", protocol, cases, settings, styles, training, told, data.skipped)
 
@@ -291,14 +321,18 @@ def _question_scenario(
 
 
 def _measure_answers(scenario: Scenario, answers: Answers) -> Measurements:
-    """F1 and exact match of each question, in each cell."""
+    """F1 and exact match of each question, in each cell, and in each category of its questions."""
     found: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
     for key in sorted(answers):
         case = scenario.cases[key[0]]
-        gold = case.context.questions[key[1]].answers
+        question = case.context.questions[key[1]]
+        cells: list[Cell] = [case.cell]
+        if question.category:
+            cells.append((*case.cell, ("category", question.category)))
         for metric, score in (("f1", answer_f1), ("exact_match", answer_exact_match)):
-            value = score(str(answers[key]), gold, scenario.protocol)
-            found.setdefault((case.cell, metric), {})[key] = Sample(key[0], value)
+            value = score(str(answers[key]), question.answers, scenario.protocol)
+            for cell in cells:
+                found.setdefault((cell, metric), {})[key] = Sample(key[0], value)
     return found
 
 

@@ -10,10 +10,13 @@ from typing import Any
 from gakernels.evaluation import paper
 from gakernels.evaluation.scenarios import Cell
 
-REFERENCE = "adapter"  # the method that others are compared with
-INTERVALS = "Values with 95% bootstrap intervals, which resample whole contexts."
+REFERENCE = "adapter"  # the method that others are compared with, if it is there
+FRACTION = "fraction"  # the unit of what is shown in percent
+INTERVALS = (
+    "In brackets: 95% bootstrap intervals, resampling the contexts (or tasks, or items) of the last column. Where there"
+    " is one, or all n are alike, there is no interval."
+)
 Rows = tuple[tuple[str, ...], ...]
-_PERCENT = {"f1", "exact_match", "match", "ranking_accuracy", "ranking_macro_f1", "accuracy", "old_value"}
 
 
 @dataclass(frozen=True)
@@ -75,47 +78,46 @@ def tables(report: Mapping[str, Any]) -> list[ReportTable]:
 
 def own_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     """Quality, comparisons of methods, measurements, and what was left out."""
-    found = [*_quality(report), *_compared(report), _measured(report), _skipped(report)]
+    found = [*_quality(report), *_compared(report), _measured_costs(report), _measured(report), _skipped(report)]
     return [table for table in found if table.rows]
 
 
 def _quality(report: Mapping[str, Any]) -> list[ReportTable]:
-    made = []
-    for metric, methods, by_cell in _by_metric(report["results"], "method"):
-        rows = [
-            (cell_name(cell), *(_value(found.get(method), metric) for method in methods), _counts(found))
-            for cell, found in by_cell.items()
-        ]
-        title = f"{metric.replace('_', ' ')}{' (%)' if metric in _PERCENT else ''}"
-        made.append(ReportTable(title, ("", *methods, "scored / contexts"), tuple(rows), INTERVALS))
-    return made
+    return [
+        ReportTable(f"{_name(metric)}{' (%)' if in_percent else ''}", headings, rows, INTERVALS)
+        for metric, in_percent, headings, rows in _by_metric(report["results"], "method")
+    ]
 
 
 def _compared(report: Mapping[str, Any]) -> list[ReportTable]:
     made = []
-    for metric, methods, by_cell in _by_metric(report["comparisons"], "against"):
-        rows = [
-            (cell_name(cell), *(_value(found.get(method), metric) for method in methods))
-            for cell, found in by_cell.items()
-        ]
-        how, better, unit = ("minus", "Above 0", " (%)") if metric in _PERCENT else ("over", "Below 1", "")
-        title = f"{metric.replace('_', ' ')}: {REFERENCE} {how} the others{unit}"
-        note = f"On the same questions, paired. {better}: the adapter is better. {INTERVALS}"
-        made.append(ReportTable(title, ("", *methods), tuple(rows), note))
+    for metric, in_percent, headings, rows in _by_metric(report["comparisons"], "against"):
+        method = report["comparisons"][0]["method"]
+        how, better, unit = ("minus", "Above 0", " (%)") if in_percent else ("over", "Below 1", "")
+        title = f"{_name(metric)}: {method} {how} the others{unit}"
+        note = f"On the same questions, paired. {better}: {method} is better. {INTERVALS}"
+        made.append(ReportTable(title, headings, rows, note))
     return made
 
 
-def _by_metric(
-    results: Sequence[Mapping[str, Any]], key: str
-) -> Iterator[tuple[str, list[str], dict[Cell, dict[str, Mapping[str, Any]]]]]:
-    """Each metric with all methods (found under a key) and the results of the metric by cell and method."""
+def _by_metric(results: Sequence[Mapping[str, Any]], key: str) -> Iterator[tuple[str, bool, tuple[str, ...], Rows]]:
+    """For each metric: whether it is shown in percent, and a table of its values by cell and method (under a key)."""
     methods = list(dict.fromkeys(row[key] for row in results))
     for metric in dict.fromkeys(row["metric"] for row in results):
         by_cell: dict[Cell, dict[str, Mapping[str, Any]]] = {}
         for row in results:
             if row["metric"] == metric:
+                in_percent = row["unit"] == FRACTION
                 by_cell.setdefault(tuple(row["cell"].items()), {})[row[key]] = row
-        yield metric, methods, by_cell
+        rows = tuple(
+            (cell_name(cell), *(interval_text(found.get(method)) for method in methods), _counts(found))
+            for cell, found in by_cell.items()
+        )
+        yield metric, in_percent, ("", *methods, "scored / resampled"), rows
+
+
+def _name(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def cell_name(cell: Cell) -> str:
@@ -123,46 +125,54 @@ def cell_name(cell: Cell) -> str:
     return ", ".join(f"{name} {value}" for name, value in cell) or "all"
 
 
-def _value(row: Mapping[str, Any] | None, metric: str) -> str:
+def interval_text(row: Mapping[str, Any] | None) -> str:
+    """A value with its interval, or with the number of clusters if it has none: in percent with one digit, or as it is
+    with three; a dash for None."""
     if row is None:
         return "-"
-    factor, digits = (100, 1) if metric in _PERCENT else (1, 3)
+    factor, digits = (100, 1) if row["unit"] == FRACTION else (1, 3)
+    if row["low"] is None:
+        return f"{factor * row['value']:.{digits}f} (n = {row['clusters']})"
     value, low, high = (factor * row[key] for key in ("value", "low", "high"))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _counts(by_method: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = sorted({(row["count"], row["contexts"]) for row in by_method.values()})
-    return "; ".join(f"{count:,} / {contexts:,}" for count, contexts in counts)
+    counts = sorted({(row["count"], row["clusters"], row["resampled"]) for row in by_method.values()})
+    return "; ".join(f"{count:,} / {clusters:,} {resampled}" for count, clusters, resampled in counts)
 
 
 def _paper(report: Mapping[str, Any]) -> list[ReportTable]:
-    """The paper's values for the same scenario, with other models and, unless the files are the same, other data."""
-    note = "The paper's models and training; comparable only with the same base model, data and protocol."
+    """The paper's values, if the report is about the same data (the caller says so), split and protocol."""
+    note = "The paper's models and training; the data, its split and the protocol are those of this report."
+    data = report["paper"]
+    if data is None:
+        return []
     if report["scenario"] == "docqa":
-        return [_table_5(part, note) for part in paper.TABLE_5]
+        lengths = {row["cell"]["length"] for row in report["results"]}
+        return [_table_5(part, lengths, note) for part in paper.TABLE_5 if part.data == data]
     if report["scenario"] == "dialog":
         rows: Rows = tuple(
             (row.model, f"{paper.TABLE_1_F1[row.model]:.1f}", f"{row.tera_operations:.3f}", row.floats)
             for row in paper.TABLE_1
         )
-        title = "Paper, table 1: Mistral-7B-Instruct, MSC-Self-Instruct"
+        title = f"Paper, table 1: Mistral-7B-Instruct, {data}"
         return [ReportTable(title, ("", "F1 (%)", "TFLOPS", "extra storage (M floats)"), rows, note)]
     if report["scenario"] == "perplexity":
         rows = tuple((name, f"{a:.2f}", f"{b:.2f}") for name, (a, b) in paper.TABLE_2.items())
-        title = "Paper, table 2: Mistral-7B-Instruct, SlimPajama"
+        title = f"Paper, table 2: Mistral-7B-Instruct, {data}"
         return [ReportTable(title, ("", "reconstruction perplexity", "completion perplexity"), rows, note)]
-    if report["scenario"] == "icl":
-        rows = (("adapter", f"{paper.METAICL_ACCURACY:.1f}"),)
-        title = "Paper, abstract: Mistral-7B-Instruct, MetaICL"
-        return [ReportTable(title, ("", "accuracy (%), mean of 26 tasks"), rows, note)]
-    return []
+    rows = (("adapter", f"{paper.METAICL_ACCURACY:.1f}"),)
+    title = f"Paper, abstract: Mistral-7B-Instruct, {data}"
+    return [ReportTable(title, ("", "accuracy (%), mean of 26 tasks"), rows, note)]
 
 
-def _table_5(part: paper.DocumentQuestions, note: str) -> ReportTable:
+def _table_5(part: paper.DocumentQuestions, lengths: set[int], note: str) -> ReportTable:
     methods = ("closed_book", "sft_full", "cpt_full", "prompt", "adapter")
     rows = tuple(
-        (f"length {length}", *(f"{part.values(length)[method]:.1f}" for method in methods)) for length in paper.LENGTHS
+        (f"length {length}", *(f"{part.values(length)[method]:.1f}" for method in methods))
+        for length in paper.LENGTHS
+        if length in lengths
     )
     return ReportTable(f"Paper, table 5: F1 (%), {part.model}, {part.data}", ("", *methods), rows, note)
 
@@ -182,7 +192,26 @@ def _shape_costs(report: Mapping[str, Any]) -> ReportTable:
     )
     headings = ("", "tokens", "FLOP to read the context", "FLOP of a question", "numbers kept", "bytes", "of what")
     note = "From the shapes of the model (docs/evaluation.md), for the mean context and question of a cell."
-    return ReportTable("Cost", headings, rows, note)
+    return ReportTable("Cost, by shapes", headings, rows, note)
+
+
+def _measured_costs(report: Mapping[str, Any]) -> ReportTable:
+    rows = tuple(
+        (
+            f"{cell_name(tuple(row['cell'].items()))}: {row['method']}",
+            short_seconds(row["contextualization_seconds"]) if row["contextualization_seconds"] >= 1e-4 else "-",
+            short_count(row["stored_bytes"]) if row["stored_bytes"] else "-",
+            short_seconds(row["first_token_seconds"]),
+            "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
+        )
+        for row in report["measured_costs"]
+    )
+    headings = ("", "to read a context", "bytes kept of it", "to the first token", "tokens a second")
+    note = (
+        f"Measured on {report['device']}, per context and for one question at a time. Kept are adapters, and texts "
+        "that are read again with each question; what serves all contexts is not counted."
+    )
+    return ReportTable("Cost, measured", headings, rows, note)
 
 
 def _measured(report: Mapping[str, Any]) -> ReportTable:
@@ -190,7 +219,6 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
         (
             run["method"],
             short_seconds(run["fit_seconds"]) if run["fit_seconds"] >= 0.01 else "-",
-            short_seconds(run["contextualization_seconds"]),
             short_seconds(run["question_seconds"]),
             short_seconds(run["latency_seconds"]),
             short_count(run["peak_bytes"]),
@@ -201,7 +229,7 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
         for run in report["methods"]
     )
     headings = (
-        *("", "training", "a context", "a question, in batches", "a question alone", "peak bytes", "questions"),
+        *("", "training", "a question, in batches", "a question alone", "peak bytes", "questions"),
         *("cut to the model's limit", "contexts left out"),
     )
     note = (

@@ -74,13 +74,14 @@ class TunedMethod(SimpleMethod):
             train: Callable[..., Trained] = tune_lora if self.kind == "lora" else tune_full
             return train(self.model, examples, settings, validation, start)
 
-    def prepared(self, trained: Sequence[Trained]) -> Prepared:
-        """Each case with its own trained model, which may be the same for all."""
+    def prepared(self, trained: Sequence[Trained], own: bool = True) -> Prepared:
+        """Each case with its own trained model, or with one that serves all."""
         if self.kind == "lora":
             made: dict[int, Adapter] = {}
             for factors in trained:
                 made.setdefault(id(factors), self.to_base(static_adapter(self.model, factors)))  # type: ignore[arg-type]
-            return Prepared([made[id(factors)] for factors in trained])
+            adapters = [made[id(factors)] for factors in trained]
+            return Prepared(adapters, kept=adapters if own else ())
 
         def weights(number: int) -> AbstractContextManager[None]:
             return weights_in_force(self.model, trained[number])  # type: ignore[arg-type]
@@ -163,7 +164,7 @@ class SupervisedTuning(TunedMethod):
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """The same trained model for all."""
         assert self._trained is not None, "fit comes first"
-        return self.prepared([self._trained] * len(cases))
+        return self.prepared([self._trained] * len(cases), own=False)
 
 
 class FewShotTuning(TunedMethod):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,6 +129,25 @@ class Decoder:
         scheduler = Scheduler(self.model, len(rows), sys.maxsize, sys.maxsize, batch)
         generations = [Generation(row.tokens, sampling, row.adapter, self.tokenizer, self._ends) for row in rows]
         return [generation.text.strip() for generation in run(scheduler, generations)]
+
+    def speed(self, row: Row, new_tokens: int) -> tuple[float, float | None]:
+        """Continue a row by itself, past any end, and measure it.
+
+        Args:
+            row: is continued.
+            new_tokens: by so many tokens.
+
+        Returns:
+            Seconds to the first token, and tokens a second from there on, None if there is one token only.
+        """
+        times = [time.perf_counter()]
+        sampling = Sampling(new_tokens, stop_at_end_token=False)
+        generation = Generation(
+            row.tokens, sampling, row.adapter, on_piece=lambda piece: times.append(time.perf_counter())
+        )
+        run(Scheduler(self.model, 1, sys.maxsize, sys.maxsize, DecodingBatch(self.model, self._form)), [generation])
+        first, last = times[1], times[-1]
+        return first - times[0], (new_tokens - 1) / (last - first) if new_tokens > 1 else None
 
     @torch.inference_mode()
     def losses(self, rows: Sequence[Row], shared: SharedStart | None = None) -> list[tuple[float, int]]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -47,7 +48,12 @@ def squad(path: Path, paragraphs: int = 4, questions: int = 2, extra: tuple[dict
 def task(path: Path, labels: tuple[str, ...], count: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     items = [
-        {"task": path.name.split("_16_")[0], "input": text(4), "output": labels[n % len(labels)], "options": labels}
+        {
+            "task": path.name.split("_16_")[0],
+            "input": f"{text(4)} w{n + 9}",
+            "output": labels[n % len(labels)],
+            "options": labels,
+        }
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -91,7 +97,8 @@ def test_docqa_tells_what_the_demos_generator_is_worth(
     assert "No static LoRA trained with the generator's budget was given" in outcome.out
     for row in json.loads(path.read_text())["comparisons"]:
         if row["metric"] == "f1" and row["against"] in ("closed_book", "other_adapter"):
-            assert row["low"] > 0
+            assert row["low"] is None or row["low"] > 0
+            assert row["value"] > 0.5
     assert {file.name for file in path.parent.iterdir()} >= {"r.json", "r.md", "r.html", "r.f1.svg", "r.answers.jsonl"}
 
 
@@ -162,14 +169,24 @@ def test_dialog_reads_every_kind_of_file(run: Callable[..., Any], files: Any, tm
             *("closed_book", "prompt", "retrieval", "adapter", "other_adapter")
         }
         assert bool(report["skipped"]["counts"]) == (data == msc)
-    assert "Paper, table 1" in (tmp_path / "r" / "persona04.md").read_text()
+    same = [*files.model, "--data", msc, "--methods", "closed_book", "--paper-data", "MSC-Self-Instruct"]
+    path = tmp_path / "r" / "paper.json"
+    assert run("eval", "dialog", *same, "--protocol", "released", "--json", path).code == 0
+    shown = {file.name: "Paper, table 1" in file.read_text() for file in path.parent.glob("*.md")}
+    assert [name for name, is_shown in shown.items() if is_shown] == ["paper.md"]
+    for options in (["--protocol", "official"], ["--protocol", "released", "--limit", 3, "--style", "bare"]):
+        refused = run("eval", "dialog", *same, *options)
+        assert refused.code == 2
+        told = " ".join(str(option) for option in options[:2]) + (", --limit, --style" if len(options) > 2 else "")
+        assert f"needs --protocol released and nothing that changes it, but there is {told}" in refused.err
 
 
 def test_icl_of_a_folder_and_of_files(run: Callable[..., Any], files: Any, tmp_path: Path) -> None:
     for name, labels in (("quarel", ("w3", "w4")), ("glue-rte", ("w5", "w6", "w7"))):
+        test = task(tmp_path / "m" / name / f"{name}_16_13_test.jsonl", labels, 5)
+        shutil.copy(test, test.with_name(f"{name}_16_21_test.jsonl"))  # the same items, as in MetaICL
         for seed in (13, 21):
             task(tmp_path / "m" / name / f"{name}_16_{seed}_train.jsonl", labels, 8)
-            task(tmp_path / "m" / name / f"{name}_16_{seed}_test.jsonl", labels, 5)
             task(tmp_path / "m" / name / f"{name}_16_{seed}_dev.jsonl", labels, 3)
     path = tmp_path / "r.json"
     command = ["eval", "icl", *files.model, "--shots", "1,3", "--seeds", "13,21", "--json", path]
@@ -183,7 +200,15 @@ def test_icl_of_a_folder_and_of_files(run: Callable[..., Any], files: Any, tmp_p
         ("classification", 1),
         ("classification", 3),
     }
-    assert {row["contexts"] for row in together} == {2}  # tasks
+    assert {(row["clusters"], row["resampled"]) for row in together} == {(2, "tasks")}
+    apart = [row for row in report["results"] if "task" in row["cell"]]
+    assert {(row["count"], row["clusters"], row["resampled"]) for row in apart} == {(8, 4, "items")}  # under two seeds
+    assert (report["settings"]["limit"], report["settings"]["sample_seed"]) == (4, 0)
+    drawn = "A cell has at most 4 questions, in proportion to their categories, drawn at random with the seed 0."
+    assert drawn in report["notes"]
+    assert drawn in path.with_suffix(".md").read_text()
+    options = ["--methods", methods, "--epochs", 2, "--limit", 4, "--sample-seed", 1]
+    assert "sample_seed was 0 and is 1 now" in run(*command, "--data", tmp_path / "m", *options).err
     path.unlink()
     (tmp_path / "r.answers.jsonl").unlink()
     test, train = task(tmp_path / "test.jsonl", ("w3", "w4"), 4), task(tmp_path / "train.jsonl", ("w3", "w4"), 6)

@@ -334,9 +334,9 @@ def test_streaming_qa_without_a_column_or_a_row_is_refused(articles: Callable[..
 # Flat rows
 
 FLAT_ROWS: list[dict[str, Any]] = [
-    {"context": " Warsaw is old. ", "question": "How old?", "answer": "old", "id": "a"},
-    {"context": "Gdańsk is by the sea.", "question": "Where?", "answer": "by the sea", "id": "b"},
-    {"context": "Warsaw is old.", "question": "What is old?", "answer": "Warsaw", "id": "c"},
+    {"context": " Warsaw is old. ", "question": "How old?", "answer": "old", "id": "a", "category": 2},
+    {"context": "Gdańsk is by the sea.", "question": "Where?", "answer": "by the sea", "id": "b", "category": 2},
+    {"context": "Warsaw is old.", "question": "What is old?", "answer": "Warsaw", "id": "c", "category": 2},
 ]
 
 
@@ -364,8 +364,8 @@ def test_rows_about_the_same_context_are_one(tmp_path: Path, kind: str) -> None:
     data = read_documents(str(flat_file(tmp_path, kind)))
     assert [context.text for context in data.contexts] == ["Warsaw is old.", "Gdańsk is by the sea."]
     assert data.contexts[0].questions == (
-        Question("How old?", ("old",), id="a"),
-        Question("What is old?", ("Warsaw",), id="c"),
+        Question("How old?", ("old",), id="a", category="2"),
+        Question("What is old?", ("Warsaw",), id="c", category="2"),
     )
     assert data.skipped.total == 0
 
@@ -441,7 +441,12 @@ def locomo_entry(**changes: Any) -> dict[str, Any]:
             "session_10_date_time": "2 May",
             "session_10": [{"speaker": "Ann", "text": "Later.", "dia_id": "D10:1"}],
             "session_2_date_time": "1 May",
-            "session_2": [{"speaker": "Bob", "text": " Hi! "}, {"speaker": "Ann", "text": ""}, 3],
+            "session_2": [
+                {"speaker": "Bob", "text": " Hi! ", "blip_caption": "a photo of a dog", "img_url": ["x"]},
+                {"speaker": "Ann", "text": ""},
+                {"speaker": "Ann", "text": "", "blip_caption": "a cat"},
+                3,
+            ],
             "session_3": [],
             "session_2_summary": "x",
         },
@@ -465,10 +470,10 @@ def test_sessions_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     path = locomo_file(tmp_path / "l.json", [locomo_entry(), locomo_entry(conversation={}), locomo_entry(qa=[]), None])
     data = read_locomo(path)
     (context,) = data.contexts
-    assert context.text == "1 May\nBob: Hi!\n\n2 May\nAnn: Later."
-    assert [(question.text, question.answers) for question in context.questions] == [
-        ("When?", ("2022",)),
-        ("Who?", ("Bob",)),
+    assert context.text == "1 May\nBob: Hi! [image: a photo of a dog]\nAnn: [image: a cat]\n\n2 May\nAnn: Later."
+    assert [(question.text, question.answers, question.category) for question in context.questions] == [
+        ("When?", ("2022",), "temporal"),
+        ("Who?", ("Bob",), ""),
     ]
     assert context.name == "conv-1"
     assert data.skipped.counts == {

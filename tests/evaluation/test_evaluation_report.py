@@ -16,10 +16,11 @@ from gakernels.evaluation.datasets import Dataset
 from gakernels.evaluation.metrics import compare, score
 from gakernels.evaluation.plots import plots
 from gakernels.evaluation.scenarios import docqa
-from gakernels.evaluation.tables import ReportTable, short_count, short_seconds
+from gakernels.evaluation.tables import ReportTable, own_tables, short_count, short_seconds
 from gakernels.evaluation.tables import tables as all_tables
 
 SETTINGS = {"data": {"a.json": "0" * 64}, "base_fingerprint": "f", "limit": None, "seed": 3}
+PAPER_MODELS = ("Mistral-7B-Instruct", "Llama2-7B-Chat")
 NAMES = ("closed_book", "prompt", "adapter", "other_adapter")
 
 
@@ -34,15 +35,46 @@ def test_it_holds_scores_comparisons_costs_and_times() -> None:
     measured = runner.measurements()
     for row in made["results"]:
         samples = measured[row["method"]][tuple(row["cell"].items()), row["metric"]]
-        assert row == {**row, **score(row["metric"], samples).to_dict()}
+        assert row == {**row, **vars(score(row["metric"], samples)), "unit": "fraction", "resampled": "contexts"}
     assert {row["method"] for row in made["results"]} == set(NAMES)
     assert {row["against"] for row in made["comparisons"]} == set(NAMES) - {"adapter"}
     for row in made["comparisons"]:
         key = tuple(row["cell"].items()), row["metric"]
         found = compare(row["metric"], measured["adapter"][key], measured[row["against"]][key])
         assert found is not None
-        assert (row["value"], row["low"], row["high"]) == (found.value, found.low, found.high)
+        assert row == {**row, **vars(found), "unit": "fraction", "resampled": "contexts"}
     assert {row["method"] for row in made["methods"]} == set(NAMES)
+    assert [(row["cell"], row["method"]) for row in made["measured_costs"]] == [({"length": 1}, name) for name in NAMES]
+
+
+def test_without_an_adapter_the_first_method_is_compared_with_the_others() -> None:
+    made = report.build(run(make(), scenario(3), "prompt", "closed_book"), SETTINGS)
+    assert {(row["method"], row["against"]) for row in made["comparisons"]} == {("prompt", "closed_book")}
+    assert "f1: prompt minus the others (%)" in {table.title for table in all_tables(made)}
+
+
+def test_quality_is_in_percent_and_says_what_was_resampled() -> None:
+    """Perplexities are not; one context has no interval."""
+    row = {"cell": {}, "method": "adapter", "metric": "f1", "unit": "fraction", "resampled": "contexts"}
+    row |= {"value": 0.5, "low": 0.25, "high": 0.6666, "count": 1200, "clusters": 40}
+    alone = {**row, "cell": {"length": 9}, "low": None, "high": None, "clusters": 1}
+    loss = {**row, "metric": "completion_perplexity", "unit": "perplexity", "value": 7.4, "low": 7, "high": 8}
+    made = {
+        "results": [row, alone, loss],
+        "comparisons": [],
+        "skipped": {},
+        "methods": [],
+        "measured_costs": [],
+        "device": "x",
+    }
+    first, second = own_tables(made)
+    assert first.title == "f1 (%)"
+    assert first.rows == (
+        ("all", "50.0 [25.0, 66.7]", "1,200 / 40 contexts"),
+        ("length 9", "50.0 (n = 1)", "1,200 / 1 contexts"),
+    )
+    assert second.title == "completion perplexity"
+    assert second.rows == (("all", "7.400 [7.000, 8.000]", "1,200 / 40 contexts"),)
 
 
 def test_costs_are_those_of_the_shapes() -> None:
@@ -106,7 +138,34 @@ def test_files_are_written_beside_the_json(tmp_path: Path) -> None:
         assert all(len(row) == len(table.headings) for row in table.rows)
     assert "![r.f1.svg](r.f1.svg)" in text
     assert "| bad <line> | 2 | f:3 |" in text
-    assert "Paper, table 5: F1 (%), Mistral-7B-Instruct, SQuAD" in text
+    assert "Paper" not in text + html + "".join(pictures.values())
+
+
+@pytest.mark.parametrize(
+    ("scenario", "data", "cell", "titles"),
+    [
+        ("docqa", "SQuAD", {"length": 512}, [f"Paper, table 5: F1 (%), {m}, SQuAD" for m in PAPER_MODELS]),
+        ("docqa", "StreamingQA", {"length": 512}, [f"Paper, table 5: F1 (%), {m}, StreamingQA" for m in PAPER_MODELS]),
+        ("dialog", "MSC-Self-Instruct", {}, ["Paper, table 1: Mistral-7B-Instruct, MSC-Self-Instruct"]),
+        ("icl", "MetaICL", {}, ["Paper, abstract: Mistral-7B-Instruct, MetaICL"]),
+        ("perplexity", "SlimPajama", {}, ["Paper, table 2: Mistral-7B-Instruct, SlimPajama"]),
+        ("recall", None, {}, []),
+    ],
+)
+def test_the_papers_values_stand_beside_the_same_data_alone(
+    scenario: str, data: str | None, cell: dict[str, int], titles: list[str]
+) -> None:
+    assert data is None or data in paper.DATA[scenario]
+    row = {"cell": cell, "method": "adapter", "metric": "f1", "unit": "fraction", "resampled": "contexts"}
+    row |= {"value": 0.5, "low": 0.4, "high": 0.6, "count": 9, "clusters": 3}
+    made = {"scenario": scenario, "paper": data, "results": [row], "device": "x"}
+    made |= {"comparisons": [], "skipped": {}, "methods": [], "measured_costs": [], "costs": []}
+    found = [table for table in all_tables(made) if table.title.startswith("Paper")]
+    assert [table.title for table in found] == titles
+    if scenario == "docqa":
+        assert [table.rows[0][0] for table in found] == ["length 512"] * 2
+        assert all(len(table.rows) == 1 for table in found)
+    assert not any(table.title.startswith("Paper") for table in all_tables({**made, "paper": None}))
 
 
 def test_a_report_can_be_written_again_and_is_the_same(tmp_path: Path) -> None:

@@ -4,23 +4,25 @@ import math
 import random
 import string
 from collections import defaultdict
+from collections.abc import Iterable
 
 import pytest
 import torch
 
 from gakernels.errors import InputError
 from gakernels.evaluation.metrics import (
+    Estimate,
     Sample,
-    Score,
     answer_exact_match,
     answer_f1,
     best_option,
     compare,
     label_match,
-    macro_f1,
+    label_samples,
     normalize_answer,
     released_answer,
     score,
+    value,
 )
 
 WORDS = ("the", "a", "an", "The", "An", "café", "N.F.L.", "49ers", "theatre", ",", ".", "'", "½", "St.", "Louis")
@@ -141,7 +143,7 @@ def metaicl_macro_f1(predictions: list[str], answers: list[str]) -> float:
     return sum(f1s) / len(f1s)
 
 
-def scored(values: list[float], contexts: list[int] | None = None) -> Score:
+def scored(values: list[float], contexts: list[int] | None = None) -> Estimate:
     """The mean of values, each about a context of its own where none are named."""
     places = contexts or range(len(values))
     return score(
@@ -156,11 +158,23 @@ def drawn_labels(draw: random.Random) -> tuple[list[str], list[str]]:
     return [draw.choice([answer, *labels, "other"]) for answer in answers], answers
 
 
+def macro_f1(predictions: list[str], answers: list[str], labels: Iterable[str] | None = None) -> float:
+    """Over the labels that occur in answers, unless others are named."""
+    found = [
+        label_samples(number, *pair, labels or dict.fromkeys(answers))
+        for number, pair in enumerate(zip(predictions, answers, strict=True))
+    ]
+    samples = {(number, label): sample for number, each in enumerate(found) for label, sample in each.items()}
+    scored = score("ranking_macro_f1", samples)
+    assert scored.value == value("ranking_macro_f1", samples)
+    assert (scored.count, scored.clusters) == (len(answers), len(answers))
+    return scored.value
+
+
 def test_macro_f1_over_gold_labels_is_metaicls(draw: random.Random) -> None:
     for _ in range(20):
         predictions, answers = drawn_labels(draw)
-        found = macro_f1(predictions, answers, gold_labels_only=True)
-        assert found == pytest.approx(metaicl_macro_f1(predictions, answers), abs=1e-12)
+        assert macro_f1(predictions, answers) == pytest.approx(metaicl_macro_f1(predictions, answers), abs=1e-12)
 
 
 def test_macro_f1_is_scikit_learns(draw: random.Random) -> None:
@@ -168,7 +182,8 @@ def test_macro_f1_is_scikit_learns(draw: random.Random) -> None:
     for _ in range(20):
         predictions, answers = drawn_labels(draw)
         wanted = sklearn.f1_score(answers, predictions, average="macro", zero_division=0)
-        assert macro_f1(predictions, answers) == pytest.approx(wanted, abs=1e-12)
+        labels = dict.fromkeys(answers + predictions)
+        assert macro_f1(predictions, answers, labels) == pytest.approx(wanted, abs=1e-12)
         hits = [label_match(*pair) for pair in zip(predictions, answers, strict=True)]
         assert scored(hits).value == pytest.approx(sklearn.accuracy_score(answers, predictions), abs=1e-12)
 
@@ -176,8 +191,8 @@ def test_macro_f1_is_scikit_learns(draw: random.Random) -> None:
 def test_macro_f1_worked_out_by_hand() -> None:
     # a: 2 right of 2 given and 3 gold: F1 0.8; b: 1 right of 2 given and 2 gold: F1 0.5; c is only given: 0.
     predictions, answers = ["a", "a", "b", "b", "c"], ["a", "a", "a", "b", "b"]
-    assert macro_f1(predictions, answers) == pytest.approx((0.8 + 0.5 + 0) / 3)
-    assert macro_f1(predictions, answers, gold_labels_only=True) == pytest.approx((0.8 + 0.5) / 2)
+    assert macro_f1(predictions, answers, "abc") == pytest.approx((0.8 + 0.5 + 0) / 3)
+    assert macro_f1(predictions, answers) == pytest.approx((0.8 + 0.5) / 2)
 
 
 def test_a_mean_counts_questions_and_contexts(draw: random.Random) -> None:
@@ -185,7 +200,7 @@ def test_a_mean_counts_questions_and_contexts(draw: random.Random) -> None:
     contexts = [draw.randrange(7) for _ in scores]
     found = scored(scores, contexts)
     assert found.value == pytest.approx(sum(scores) / 50)
-    assert (found.count, found.contexts) == (50, len(set(contexts)))
+    assert (found.count, found.clusters) == (50, len(set(contexts)))
     assert found.low < found.value < found.high
     assert scored(scores, contexts) == found
 
@@ -217,8 +232,6 @@ def test_questions_of_one_context_are_not_independent() -> None:
         (lambda: best_option([], []), "at least one option"),
         (lambda: best_option([1.0], [0]), "at least one token"),
         (lambda: best_option([1.0], [1, 2]), "numbers of tokens"),
-        (lambda: macro_f1([], []), "at least one, but they are 0 and 0"),
-        (lambda: macro_f1(["a"], []), "they are 1 and 0"),
     ],
 )
 def test_bad_input(call: object, message: str) -> None:
@@ -241,7 +254,7 @@ def test_a_perplexity_is_e_to_the_mean_over_tokens(draw: random.Random) -> None:
     total, weight = (sum(getattr(sample, name) for sample in samples.values()) for name in ("total", "weight"))
     assert found.value == pytest.approx(math.exp(total / weight))
     assert found.low < found.value < found.high
-    assert (found.count, found.contexts) == (weight, len({sample.context for sample in samples.values()}))
+    assert (found.count, found.clusters) == (weight, len({sample.cluster for sample in samples.values()}))
 
 
 def test_a_perplexity_beyond_all_numbers_is_a_number() -> None:
@@ -251,7 +264,7 @@ def test_a_perplexity_beyond_all_numbers_is_a_number() -> None:
 @pytest.mark.parametrize("metric", ["f1", "perplexity"])
 def test_a_comparison_is_of_what_both_have(draw: random.Random, metric: str) -> None:
     first, second = drawn_samples(draw, weights=True), drawn_samples(draw, weights=True)
-    second = {key: Sample(first[key].context, sample.total, sample.weight) for key, sample in second.items()}
+    second = {key: Sample(first[key].cluster, sample.total, sample.weight) for key, sample in second.items()}
     one = {key: first[key] for key in range(60)}
     two = {key: second[key] for key in range(20, 80)}
     found = compare(metric, one, two)
@@ -263,25 +276,56 @@ def test_a_comparison_is_of_what_both_have(draw: random.Random, metric: str) -> 
     assert compare(metric, one, {}) is None
 
 
-def test_what_differs_by_the_same_everywhere_differs_for_certain(draw: random.Random) -> None:
+def test_what_is_the_same_everywhere_has_no_interval(draw: random.Random) -> None:
+    """Contexts that are all alike do not tell how much others would differ."""
     first = drawn_samples(draw)
-    second = {key: Sample(sample.context, sample.total - 0.25) for key, sample in first.items()}
+    second = {key: Sample(sample.cluster, sample.total - 0.25) for key, sample in first.items()}
+    difference, ratio = compare("f1", first, second), compare("perplexity", first, second)
+    right = score("match", {key: Sample(sample.cluster, 1.0) for key, sample in first.items()})
+    for found, expected in ((difference, 0.25), (ratio, math.exp(0.25)), (right, 1.0)):
+        assert found is not None
+        assert found.value == pytest.approx(expected)
+        assert (found.low, found.high, found.clusters) == (None, None, right.clusters)
+
+
+@pytest.mark.parametrize("metric", ["f1", "perplexity"])
+def test_one_context_has_no_interval(draw: random.Random, metric: str) -> None:
+    samples = {key: Sample(7, draw.random()) for key in range(9)}
+    others = {key: Sample(7, draw.random()) for key in range(9)}
+    for found in (score(metric, samples), compare(metric, samples, others)):
+        assert found is not None
+        assert (found.low, found.high, found.count, found.clusters) == (None, None, 9, 1)
+    assert score(metric, samples).value == value(metric, samples)
+
+
+def test_seeds_of_an_item_are_not_items_of_their_own(draw: random.Random) -> None:
+    """Under five seeds that all say the same, an interval is as wide as under one of them."""
+    hits = [float(draw.random() < 0.4) for _ in range(150)]
+    one = score("match", {item: Sample(item, hit) for item, hit in enumerate(hits)})
+    five = {(seed, item): Sample(item, hit, group=seed) for item, hit in enumerate(hits) for seed in range(5)}
+    found = score("match", five)
+    assert (found.value, found.low, found.high) == pytest.approx((one.value, one.low, one.high))
+    assert (found.count, found.clusters) == (750, 150)
+    apart = score("match", {key: Sample(number, sample.total) for number, (key, sample) in enumerate(five.items())})
+    assert apart.low is not None
+    assert apart.high is not None
+    assert (one.high - one.low) / (apart.high - apart.low) == pytest.approx(5**0.5, rel=0.1)
+
+
+def test_a_mean_over_seeds_gives_each_seed_the_same_weight() -> None:
+    samples = {0: Sample(0, 1.0, group=13), 1: Sample(1, 0.0, group=13), 2: Sample(1, 1.0, group=21)}
+    assert value("match", samples) == (0.5 + 1) / 2
+    # The draws of two items are 00, 01, 10, 11; without item 1 nothing is left of seed 21, which then does not count.
+    found = score("match", samples)
+    assert (found.low, found.high) == (0.5, 1)
+
+
+def test_the_bootstrap_of_a_comparison_is_that_of_its_differences(draw: random.Random) -> None:
+    """Worked out another way: contexts of equal size, so that the difference is the mean of differences."""
+    first, second = ({n: Sample(n // 4, draw.random()) for n in range(120)} for _ in range(2))
     found = compare("f1", first, second)
+    differences = {n: Sample(n // 4, first[n].total - second[n].total) for n in range(120)}
+    wanted = score("f1", differences)
     assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
-    ratio = compare("perplexity", first, second)
-    assert ratio is not None
-    assert (ratio.low, ratio.high) == pytest.approx((math.exp(0.25), math.exp(0.25)))
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say(draw: random.Random) -> None:
-    """Contexts with scores of their own: an interval over questions would be far too narrow."""
-    holds = 0
-    for _ in range(100):
-        samples = {}
-        for context in range(40):
-            level = draw.gauss(0.5, 0.2)
-            samples |= {(context, n): Sample(context, level) for n in range(5)}
-        found = score("f1", samples)
-        holds += found.low <= 0.5 <= found.high
-    assert holds >= 80  # about 94 are expected, give or take 2.4
+    assert (found.value, found.low, found.high) == pytest.approx((wanted.value, wanted.low, wanted.high))
+    assert found.clusters == 30

@@ -202,11 +202,13 @@ def test_bad_settings_are_refused(make: Callable[[], object], named: str) -> Non
 def test_the_plot_has_a_panel_for_each_test_with_the_values() -> None:
     cells = [{"facts": 4}, {"facts": 8}, {"position": "early"}]
     rows = [
-        {"cell": cell, "method": method, "value": value, "low": value - 0.1, "high": value + 0.05}
-        for method, start in (("adapter", 0.5), ("prompt", 0.7))
-        for cell, value in zip(cells, (start, start + 0.1, start - 0.2), strict=True)
+        {"metric": "accuracy", "unit": "fraction", "cell": cell, "method": method, "value": value}
+        | {"low": value - 10, "high": value + 5}
+        for method, start in (("adapter", 50), ("prompt", 70))
+        for cell, value in zip(cells, (start, start + 10, start - 20), strict=True)
     ]
     figure = Figure()
-    draw_recall(figure, rows, CHANCE)
+    draw_recall(figure, rows, 100 * CHANCE)
     drawn = [[list(line.lines[0].get_ydata()) for line in axes.containers] for axes in figure.axes]
-    assert drawn == [[[0.5, 0.6], [0.7, pytest.approx(0.8)]], [[pytest.approx(0.3)], [pytest.approx(0.5)]]]
+    assert drawn == [[[50, 60], [70, 80]], [[30], [50]]]
+    assert figure.get_supylabel() == "accuracy (%)"

@@ -1,21 +1,26 @@
 """A run divides its work in any way, is interrupted anywhere, and gives the same answers."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import make_model
-from worlds import BARE, make, merged, run, scenario, text
+from worlds import BARE, contexts, make, merged, run, scenario, text
 
 from gakernels import InputError
+from gakernels.cost.shapes import ModelShape
 from gakernels.distributed import Ranks
 from gakernels.evaluation.answer_log import AnswerLog
+from gakernels.evaluation.cost import adapter_numbers
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
+from gakernels.evaluation.perplexity import CutDocument, perplexity
 from gakernels.evaluation.runner import Runner, RunSettings
 from gakernels.evaluation.scenarios import EvaluationCase, EvaluationRequest, Scenario, docqa
 from gakernels.generation.decoder import Decoder, Row
+from gakernels.generation.decoding_batch import DecodingBatch
 
 NAMES = ("closed_book", "adapter", "adapter_merged", "other_adapter")
 SMALL = RunSettings(batch_tokens=30, max_rows=3, shard_contexts=2, shard_questions=5)
@@ -117,6 +122,55 @@ def test_what_a_method_took_is_measured() -> None:
         assert taken.latency_seconds is not None
         assert taken.latency_seconds > 0
         assert taken.peak_bytes > 1e6
+
+
+def test_what_is_kept_of_a_context_is_measured_by_length() -> None:
+    model, data = make(), Dataset(tuple(contexts(6)))
+    asked = docqa(data, len, [20, 60], settings=BARE)
+    names = ("closed_book", "prompt", "adapter", "adapter_merged", "adapter_retrieval", "other_adapter")
+    found = {(dict(cost.cell)["length"], cost.method): cost for cost in run(model, asked, *names).measured_costs()}
+    assert list(found) == [(length, name) for length in (20, 60) for name in names]
+    factors = 8 * adapter_numbers(ModelShape.from_config(model.base.config), model.config)  # float64
+    for length in (20, 60):
+        texts = [case.context.text for case in asked.cases if dict(case.cell)["length"] == length]
+        text = sum(len(text.encode()) for text in texts) / len(texts)
+        kept = {name: found[length, name].stored_bytes for name in names}
+        assert kept == pytest.approx(
+            {"closed_book": 0, "prompt": text, "adapter": factors, "adapter_merged": factors, "other_adapter": factors}
+            | {"adapter_retrieval": factors + text}
+        )
+        for name in names:
+            assert found[length, name].contextualization_seconds >= 0
+            assert (found[length, name].first_token_seconds or 0) > 0
+            assert (found[length, name].tokens_per_second or 0) > 0
+
+
+def test_a_run_that_generates_nothing_has_no_first_token() -> None:
+    documents = [CutDocument("d", text(8), tuple(range(3, 9)), tuple(range(9, 15))) for _ in range(2)]
+    for cost in run(make(), perplexity(documents, 4), "adapter").measured_costs():
+        assert (cost.first_token_seconds, cost.tokens_per_second) == (None, None)
+        assert cost.stored_bytes > 0
+
+
+def test_the_first_token_and_those_after_it_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(make())
+    exchange, advance = DecodingBatch.exchange, DecodingBatch.advance
+
+    def slowly(seconds: float, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            time.sleep(seconds)
+            return method(*arguments)
+
+        return call
+
+    decoder.speed(Row((3, 4, 5)), 2)  # a warm-up
+    monkeypatch.setattr(DecodingBatch, "exchange", slowly(0.3, exchange))
+    monkeypatch.setattr(DecodingBatch, "advance", slowly(0.1, advance))
+    first, rate = decoder.speed(Row((3, 4, 5)), 4)
+    assert 0.3 <= first < 0.6
+    assert rate is not None
+    assert 3 <= rate <= 10  # 0.1 s each
+    assert decoder.speed(Row((3, 4, 5)), 1)[1] is None
 
 
 def test_options_are_scored_as_the_continuation_of_the_prompt() -> None:

@@ -1,8 +1,11 @@
 """What each scenario asks, and how answers become samples."""
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ from tiny import random_context
 from worlds import contexts, make, merged, run, text
 
 from gakernels import InputError
+from gakernels.bootstrap import tail
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question, Task
 from gakernels.evaluation.icl import SEEDS, TaskData, few_shot_context, icl
-from gakernels.evaluation.metrics import answer_exact_match, answer_f1, macro_f1, score
+from gakernels.evaluation.metrics import answer_exact_match, answer_f1, score
 from gakernels.evaluation.perplexity import CutDocument, perplexity
 from gakernels.evaluation.prompts import icl_prompt, qa_prompt
 from gakernels.evaluation.scenarios import (
@@ -24,7 +28,7 @@ from gakernels.evaluation.scenarios import (
     dialog,
     docqa,
     group_contexts,
-    limited,
+    sampled,
     with_others,
 )
 from gakernels.model.windows import split_evenly
@@ -46,14 +50,62 @@ def cells(asked: Scenario) -> list[Cell]:
 # Cases
 
 
-def test_a_limit_is_one_of_questions() -> None:
-    all_of_them = contexts(4)
-    for limit in range(1, 14):
-        kept = limited(all_of_them, limit)
-        questions = [question for context in kept for question in context.questions]
-        assert questions == [question for context in all_of_them for question in context.questions][:limit]
+def asked_in(drawn: list[EvaluationContext]) -> list[str]:
+    return [question.text for context in drawn for question in context.questions]
+
+
+def numbered(counts: dict[str, int], per_context: int = 4) -> list[EvaluationContext]:
+    """Contexts of so many questions of each category, each question with a text of its own."""
+    questions = [
+        Question(f"{category} {number}", ("a",), category=category)
+        for category, count in counts.items()
+        for number in range(count)
+    ]
+    starts = range(0, len(questions), per_context)
+    return [EvaluationContext(f"c{start}", tuple(questions[start : start + per_context])) for start in starts]
+
+
+def test_a_limit_is_one_of_questions_whatever_their_order() -> None:
+    all_of_them = numbered({"": 30})
+    turned = [replace(context, questions=context.questions[::-1]) for context in reversed(all_of_them)]
+    regrouped = numbered({"": 30}, per_context=7)
+    before: set[str] = set()
+    for limit in range(1, 31):
+        kept = sampled(all_of_them, limit, 5)
+        drawn = asked_in(kept)
+        assert len(drawn) == limit
+        assert drawn == [text for text in asked_in(all_of_them) if text in drawn]  # in their order
         assert all(context.questions for context in kept)
-    assert limited(all_of_them, None) == all_of_them
+        assert set(asked_in(sampled(turned, limit, 5))) == set(asked_in(sampled(regrouped, limit, 5))) == set(drawn)
+        assert before < set(drawn)
+        before = set(drawn)
+    assert sampled(all_of_them, None) == sampled(all_of_them, 99) == all_of_them
+    assert asked_in(sampled(all_of_them, 10, 5)) != asked_in(sampled(all_of_them, 10, 6))
+
+
+def test_every_question_is_drawn_as_often_as_the_others() -> None:
+    all_of_them = numbered({"": 20})
+    counts = Counter(text for seed in range(2000) for text in asked_in(sampled(all_of_them, 5, seed)))
+    # 500 each, give or take 19: a hypergeometric draw of 5 out of 20.
+    assert all(500 - 6 * 19 < counts[text] < 500 + 6 * 19 for text in asked_in(all_of_them))
+
+
+def test_a_sample_has_each_category_in_proportion() -> None:
+    counts = {"single": 60, "multi": 30, "rare": 10}
+    for limit in (10, 20, 50):
+        drawn = Counter(text.split()[0] for text in asked_in(sampled(numbered(counts), limit)))
+        assert drawn == {category: count * limit // 100 for category, count in counts.items()}
+
+
+def test_categories_have_cells_of_their_own() -> None:
+    asked = dialog(Dataset(tuple(numbered({"single": 6, "multi": 4}))), "locomo")
+    given = {request.key: "a" if n % 2 else "b" for n, case in enumerate(asked.cases) for request in asked.ask(n, case)}
+    measured = asked.measure(asked, given)
+    whole = (("questions", "locomo"),)
+    parts = [(*whole, ("category", name)) for name in ("single", "multi")]
+    assert list(dict.fromkeys(cell for cell, _ in measured)) == [whole, *parts]
+    assert measured[whole, "f1"] == {key: sample for part in parts for key, sample in measured[part, "f1"].items()}
+    assert [len(measured[part, "f1"]) for part in parts] == [6, 4]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -202,7 +254,7 @@ def task(name: str, labels: tuple[str, ...], count: int, own_options: bool = Fal
     for number in range(count):
         answer = labels[number % len(labels)]
         options = (answer, text(2) + str(number)) if own_options else labels
-        items.append(Question(text(4), (answer,), options, str(number)))
+        items.append(Question(f"{text(4)} {number}", (answer,), options, str(number)))
     return Task(name, tuple(items))
 
 
@@ -240,19 +292,22 @@ def test_labels_are_generated_and_options_ranked() -> None:
     assert {request.prompt for request in requests[:3]} == {icl_prompt(item)}
 
 
+def ranked_answers(asked: Scenario, random: Random, labels: tuple[str, ...]) -> dict[tuple[int, int, int], Any]:
+    """Random answers to all requests."""
+    return {
+        request.key: random.choice(labels) if request.option < 0 else (random.uniform(0, 9), random.randint(1, 3))
+        for number, case in enumerate(asked.cases)
+        for request in asked.ask(number, case)
+    }
+
+
 def test_tasks_and_seeds_are_averaged_apart_by_kind(random: Random) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
     labels = ("w3", "w4", "w5")
-    tasks = [
-        TaskData(task(name, labels, 8), task(name, labels, 9, own), seed)
-        for name, own in (("a", False), ("b", False), ("c", True))
-        for seed in (13, 21, 42)
-    ]
+    tests = {name: task(name, labels, 9, own) for name, own in (("a", False), ("b", False), ("c", True))}
+    tasks = [TaskData(task(name, labels, 8), test, seed) for name, test in tests.items() for seed in (13, 21, 42)]
     asked = icl(tasks, [2])
-    given: dict[tuple[int, int, int], object] = {}
-    for number, case in enumerate(asked.cases):
-        for request in asked.ask(number, case):
-            ranked = (random.uniform(0, 9), random.randint(1, 3))
-            given[request.key] = random.choice(labels) if request.option < 0 else ranked
+    given = ranked_answers(asked, random, labels)
     measured = asked.measure(asked, given)
     values: dict[str, dict[str, list[float]]] = {}
     for number, case in enumerate(asked.cases):
@@ -266,19 +321,45 @@ def test_tasks_and_seeds_are_averaged_apart_by_kind(random: Random) -> None:
         found = values.setdefault(cell["task"], {"match": [], "ranking_accuracy": [], "ranking_macro_f1": []})
         found["match"].append(sum(hits) / 9)
         found["ranking_accuracy"].append(sum(map(str.__eq__, chosen, gold)) / 9)
-        found["ranking_macro_f1"].append(macro_f1(chosen, gold, gold_labels_only=True))
+        wanted = sklearn.f1_score(gold, chosen, labels=sorted(set(gold)), average="macro", zero_division=0)
+        found["ranking_macro_f1"].append(wanted)
 
     def mean(metric: str, *names: str) -> float:
         return sum(sum(values[name][metric]) / 3 for name in names) / len(names)
 
     for metric in values["a"]:
-        key = ((("kind", "classification"), ("shots", 2)), metric)
-        assert score(metric, measured[key]).value == pytest.approx(mean(metric, "a", "b"))
-        of_a = ((("kind", "classification"), ("task", "a"), ("shots", 2)), metric)
-        assert score(metric, measured[of_a]).value == pytest.approx(mean(metric, "a"))
+        both = score(metric, measured[(("kind", "classification"), ("shots", 2)), metric])
+        assert (both.value, both.clusters) == (pytest.approx(mean(metric, "a", "b")), 2)  # tasks
+        of_a = score(metric, measured[(("kind", "classification"), ("task", "a"), ("shots", 2)), metric])
+        assert of_a.value == pytest.approx(mean(metric, "a"))
+        assert (of_a.count, of_a.clusters) == (27, 9)  # items under three seeds
     other = (("kind", "other"), ("shots", 2))
-    assert score("match", measured[other, "match"]).value == pytest.approx(mean("match", "c"))
+    alone = score("match", measured[other, "match"])
+    assert alone.value == pytest.approx(mean("match", "c"))
+    assert (alone.low, alone.high) == (None, None)  # a single task
     assert (other, "ranking_macro_f1") not in measured
+    resampled = {asked.resampled(cell): "task" in dict(cell) for cell, _ in measured}
+    assert resampled == {"tasks": False, "items": True}
+
+
+def test_an_item_is_drawn_with_its_answers_under_all_seeds(random: Random) -> None:
+    """The interval of a task is that of its items' shares of right answers, by a bootstrap of another kind."""
+    test = task("a", ("w3", "w4"), 40)
+    asked = icl([TaskData(task("a", ("w3", "w4"), 8), test, seed) for seed in (13, 21, 42, 87, 100)], [2])
+    given = ranked_answers(asked, random, ("w3", "w4"))
+    found = score(
+        "match", asked.measure(asked, given)[(("kind", "classification"), ("task", "a"), ("shots", 2)), "match"]
+    )
+    shares = [
+        sum(given[seed, place, -1] == item.answers[0] for seed in range(5)) / 5 for place, item in enumerate(test.items)
+    ]
+    drawn = sorted(sum(random.choices(shares, k=40)) / 40 for _ in range(10_000))
+    assert found.value == pytest.approx(sum(shares) / 40)
+    for end, level in ((found.low, tail(40)), (found.high, 1 - tail(40))):
+        # Both scatter; six standard deviations of a quantile, in ranks.
+        scatter = 6 * round((2 * 10_000 * level * (1 - level)) ** 0.5)
+        assert drawn[max(round(10_000 * level) - scatter, 0)] - 1e-9 <= end
+        assert end <= drawn[min(round(10_000 * level) + scatter, 9_999)] + 1e-9
 
 
 def test_demonstrations_are_drawn_from_the_training_items() -> None:

@@ -29,7 +29,11 @@ def test_plain_text_is_cut_into_pieces(tmp_path: Path) -> None:
         assert document.text in text
     assert len({document.name for document in documents}) == 5
     assert skipped.total == 0
-    assert cut_documents(path, TOKENIZER, 10, limit=2)[0] == documents[:2]
+    drawn = {seed: cut_documents(path, TOKENIZER, 10, limit=2, seed=seed)[0] for seed in range(20)}
+    for some in drawn.values():
+        assert some == [document for document in documents if document in some]  # in their order
+        assert len(some) == 2
+    assert {document.name for some in drawn.values() for document in some} == {document.name for document in documents}
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -47,11 +51,29 @@ def test_lines_are_documents(tmp_path: Path, suffix: str) -> None:
     assert skipped.counts == {"line without a text": 3, "document of fewer than 20 tokens": 1}
 
 
+def test_a_draw_of_documents_depends_on_the_seed_and_not_on_their_order(tmp_path: Path) -> None:
+    texts = [f"{random_text(9)} {number} {random_text(25)}" for number in range(40)]
+    paths = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, written in zip(paths, (texts, texts[::-1]), strict=True):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in written))
+    some, turned = (
+        [document.text for document in cut_documents(path, TOKENIZER, 10, limit=7, seed=3)[0]] for path in paths
+    )
+    assert some == turned[::-1]
+    more = [document.text for document in cut_documents(paths[0], TOKENIZER, 10, limit=12, seed=3)[0]]
+    assert set(some) < set(more)
+    assert cut_documents(paths[0], TOKENIZER, 10, limit=7, seed=4)[0] != some
+    chosen = [len(cut_documents(paths[0], TOKENIZER, 10, limit=limit)[0]) for limit in (1, 40, 99)]
+    assert chosen == [1, 40, 40]
+
+
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no file"):
         cut_documents(tmp_path / "none.txt", TOKENIZER, 4)
     with pytest.raises(InputError, match="tokens must be at least 2"):
         cut_documents(tmp_path / "none.txt", TOKENIZER, 1)
+    with pytest.raises(InputError, match="limit must be at least 1"):
+        cut_documents(tmp_path / "none.txt", TOKENIZER, 4, limit=0)
     short = tmp_path / "short.txt"
     short.write_text("w3 w4")
     with pytest.raises(InputError, match="has no document of 8 tokens: 1 x document of fewer than 8 tokens"):

@@ -13,6 +13,7 @@ from rich.table import Table
 from gakernels.cli.common import add_model_options, load_generator, output_file
 from gakernels.distributed import Ranks, process_group
 from gakernels.errors import InputError
+from gakernels.evaluation import paper
 from gakernels.evaluation import report as reports
 from gakernels.evaluation.answer_log import AnswerLog
 from gakernels.evaluation.methods import MethodSettings
@@ -47,7 +48,10 @@ def add_run_options(
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="official", help="see docs/evaluation.md (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=int, help="most questions or documents per cell of the results (default: all)")
+    parser.add_argument(
+        "--limit", type=int, help="most questions or documents per cell of the results, drawn at random (default: all)"
+    )
+    parser.add_argument("--sample-seed", type=int, default=0, help="seed of the draw of --limit (default: %(default)s)")
     parser.add_argument(
         "--json",
         type=output_file,
@@ -84,9 +88,36 @@ def add_question_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_paper_option(parser: argparse.ArgumentParser, task: str) -> None:
+    """Add the option that says that the data is the paper's."""
+    parser.add_argument(
+        "--paper-data",
+        choices=paper.DATA[task],
+        help="say that --data is this data set in the paper's split, to see the paper's numbers beside; "
+        "with --protocol released and nothing that changes it",
+    )
+
+
+_NOT_THE_PAPERS = ("limit", "part", "style", "adapted_style", "chat", "new_tokens")
+
+
+def _paper_data(options: argparse.Namespace) -> str | None:
+    """The paper's data, if that is what is evaluated.
+
+    Raises:
+        InputError: the protocol or what is asked is not the paper's.
+    """
+    data: str | None = getattr(options, "paper_data", None)
+    changed = [f"--{name.replace('_', '-')}" for name in _NOT_THE_PAPERS if getattr(options, name, None)]
+    if data is not None and (options.protocol != "released" or changed):
+        found = ", ".join([f"--protocol {options.protocol}", *changed])
+        raise InputError(f"--paper-data needs --protocol released and nothing that changes it, but there is {found}")
+    return data
+
+
 def ask_settings(options: argparse.Namespace) -> AskSettings:
     """How questions are asked."""
-    return AskSettings(options.style, options.adapted_style, options.new_tokens, options.limit)
+    return AskSettings(options.style, options.adapted_style, options.new_tokens, options.limit, options.sample_seed)
 
 
 def numbers(text: str, option: str, least: int = 1) -> list[int]:
@@ -118,12 +149,14 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
     """
     if options.json is not None and options.json.suffix != ".json":
         raise InputError(f"--json must be a file whose name ends in .json, but it is {options.json}")
+    paper_data = _paper_data(options)
     for file in files:
         if not file.exists():
             raise InputError(f"there is no file {file}")
     with process_group(options.device) as ranks, _only_evaluation(options.json, ranks):
         model = load_generator(options)
         names, static_lora, notes = _methods(options)
+        notes += _sampling(options)
         scenario = make(model)
         method_settings = _method_settings(options, static_lora)
         settings = _settings(options, model, scenario, files, method_settings)
@@ -131,7 +164,8 @@ def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[
         runner = Runner(model, scenario, names, log, method_settings, RunSettings(options.batch_tokens), ranks)
         _run(runner, options.json)
         if ranks.rank == 0:
-            _finish(runner, settings, notes, options.json, ranks)
+            report = reports.build(runner, {**settings, "processes": ranks.world}, notes, paper_data)
+            _finish(report, options.json)
     return 0
 
 
@@ -154,6 +188,14 @@ def _methods(options: argparse.Namespace) -> tuple[list[str], Path | None, list[
     return names, static_lora, notes
 
 
+def _sampling(options: argparse.Namespace) -> list[str]:
+    """How many questions or documents were drawn, and how."""
+    if options.limit is None:
+        return []
+    drawn = "documents" if options.task == "perplexity" else "questions, in proportion to their categories,"
+    return [f"A cell has at most {options.limit} {drawn} drawn at random with the seed {options.sample_seed}."]
+
+
 def _listed(options: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in options.methods.split(",") if name.strip()))
 
@@ -172,6 +214,7 @@ def _settings(
         **scenario.settings,
         "new_tokens": scenario.new_tokens,
         "limit": options.limit,
+        "sample_seed": options.sample_seed,
         **{name: getattr(settings, name) for name in ("seed", "passages", "chat", "learning_rate", "epochs")},
         "static_lora": None if settings.static_lora is None else reports.data_hash(settings.static_lora),
         "data": {name: reports.data_hash(file) for name, file in _names(files).items()},
@@ -206,8 +249,7 @@ def _run(runner: Runner, report: Path | None) -> None:
         raise
 
 
-def _finish(runner: Runner, settings: Mapping[str, Any], notes: Sequence[str], path: Path | None, ranks: Ranks) -> None:
-    report = reports.build(runner, {**settings, "processes": ranks.world}, notes)
+def _finish(report: Mapping[str, Any], path: Path | None) -> None:
     console = Console()
     for table in own_tables(report):
         console.print(_rich(table))

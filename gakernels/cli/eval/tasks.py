@@ -9,7 +9,15 @@ from typing import Any
 
 from gakernels.cli.common import add_command
 from gakernels.cli.demo_people import one_thread
-from gakernels.cli.eval.running import add_question_options, add_run_options, ask_settings, evaluate, numbers, refuse
+from gakernels.cli.eval.running import (
+    add_paper_option,
+    add_question_options,
+    add_run_options,
+    ask_settings,
+    evaluate,
+    numbers,
+    refuse,
+)
 from gakernels.data.sources import HUB
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import (
@@ -56,6 +64,7 @@ def add_docqa(tasks: Any) -> None:
     parser.add_argument("--part", choices=GROUP_PARTS, help="which groups of documents (default: the protocol's)")
     add_run_options(parser)
     add_question_options(parser)
+    add_paper_option(parser, "docqa")
 
 
 def run_docqa(options: argparse.Namespace) -> int:
@@ -104,6 +113,7 @@ def add_dialog(tasks: Any) -> None:
     )
     add_run_options(parser)
     add_question_options(parser)
+    add_paper_option(parser, "dialog")
 
 
 def run_dialog(options: argparse.Namespace) -> int:
@@ -158,6 +168,7 @@ def add_icl(tasks: Any) -> None:
     )
     add_run_options(parser, "closed_book,prompt,adapter")
     add_question_options(parser)
+    add_paper_option(parser, "icl")
 
 
 def run_icl(options: argparse.Namespace) -> int:
@@ -231,6 +242,7 @@ def add_perplexity(tasks: Any) -> None:
         help="tokens of the context, and of the text after it (default: %(default)s)",
     )
     add_run_options(parser, "closed_book,prompt,adapter")
+    add_paper_option(parser, "perplexity")
 
 
 def run_perplexity(options: argparse.Namespace) -> int:
@@ -238,7 +250,8 @@ def run_perplexity(options: argparse.Namespace) -> int:
     refuse(options, ONLY_FOR_QUESTIONS, "it has no questions")
 
     def make(model: GenerativeAdapter) -> Scenario:
-        documents, skipped = cut_documents(options.data, Decoder(model).tokenizer, options.tokens, options.limit)
+        tokenizer = Decoder(model).tokenizer
+        documents, skipped = cut_documents(options.data, tokenizer, options.tokens, options.limit, options.sample_seed)
         scenario = perplexity(documents, min(options.tokens, model.config.chunk_size), options.protocol)
         return replace(scenario, settings={"tokens": options.tokens}, skipped=skipped)
 
@@ -309,6 +322,7 @@ def run_recall(options: argparse.Namespace) -> int:
         form=options.form,
         seed=options.seed,
         limit=options.limit,
+        sample_seed=options.sample_seed,
     )
     embedded = options.generator is None
     if embedded:
