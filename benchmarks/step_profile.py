@@ -81,7 +81,7 @@ def _waits(step: Callable[[], None], device: torch.device) -> dict[str, int]:
     """How often the host waits for the device, by the three innermost lines of OURS."""
     places: collections.Counter[str] = collections.Counter()
     if device.type == "cuda":
-        with _each_warning(lambda: places.update([_place()])):
+        with _each_warning(lambda: places.update([place("step_profile")])):
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 step()
@@ -104,9 +104,12 @@ def _each_warning(seen: Callable[[], object]) -> Iterator[None]:
             yield
 
 
-def _place() -> str:
+def place(*left_out: str) -> str:
+    """Where the caller is called, by the three innermost lines of OURS, without those of files named `left_out`."""
     frames = [frame for frame in traceback.extract_stack() if any(f"/{name}/" in frame.filename for name in OURS)]
-    lines = [f"{_short(frame.filename)}:{frame.lineno}" for frame in frames if "step_profile" not in frame.filename]
+    lines = [
+        f"{_short(frame.filename)}:{frame.lineno}" for frame in frames if Path(frame.filename).stem not in left_out
+    ]
     return " < ".join(reversed(lines[-3:]))
 
 

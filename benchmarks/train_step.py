@@ -259,7 +259,7 @@ def _guarded(contender: Contender) -> Iterator[None]:
 def device_batch(settings: StepSettings, number: int) -> WindowBatch:
     """A batch on the device, except the targets: the library's trainer reads them on the host without waiting."""
     batch = make_batch(settings.preset, settings.seed + number)
-    return replace(to_device(batch, settings.device), targets=batch.targets)
+    return to_device(batch, settings.device)
 
 
 def _release(device: torch.device) -> None:

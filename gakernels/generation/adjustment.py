@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import InputError
-from gakernels.generation.sampling import Sampling, moved
+from gakernels.generation.sampling import Sampling
+from gakernels.model.transfer import moved
 
 
 class Adjustment:

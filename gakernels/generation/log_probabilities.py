@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gakernels.generation.sampling import moved
 from gakernels.model import GenerativeAdapter
+from gakernels.model.transfer import moved
 
 _BLOCK = 256  # tokens of a prompt whose logits are in memory at once
 

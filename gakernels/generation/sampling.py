@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import InputError
+from gakernels.model.transfer import moved
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,3 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tens
     total = values.masked_fill(~inside, 0).cumsum(-1)
     place = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
     return order.gather(-1, torch.minimum(place, inside.sum(-1, keepdim=True) - 1))[:, 0]
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a device without waiting for the device."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -24,10 +24,11 @@ from gakernels.generation.adjustment import Adjustment, adjusted
 from gakernels.generation.decoding_batch import DecodingBatch
 from gakernels.generation.log_probabilities import Scores, TokenLogprob, prompt_scores
 from gakernels.generation.row_adapters import OneAdapter
-from gakernels.generation.sampling import Sampling, moved, next_tokens
+from gakernels.generation.sampling import Sampling, next_tokens
 from gakernels.generation.text_output import TextOutput
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
+from gakernels.model.transfer import moved
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 

@@ -31,6 +31,7 @@ from gakernels.model.config import GeneratorConfig
 from gakernels.model.context_pass import ContextPass
 from gakernels.model.encoding import encode_context
 from gakernels.model.own_lock import OwnLock
+from gakernels.model.packing import rows_packed
 from gakernels.model.positions import check_chunk_size, position_limit
 from gakernels.model.shared_weights import SharedWeights
 from gakernels.model.windows import only_first_is_plain, pad_windows, split_evenly
@@ -290,7 +291,7 @@ class AttachedGenerators(nn.Module):
 
     def _encode(self, context: ContextPass, input_ids: Tensor) -> Tensor:
         """Run one pass: the last hidden states (B, W, M, d_h); states and adapters go into `context`."""
-        with self._block({}, context), CpuAttention():
+        with self._block({}, context), CpuAttention(), rows_packed(False):
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             output = self.decoder(input_ids=input_ids.flatten(0, 1), use_cache=False)
             for name in self.adapted_names:  # wait for all adapters, so that all states exist

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gakernels.errors import InputError
+from gakernels.model.transfer import moved
 from gakernels.nn import AdapterGenerator, LowRankFactors
 from gakernels.nn.side_stream import Later, Streams
 
@@ -113,7 +114,7 @@ class ContextPass:
             none = self.batch * len(distinct) if has_static else -1
             slots = torch.tensor([distinct.index(count) if count in distinct else -1 for count in self.seen])
             rows = torch.arange(self.batch)[:, None] * len(distinct)
-            self._indices[device] = torch.where(slots < 0, none, rows + slots).flatten().to(device)
+            self._indices[device] = moved(torch.where(slots < 0, none, rows + slots).flatten(), device)
         return self._indices[device]
 
 

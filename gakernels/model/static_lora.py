@@ -8,6 +8,7 @@ from torch import nn
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.model.generative_adapter import GenerativeAdapter
+from gakernels.model.packing import rows_packed
 from gakernels.model.window_losses import Loss, WindowBatch, to_device, token_losses
 from gakernels.nn import LowRankFactors
 
@@ -45,7 +46,7 @@ class StaticLora(nn.Module):
         """The same losses as `model.window_losses.window_losses`, but every window uses this adapter."""
         batch = to_device(batch, model.device)
         shape = batch.input_ids.shape
-        with model.using(self.factors()):
+        with model.using(self.factors()), rows_packed(False):
             output = model.decoder(input_ids=batch.input_ids.flatten(0, 1), use_cache=False)
         hidden = output.last_hidden_state.view(*shape, -1)
         return token_losses(model, hidden, batch.input_ids, batch.targets)

@@ -1,7 +1,7 @@
 """The pretraining objective (equation 5): the windows made from a segment, and the losses on them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.model.generative_adapter import GenerativeAdapter
+from gakernels.model.transfer import moved
 
 RECONSTRUCTIONS = ("random_slice", "copy", "final")
 
@@ -121,9 +122,9 @@ def count_targets(batch: WindowBatch) -> dict[str, int | Tensor]:
 
 def window_losses(model: GenerativeAdapter, batch: WindowBatch) -> dict[str, Loss]:
     """Encode a batch of windows with their adapters and compute each loss; logits are formed only where needed."""
-    moved = to_device(batch, model.device)
-    hidden = model(moved.input_ids, moved.mask, batch.chunks, batch.seen)[0]  # drop the states, which are large
-    return token_losses(model, hidden, moved.input_ids, batch.targets)
+    batch = to_device(batch, model.device)
+    hidden = model(batch.input_ids, batch.mask, batch.chunks, batch.seen)[0]  # drop the states, which are large
+    return token_losses(model, hidden, batch.input_ids, batch.targets)
 
 
 def token_losses(
@@ -133,17 +134,28 @@ def token_losses(
 
     With targets on the host, nothing has to wait for the GPU to tell which tokens count.
     """
-    union = torch.stack(list(targets.values())).any(0)[..., 1:]
-    if union.all():  # then nothing is gathered; the last token of a window predicts nothing
-        losses = model.token_loss(hidden.flatten(0, -2), F.pad(input_ids[..., 1:], (0, 1)).flatten())
-        chosen = {name: F.pad(target[..., 1:], (0, 1)).flatten().to(losses.device) for name, target in targets.items()}
-    else:
-        losses = model.token_loss(hidden[..., :-1, :][union], input_ids[..., 1:][union])
-        chosen = {name: target[..., 1:][union].to(losses.device) for name, target in targets.items()}
+    shifted = {name: predicting(target) for name, target in targets.items()}
+    states, following = hidden.flatten(0, -2), F.pad(input_ids[..., 1:], (0, 1)).flatten()
+    union = torch.stack(list(shifted.values())).any(0)
+    if not union.view(input_ids.shape)[..., :-1].all():  # else nothing is gathered
+        places = union.nonzero()[:, 0]
+        shifted = {name: target[places] for name, target in shifted.items()}
+        states, following = at_places(states, places), at_places(following, places)
+    losses = model.token_loss(states, following)
+    chosen = {name: moved(target, losses.device) for name, target in shifted.items()}
     return {name: Loss((losses * where).sum(), where.sum()) for name, where in chosen.items()}
 
 
+def predicting(targets: Tensor) -> Tensor:
+    """The tokens (B W M,) whose next token is a target; the last one of a window predicts nothing."""
+    return F.pad(targets[..., 1:], (0, 1)).flatten()
+
+
+def at_places(values: Tensor, places: Tensor) -> Tensor:
+    """The rows of `values` at places, which may be on the host."""
+    return values.index_select(0, moved(places, values.device))
+
+
 def to_device(batch: WindowBatch, device: torch.device) -> WindowBatch:
-    """The same batch on another device."""
-    targets = {name: target.to(device) for name, target in batch.targets.items()}
-    return WindowBatch(batch.input_ids.to(device), batch.mask.to(device), batch.chunks, batch.seen, targets)
+    """The same batch with the model's input on another device. The targets stay: the host must see which they are."""
+    return replace(batch, input_ids=moved(batch.input_ids, device), mask=moved(batch.mask, device))

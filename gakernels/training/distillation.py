@@ -10,7 +10,7 @@ from torch import Tensor
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.positions import position_limit
-from gakernels.model.window_losses import Loss, WindowBatch, to_device, token_losses
+from gakernels.model.window_losses import Loss, WindowBatch, at_places, predicting, to_device, token_losses
 from gakernels.nn.token_loss import by_autograd, loss_in_blocks, wide
 from gakernels.settings import Count, Positive, settings
 
@@ -66,9 +66,10 @@ class Distillation:
         hidden, _ = model(batch.input_ids, batch.mask, batch.chunks, batch.seen)
         others = {name: target for name, target in batch.targets.items() if name != NAME}
         losses = token_losses(model, hidden, batch.input_ids, others) if others else {}
-        student = hidden[..., :-1, :][batch.targets[NAME][..., 1:]]
-        divergences = self.divergences(model, student, teacher)
-        return {**losses, NAME: Loss(divergences.sum(), batch.targets[NAME][..., 1:].sum())}
+        places = predicting(batch.targets[NAME]).nonzero()[:, 0]
+        divergences = self.divergences(model, at_places(hidden.flatten(0, -2), places), teacher)
+        count = torch.full((), len(places), device=divergences.device)
+        return {**losses, NAME: Loss(divergences.sum(), count)}
 
     def divergences(self, model: GenerativeAdapter, student: Tensor, teacher: Tensor) -> Tensor:
         """Divergence of each token (N,), from last hidden states (N, d_h), in blocks; the teacher's get no gradient."""

@@ -12,6 +12,7 @@ from gakernels.bootstrap import ratio_of_perplexities
 from gakernels.data.chat import EncodedRecord
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.model.packing import rows_packed
 from gakernels.model.window_losses import Loss, token_losses
 from gakernels.nn import LowRankFactors
 from gakernels.nn.cpu_attention import CpuAttention
@@ -52,7 +53,7 @@ def conversation_losses(
 def encode_windows(model: GenerativeAdapter, batch: InstructionBatch, factors: Mapping[str, LowRankFactors]) -> Tensor:
     """The last hidden states (N, M, d_h) of the windows of conversations, each under its adapter."""
     batch = batch.to(model.device)
-    with model.using(factors), CpuAttention():
+    with model.using(factors), CpuAttention(), rows_packed(batch.positions is not None):
         # No attention mask: padding is on the right, and restarting positions separate the conversations.
         output = model.decoder(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gakernels.data.chat import EncodedConversation
+from gakernels.model.transfer import moved
 from gakernels.model.window_losses import WindowBatch, count_targets, to_device
 from gakernels.model.windows import pad_windows, split_evenly
 
@@ -45,10 +46,10 @@ class InstructionBatch:
         return self.context.mask.numel() + self.mask.numel()
 
     def to(self, device: torch.device) -> InstructionBatch:
-        """The same batch on another device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "mask", "owner", "answers")}
-        return replace(self, context=to_device(self.context, device), positions=positions, **moved)
+        """The same batch with the model's input on another device; the answers stay, as the targets of contexts do."""
+        positions = None if self.positions is None else moved(self.positions, device)
+        read = {name: moved(getattr(self, name), device) for name in ("input_ids", "mask", "owner")}
+        return replace(self, context=to_device(self.context, device), positions=positions, **read)
 
 
 def instruction_batch(
