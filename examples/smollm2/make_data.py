@@ -6,8 +6,8 @@ Gold questions come from SQuAD and NQ-Swap, as flat rows {context, question, ans
 generator that learns to read, so most questions are made: a name, a number or a noun phrase of a sentence is taken out
 and asked for ("In what year was the abbey founded by monks from Cluny?"), as in unsupervised question answering (Lewis
 et al. 2019, arXiv 1906.04980). And so that answers can't be learned by heart, every passage is there several times, all
-but once with its gold answers exchanged for others of their kind, as in NQ-Swap. Every tenth passage is held out. NQ-Swap has a passage several times with different
-answers: it is known by its text without the answer.
+but once with its gold answers exchanged for others of their kind, as in NQ-Swap. Every tenth passage is held out.
+NQ-Swap has a passage several times with different answers: it is known by its text without the answer.
 """
 
 from __future__ import annotations
