@@ -5,12 +5,11 @@ from dataclasses import replace
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from gakernels.cli.common import DTYPES
 from gakernels.cost.shapes import SHAPES
 from gakernels.errors import InputError, first_line
 from gakernels.model.base_model import model_source
 from gakernels.paths import user_path
-from gakernels.training.base_model import BaseConfig, base_shape
+from gakernels.training.base_model import BaseConfig, base_dtype, base_shape
 from gakernels.training.planned_calls import Call, PlannedCalls, llama_config
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import load_recipe
@@ -63,7 +62,7 @@ def planned_calls(recipe: PretrainingRecipe) -> dict[str, list[Call]]:
     plan = PlannedCalls(
         _configuration(recipe.model),
         recipe.generator,
-        DTYPES[recipe.model.dtype],
+        base_dtype(recipe.model),
         PRECISIONS[recipe.trainer.precision],
     )
     segments, windows = recipe.windows.at_once(1), recipe.windows

@@ -64,9 +64,7 @@ def add_other_base_option(parser: argparse.ArgumentParser) -> None:
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add --device and --dtype."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="dtype of the base model (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the base model (default: its own)")
 
 
 def check_device(device: str) -> None:
@@ -102,7 +100,7 @@ def load_generator(options: argparse.Namespace) -> GenerativeAdapter:
     model = GenerativeAdapter.from_pretrained(
         options.generator, options.model, dtype=torch.float32, allow_other_base=options.allow_other_base
     )
-    model.base.to(options.device, DTYPES[options.dtype])
+    model.base.to(options.device, DTYPES.get(options.dtype, model.base.dtype))
     model.generators.to(options.device)
     return model
 

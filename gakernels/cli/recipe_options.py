@@ -81,7 +81,7 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         parser,
         "--dtype",
         "model.dtype",
-        "dtype of the base model that --model names (default: float32)",
+        "dtype of the base model that --model names (default: its own)",
         choices=DTYPES,
     )
 

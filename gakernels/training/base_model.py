@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 from pydantic import PlainValidator
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gakernels.cost.shapes import SHAPES, ModelShape, llama_shape
 from gakernels.errors import InputError, first_line
@@ -67,7 +67,7 @@ class BaseConfig:
 
     Attributes:
         name: a folder or a hub name; for a plan, a folder with only a config.json suffices.
-        dtype: of its weights: `float32`, `bfloat16` or `float16`.
+        dtype: of its weights: `float32`, `bfloat16` or `float16`; None for the one that they are stored in.
         quantization: of its linear layers: `fp8`, `int8` or `nf4`; None leaves them as they are.
         shape: its sizes, for a plan without the model: a name from `cost.shapes.SHAPES`, or the
             sizes themselves. A run ignores them.
@@ -77,7 +77,7 @@ class BaseConfig:
     """
 
     name: PathText
-    dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    dtype: Annotated[str, one_of(DTYPES)] | None = None
     quantization: Annotated[str, one_of(QUANTIZATIONS)] | None = None
     shape: Annotated[str | LlamaSizes | None, PlainValidator(_shape)] = None
 
@@ -91,7 +91,7 @@ def load_base_model(
         InputError: there is no such model, one of its files is damaged, or the tokenizer belongs to another model.
         BackendError: the device can't compute with weights of this quantization.
     """
-    base, tokenizer = load_base(config.name, dtype=DTYPES[config.dtype])
+    base, tokenizer = load_base(config.name, dtype="auto" if config.dtype is None else DTYPES[config.dtype])
     if tokenizer is not None:
         check_tokenizer(base, tokenizer)
     base = base.to(device)  # type: ignore[arg-type]
@@ -124,11 +124,29 @@ def base_shape(config: BaseConfig) -> ModelShape:
         return config.shape.shape(config.name)
     if config.shape is not None:
         return SHAPES[config.shape]
+    return ModelShape.from_config(_configuration(config.name), config.name)
+
+
+def base_dtype(config: BaseConfig) -> torch.dtype:
+    """The dtype of the weights, without loading them; of a model that only has a shape bfloat16, as most are published.
+
+    Raises:
+        InputError: the configuration can't be read.
+    """
+    if config.dtype is not None:
+        return DTYPES[config.dtype]
+    if config.shape is not None:
+        return torch.bfloat16
+    dtype = _configuration(config.name).get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _configuration(name: str) -> PreTrainedConfig:
     try:
-        values = AutoConfig.from_pretrained(**model_source(config.name))
+        values: PreTrainedConfig = AutoConfig.from_pretrained(**model_source(name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"model.name: the configuration of {config.name!r} can't be read: {first_line(error)} "
+            f"model.name: the configuration of {name!r} can't be read: {first_line(error)} "
             "(model.shape can stand for it in a plan)"
         ) from error
-    return ModelShape.from_config(values, config.name)
+    return values

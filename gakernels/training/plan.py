@@ -26,7 +26,7 @@ from gakernels.model import GENERATOR_FILE, locate
 from gakernels.model.base_model import model_source
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.hub import local_folder
-from gakernels.training.base_model import DTYPES, BaseConfig, base_shape
+from gakernels.training.base_model import BaseConfig, base_dtype, base_shape
 from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.instruction.steps import InstructionSteps, StepLoad
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
@@ -181,7 +181,7 @@ def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, set
 
 def step_setting(recipe: PretrainingRecipe, world: int, device: str) -> StepSetting:
     """How a recipe runs a step: what its memory depends on."""
-    dtype, quantization = DTYPES[recipe.model.dtype], recipe.model.quantization
+    dtype, quantization = base_dtype(recipe.model), recipe.model.quantization
     return StepSetting(
         dtype=dtype,
         autocast=recipe.trainer.precision != "float32",

@@ -169,7 +169,8 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
         """Everything that a run depends on, for its checkpoints. Data is identified by its tokens, not its path."""
         windows, distillation = asdict(self.recipe.windows), self.recipe.distillation
         del windows["segments_at_once"]  # changes only rounding
-        base = {"fingerprint": self.model.base_fingerprint(), "dtype": self.recipe.model.dtype}
+        dtype = str(self.model.base.dtype).removeprefix("torch.")
+        base = {"fingerprint": self.model.base_fingerprint(), "dtype": dtype}
         return {
             "seed": self.recipe.seed,
             "windows": windows,

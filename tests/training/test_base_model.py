@@ -11,7 +11,7 @@ from tiny import make_base
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gakernels import InputError
-from gakernels.training.base_model import BaseConfig, load_base_model
+from gakernels.training.base_model import BaseConfig, base_dtype, load_base_model
 from gakernels.training.instruction.recipe import InstructionDataConfig
 from gakernels.training.instruction.tuning_data import load_tuning_data
 from gakernels.training.pretraining_data import DataConfig, HeldOutSize, load_data
@@ -22,6 +22,14 @@ def folder(tmp_path: Path) -> Path:
     make_base().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_without_a_dtype_it_has_its_own(tmp_path: Path, dtype: str) -> None:
+    make_base().to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    config = BaseConfig(str(tmp_path))
+    assert load_base_model(config, "cpu")[0].dtype == base_dtype(config) == getattr(torch, dtype)
+    assert base_dtype(BaseConfig(str(tmp_path), dtype="float32")) == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
