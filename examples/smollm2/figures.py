@@ -1,0 +1,119 @@
+"""The figures of docs/results/smollm2: questions about passages, and perplexity of text after a context.
+
+    python figures.py --data data --confiqa confiqa.jsonl --books books/held-out --output results
+
+It runs `gakernels eval` for each file and context length, one report each, and writes all of them as one table. Run it
+again to continue where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gakernels.demo import smollm2
+
+QUESTIONS = {"squad": "SQuAD", "nq_swap": "NQ-Swap", "confiqa": "ConFiQA"}
+TEXTS = {"books": "books", "wikitext": "WikiText-2"}
+LENGTHS = (256, 1024, 4096)
+METHODS = {
+    "closed_book": "closed book",
+    "prompt": "text in the prompt",
+    "adapter": "adapter of the text",
+    "other_adapter": "adapter of another text",
+    "mean_context": "adapter of the mean of 256 texts",
+    "static_lora": "static LoRA tuned on the same questions",
+}
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", type=Path, default=smollm2.GENERATOR)
+    parser.add_argument("--data", type=Path, required=True, help="what make_data.py wrote")
+    parser.add_argument("--confiqa", type=Path, help="flat rows of ConFiQA")
+    parser.add_argument("--books", type=Path, help="held-out books")
+    parser.add_argument("--wikitext", type=Path, help="text of WikiText-2")
+    parser.add_argument("--static-lora", type=Path, help="what static_lora.py wrote")
+    parser.add_argument("--questions", type=int, default=300, help="of each data set (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=32, help="of each kind of text (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the reports")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in QUESTIONS:
+        path = options.confiqa if name == "confiqa" else options.data / "held-out" / f"{name}.jsonl"
+        if path is not None:
+            ask(options, name, path)
+    for name in TEXTS:
+        if getattr(options, name) is not None:
+            for length in LENGTHS:
+                read(options, name, length)
+    (options.output / "README.md").write_text("\n".join(table(options.output)) + "\n")
+
+
+def ask(options: argparse.Namespace, name: str, path: Path) -> None:
+    """Questions about the passages of a file."""
+    methods = [method for method in METHODS if method != "static_lora" or options.static_lora]
+    arguments = ["docqa", "--data", path, "--train", options.data / "long" / "squad.jsonl"]
+    arguments += ["--lengths", "own", "--part", "all", "--style", "paper", "--adapted-style", "plain"]
+    arguments += ["--new-tokens", 16, "--limit", options.questions, "--methods", ",".join(methods)]
+    if options.static_lora:
+        arguments += ["--static-lora", options.static_lora]
+    evaluate(options, arguments, name)
+
+
+def read(options: argparse.Namespace, name: str, length: int) -> None:
+    """Perplexity of documents after contexts of a length."""
+    methods = "closed_book,prompt,adapter,other_adapter"
+    arguments = ["perplexity", "--data", getattr(options, name), "--tokens", length, "--methods", methods]
+    evaluate(options, [*arguments, "--limit", options.documents], f"{name}-{length}")
+
+
+def evaluate(options: argparse.Namespace, arguments: Sequence[object], name: str) -> None:
+    """Run an evaluation; its report gets that name."""
+    shared = ["--generator", options.generator, "--model", smollm2.fetch(), "--dtype", "bfloat16"]
+    shared += ["--batch-tokens", 4096, "--json", options.output / f"{name}.json"]
+    command = [sys.executable, "-m", "gakernels", "eval", *arguments, *shared]
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def table(folder: Path) -> Iterator[str]:
+    """The reports of a folder as Markdown."""
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    asked = [name for name in QUESTIONS if name in reports]
+    yield "| F1 / exact match, % | " + " | ".join(QUESTIONS[name] for name in asked) + " |"
+    yield "| --- |" + " --- |" * len(asked)
+    for method, label in METHODS.items():
+        cells = [
+            f"{cell(reports[name], method, 'f1')} / {cell(reports[name], method, 'exact_match')}" for name in asked
+        ]
+        yield f"| {label} | " + " | ".join(cells) + " |"
+    yield ""
+    yield "| perplexity of the text after | closed book | in the prompt | adapter | another's | own / another's |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name, length in ((name, length) for name in TEXTS for length in LENGTHS):
+        report = reports.get(f"{name}-{length}")
+        if report:
+            shown = [cell(report, method, "completion_perplexity") for method in list(METHODS)[:4]]
+            ratio = cell({"results": report["comparisons"]}, "other_adapter", "completion_perplexity", "against")
+            yield f"| {length:,} tokens of {TEXTS[name]} | " + " | ".join([*shown, ratio]) + " |"
+
+
+def cell(report: dict, method: str, metric: str, by: str = "method") -> str:
+    """A value with its interval: percent, perplexity or a ratio."""
+    for row in report["results"]:
+        if row[by] == method and row["metric"] == metric:
+            scale, digits = (100, 1) if row["unit"] == "fraction" else (1, 3 if row["unit"] == "ratio" else 2)
+            value, low, high = (
+                None if row[k] is None else f"{scale * row[k]:.{digits}f}" for k in ("value", "low", "high")
+            )
+            return f"{value}" if low is None else f"{value} [{low}, {high}]"
+    return "-"
+
+
+if __name__ == "__main__":
+    main()
