@@ -44,7 +44,7 @@ from gakernels.errors import InputError
 from gakernels.files import write_text
 from gakernels.model import window_losses as pretraining
 from gakernels.model.context_pass import ContextPass
-from gakernels.nn import AdapterGenerator, adapted_linear, adapted_quantized_linear, adapter_generator
+from gakernels.nn import AdapterGenerator, adapted_linear, adapted_opaque_linear, adapter_generator
 from gakernels.ops import dispatch, gpus, launching, measured
 from gakernels.ops.low_rank_polar import extension
 from gakernels.ops.low_rank_polar import triton as polar_triton
@@ -325,7 +325,7 @@ def trace_step(preset: Preset, card: Card, tuning: bool = False) -> Trace:
         stack.callback(polar_triton._poles.cache_clear)  # it keeps tensors of the device
         # The weights are tensors of another class, but not packed ones.
         stack.enter_context(
-            patch.object(adapted_quantized_linear, "is_plain_linear", lambda one: type(one) is nn.Linear)
+            patch.object(adapted_opaque_linear, "is_plain_linear", lambda one: type(one) is nn.Linear)
         )
         model = GenerativeAdapter(make_base(preset, torch.device("cuda"), 0), preset.generator_config())
         for owner, name, part in _parts(model):
