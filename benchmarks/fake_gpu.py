@@ -57,7 +57,7 @@ class FakeGpu(TorchDispatchMode):
     """
 
     def __init__(self, watcher: Watcher) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._watcher, self._pinned, self.in_engine = watcher, WeakIdKeyDictionary(), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

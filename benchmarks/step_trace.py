@@ -176,12 +176,12 @@ class _Recorder:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._now.append(name)
-            self._begins.append((torch.autograd._get_sequence_nr(), name))
+            self._begins.append((torch._C._autograd._get_sequence_nr(), name))
             try:
                 return function(*args, **kwargs)
             finally:
                 self._now.pop()
-                self._begins.append((torch.autograd._get_sequence_nr(), self._now[-1]))
+                self._begins.append((torch._C._autograd._get_sequence_nr(), self._now[-1]))
 
         return run
 
