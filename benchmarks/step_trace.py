@@ -324,9 +324,7 @@ def trace_step(preset: Preset, card: Card, tuning: bool = False) -> Trace:
         stack.enter_context(_cuda_kernels())
         stack.callback(polar_triton._poles.cache_clear)  # it keeps tensors of the device
         # The weights are tensors of another class, but not packed ones.
-        stack.enter_context(
-            patch.object(adapted_opaque_linear, "is_plain_linear", lambda one: type(one) is nn.Linear)
-        )
+        stack.enter_context(patch.object(adapted_opaque_linear, "is_plain_linear", lambda one: type(one) is nn.Linear))
         model = GenerativeAdapter(make_base(preset, torch.device("cuda"), 0), preset.generator_config())
         for owner, name, part in _parts(model):
             stack.enter_context(patch.object(owner, name, recorder.part(part, getattr(owner, name))))
