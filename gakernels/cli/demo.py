@@ -171,7 +171,8 @@ def _shown(text: str | None, questions: list[str]) -> tuple[EvaluationContext, E
     first, second = read_flat_qa(str(QUESTIONS / "texts.jsonl")).contexts
     if text is None:
         return first, second
-    return EvaluationContext(text, tuple(Question(question, ()) for question in questions)), first
+    asked = tuple(Question(question, ()) for question in questions)
+    return EvaluationContext(text, asked), second if text.strip() == first.text else first
 
 
 def _f1(scores: Scores) -> dict[str, dict[str, float | None]]:

@@ -13,8 +13,8 @@ from gakernels.evaluation.scenarios import Cell
 REFERENCE = "adapter"  # the method that others are compared with, if it is there
 FRACTION = "fraction"  # the unit of what is shown in percent
 INTERVALS = (
-    "In brackets: 95% bootstrap intervals, resampling the contexts (or tasks, or items) of the last column. Where there"
-    " is one, or all n are alike, there is no interval."
+    "In brackets: 95% bootstrap intervals, resampling the contexts (or tasks, or items) of the last column; exact ones"
+    " where all are right or all wrong. Where there is one, there is no interval."
 )
 Rows = tuple[tuple[str, ...], ...]
 

@@ -281,11 +281,20 @@ def test_what_is_the_same_everywhere_has_no_interval(draw: random.Random) -> Non
     first = drawn_samples(draw)
     second = {key: Sample(sample.cluster, sample.total - 0.25) for key, sample in first.items()}
     difference, ratio = compare("f1", first, second), compare("perplexity", first, second)
-    right = score("match", {key: Sample(sample.cluster, 1.0) for key, sample in first.items()})
-    for found, expected in ((difference, 0.25), (ratio, math.exp(0.25)), (right, 1.0)):
+    half = score("f1", {key: Sample(sample.cluster, 0.5) for key, sample in first.items()})
+    for found, expected in ((difference, 0.25), (ratio, math.exp(0.25)), (half, 0.5)):
         assert found is not None
         assert found.value == pytest.approx(expected)
-        assert (found.low, found.high, found.clusters) == (None, None, right.clusters)
+        assert (found.low, found.high, found.clusters) == (None, None, half.clusters)
+
+
+@pytest.mark.parametrize("clusters", [2, 7, 100])
+def test_where_all_are_right_or_all_wrong_the_interval_is_the_exact_one(clusters: int) -> None:
+    exact = pytest.importorskip("scipy.stats").binomtest
+    for right in (0, 1):
+        found = score("match", {number: Sample(number, float(right)) for number in range(clusters)})
+        wanted = exact(right * clusters, clusters).proportion_ci(0.95)
+        assert (found.value, found.low, found.high) == pytest.approx((right, wanted.low, wanted.high))
 
 
 @pytest.mark.parametrize("metric", ["f1", "perplexity"])
