@@ -30,9 +30,14 @@ $(abspath $(VENV))/triton-3.6.0: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps --target $@.part triton==3.6.0
 	mv $@.part $@
 
-# Half of the questions, so that it ends within four minutes on two cores.
-demo: $(VENV)/ready
-	$(BIN)/gakernels demo --questions 100
+# What the demo needs alone, for a quick start; `make test` adds the rest.
+$(VENV)/demo: requirements.txt pyproject.toml
+	test -e $(VENV)/ready || $(PYTHON) -m venv $(VENV)
+	test -e $(VENV)/ready || $(BIN)/pip install --quiet --constraint requirements.txt --editable '.[gguf]'
+	touch $@
+
+demo: $(VENV)/demo
+	$(BIN)/gakernels demo
 
 $(OLDEST)/ready: requirements-oldest.txt pyproject.toml
 	$(OLDEST_PYTHON) -m venv $(OLDEST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gakernels.cost import flops
@@ -179,9 +180,9 @@ def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, set
     return max(steps, key=lambda step: estimate_memory(shape, recipe.generator, step, setting).total)
 
 
-def step_setting(recipe: PretrainingRecipe, world: int, device: str) -> StepSetting:
-    """How a recipe runs a step: what its memory depends on."""
-    dtype, quantization = base_dtype(recipe.model), recipe.model.quantization
+def step_setting(recipe: PretrainingRecipe, world: int, device: str, dtype: torch.dtype | None = None) -> StepSetting:
+    """How a recipe runs a step: what its memory depends on; `dtype` is that of the base model, if it is loaded."""
+    dtype, quantization = dtype or base_dtype(recipe.model), recipe.model.quantization
     return StepSetting(
         dtype=dtype,
         autocast=recipe.trainer.precision != "float32",

@@ -214,7 +214,7 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
         """Set up how the base model runs: recomputation, streams, compilation."""
         if self.recipe.memory_budget is not None:
             world, shape = self.ranks.world, ModelShape.from_config(self.model.base.config)
-            setting = step_setting(self.recipe, world, self.model.device.type)
+            setting = step_setting(self.recipe, world, self.model.device.type, self.model.base.dtype)
             step = largest_step(self.recipe, shape, self.recipe.windows.at_once(world), setting)
             fit_memory_budget(self.model, step, parse_bytes(self.recipe.memory_budget), setting)
         if self.recipe.overlap:

@@ -209,7 +209,7 @@ def test_a_memory_budget_makes_layers_compute_again_or_refuses(data: Path, tmp_p
     assert not any(part.recompute for part in gated_parts(one))
     step = StepShape.pretraining(4, CHUNK, CHUNKS)
     shape = ModelShape.from_config(two.base.config)
-    free = estimate_memory(shape, two.config, step, step_setting(recipe, 1, "cpu"))
+    free = estimate_memory(shape, two.config, step, step_setting(recipe, 1, "cpu", torch.float32))
     tight = replace(recipe, memory_budget=str(free.total - 1))
     pretrain(two, tight, tmp_path / "tight", progress=False)
     assert any(part.recompute for part in gated_parts(two))
