@@ -33,7 +33,8 @@ $(abspath $(VENV))/triton-3.6.0: $(VENV)/ready
 # What the demo needs alone, for a quick start; `make test` adds the rest.
 $(VENV)/demo: requirements.txt pyproject.toml
 	test -e $(VENV)/ready || $(PYTHON) -m venv $(VENV)
-	test -e $(VENV)/ready || $(BIN)/pip install --quiet --constraint requirements.txt --editable '.[gguf]'
+	sed 's/\[.*\]//' requirements.txt > $(VENV)/constraints.txt
+	test -e $(VENV)/ready || $(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[gguf]'
 	touch $@
 
 demo: $(VENV)/demo
