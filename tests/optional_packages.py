@@ -3,6 +3,8 @@
 from collections.abc import Generator
 
 import pytest
+from packaging.version import InvalidVersion
+from transformers.utils import is_gguf_available
 
 # Of the extras in pyproject.toml, by the names that they are imported by.
 OPTIONAL = (
@@ -10,6 +12,14 @@ OPTIONAL = (
     *("matplotlib", "peft", "playwright", "prometheus_client", "pyarrow", "schemathesis", "sklearn", "starlette"),
     *("tensorboard", "uvicorn", "wandb"),
 )
+
+
+def reads_gguf() -> bool:
+    """Whether transformers reads GGUF files: old versions can't tell the version of an old gguf."""
+    try:
+        return bool(is_gguf_available())
+    except InvalidVersion:
+        return False
 
 
 def missing_package(error: BaseException | None) -> str | None:

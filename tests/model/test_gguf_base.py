@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import InvalidVersion
+from optional_packages import reads_gguf
 from tiny import logits_of, make_config, make_trained, random_ids
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import is_gguf_available
 
 from gakernels import GenerativeAdapter, InputError
 from gakernels.model import load_base
@@ -17,14 +16,7 @@ from gakernels.training.base_model import BaseConfig, base_shape
 gguf = pytest.importorskip("gguf")
 
 
-def is_readable() -> bool:
-    try:
-        return bool(is_gguf_available())
-    except InvalidVersion:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not is_readable(), reason="this transformers can't tell the version of this gguf")
+pytestmark = pytest.mark.skipif(not reads_gguf(), reason="this transformers can't tell the version of this gguf")
 
 WORDS = ["<unk>", "<s>", "</s>", *(chr(ord("a") + number) for number in range(26)), "\u0120", "ab"]
 SIZES = {
