@@ -291,6 +291,7 @@ def test_contexts_are_extended_composed_and_downloaded(
     users = make_users(2)
     for user, name in zip(users, ("one", "two"), strict=True):
         read(page, user.document.text(), name)
+        page.wait_for_timeout(1000)  # contexts are listed by the second of their making
     page.get_by_role("button", name="Append one").click()
     expect(page.get_by_label("Paste a text")).to_be_focused()
     read(page, "The pet")
