@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gakernels.errors import InputError
-from gakernels.ops import autocast
-from gakernels.ops.lowrank_linear.eager import select, thin_gradients, with_term
+from gakernels.ops.lowrank_linear import eager
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class _LowRankTerm(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, adapter_index: Tensor | None
     ) -> Tensor:
         _, ctx.needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
-        total, z = with_term(y, x, lora_a, lora_b, scale, adapter_index)
+        total, z = eager.with_term(y, x, lora_a, lora_b, scale, adapter_index)
         ctx.scale = scale
         ctx.save_for_backward(x if needs_a else None, z if needs_b else None, lora_a, lora_b, adapter_index)
         return total
@@ -123,23 +122,6 @@ class _LowRankTerm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, lora_a, lora_b, adapter_index = ctx.saved_tensors
         needs = (ctx.needs_x, x is not None, z is not None)
-        grads = _gradients(grad, x, z, lora_a, lora_b, ctx.scale, adapter_index, ctx.needs_x)
+        grads = eager.backward(grad, x, z, None, lora_a, lora_b, ctx.scale, adapter_index, ctx.needs_x)
         grad_x, grad_a, grad_b = (part if need else None for part, need in zip(grads, needs, strict=True))
         return grad, grad_x, grad_a, grad_b, None, None
-
-
-@autocast.without
-def _gradients(
-    grad: Tensor,
-    x: Tensor | None,
-    z: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    adapter_index: Tensor | None,
-    needs_x: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_a and lora_b; None for those that are not needed."""
-    grad_z, grad_a, grad_b = thin_gradients(grad, x, z, lora_a, lora_b, scale, adapter_index, needs_x)
-    grad_x = torch.bmm(grad_z, select(lora_a, adapter_index)) if needs_x and grad_z is not None else None
-    return grad_x, grad_a, grad_b

@@ -63,22 +63,22 @@ def backward(
     grad_y: Tensor,
     x: Tensor | None,
     z: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
     adapter_index: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_a, lora_b.
+    """Gradients of x, lora_a, lora_b; without a weight, of the low-rank term alone (`with_term`).
 
     With dz = scale dy B: dx = dy W + dz A, dA_i = sum dz^T x, dB_i = scale sum dy^T z over the windows of adapter i.
     """
     grad_z, grad_a, grad_b = thin_gradients(grad_y, x, z, lora_a, lora_b, scale, adapter_index, needs_x)
     grad_x = None
     if needs_x and grad_z is not None:
-        grad_x = grad_y @ weight
-        grad_x.baddbmm_(grad_z, select(lora_a, adapter_index))
+        a = select(lora_a, adapter_index)
+        grad_x = grad_z @ a if weight is None else (grad_y @ weight).baddbmm_(grad_z, a)
     return grad_x, grad_a, grad_b
 
 
