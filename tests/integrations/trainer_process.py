@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from gakernels.integrations.collators import PretrainingCollator
 from gakernels.integrations.transformers import TrainableGenerator
 
-STEPS, BATCH, CHUNKS, CHUNK, RATE = 10, 4, 3, 6, 0.01
+STEPS, BATCH, CHUNKS, CHUNK, RATE = 10, 4, 3, 6, 0.001
 
 
 class Observed(Trainer):
