@@ -181,9 +181,9 @@ class Estimate:
 
     Attributes:
         value: a score between 0 and 1, or a perplexity; of two methods the difference, of perplexities the ratio.
-        low, high: 95% bootstrap interval, resampling clusters. Where all clusters score 0, or all 1, the exact one
-            (Clopper and Pearson 1934); None if there is only one cluster or all are alike in between, as such clusters
-            do not tell how much others would differ.
+        low, high: 95% bootstrap interval, resampling clusters. Where all clusters of a single group score 0, or all 1, the
+            exact one (Clopper and Pearson 1934); None if there is only one cluster or all others are alike, as such
+            clusters do not tell how much others would differ.
         count: number of answers, or tokens for a perplexity.
         clusters: number of clusters.
     """
@@ -203,7 +203,8 @@ def value(metric: str, samples: Samples) -> float:
 def score(metric: str, samples: Samples) -> Estimate:
     """The value of a metric over at least one sample, with its interval."""
     found = _estimate([samples], lambda sums: _value(metric, sums))
-    if found.low is not None or found.clusters < 2 or found.value not in (0, 1) or metric.endswith(PERPLEXITY):
+    is_mean = not metric.endswith(PERPLEXITY) and len({sample.group for sample in samples.values()}) == 1
+    if found.low is not None or found.clusters < 2 or found.value not in (0, 1) or not is_mean:
         return found
     other = 1 - 0.025 ** (1 / found.clusters)  # so many of the others could score differently
     return replace(found, low=0.0, high=other) if found.value == 0 else replace(found, low=1 - other, high=1.0)

@@ -297,6 +297,13 @@ def test_where_all_are_right_or_all_wrong_the_interval_is_the_exact_one(clusters
         assert (found.value, found.low, found.high) == pytest.approx((right, wanted.low, wanted.high))
 
 
+def test_a_macro_f1_of_right_labels_alone_has_no_exact_interval() -> None:
+    parts = [label_samples(number, label, label, "ab") for number, label in enumerate("abab")]
+    samples = {(number, label): sample for number, part in enumerate(parts) for label, sample in part.items()}
+    found = score("macro_f1", samples)
+    assert (found.value, found.low, found.high, found.clusters) == (1.0, None, None, 4)
+
+
 @pytest.mark.parametrize("metric", ["f1", "perplexity"])
 def test_one_context_has_no_interval(draw: random.Random, metric: str) -> None:
     samples = {key: Sample(7, draw.random()) for key in range(9)}
