@@ -181,8 +181,8 @@ class Estimate:
 
     Attributes:
         value: a score between 0 and 1, or a perplexity; of two methods the difference, of perplexities the ratio.
-        low, high: 95% bootstrap interval, resampling clusters. Where all clusters of a single group score 0, or all 1, the
-            exact one (Clopper and Pearson 1934); None if there is only one cluster or all others are alike, as such
+        low, high: 95% bootstrap interval, resampling clusters; where all clusters of a single group score 0, or all 1,
+            the exact one (Clopper and Pearson 1934). None if there is one cluster, or if all are alike otherwise: such
             clusters do not tell how much others would differ.
         count: number of answers, or tokens for a perplexity.
         clusters: number of clusters.
