@@ -1,4 +1,4 @@
-"""The figures of docs/results/smollm2: questions about passages, and perplexity of text after a context.
+"""Figures of a generator for SmolLM2: questions about passages, and perplexity of text after a context.
 
     python figures.py --data data --confiqa confiqa.jsonl --books books/held-out --output results
 
