@@ -72,6 +72,7 @@ def main(folder: Path, output: Path, fsdp: bool) -> None:
     if fsdp:  # the default of newer transformers
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    trainer.accelerator.end_training()  # closes the process group: its threads may outlive a rank that just exits
 
 
 if __name__ == "__main__":
