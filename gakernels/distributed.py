@@ -90,10 +90,18 @@ class Parallel:
 
     Attributes:
         ranks: this process and the number of processes.
+        group: the connections; None for the default ones.
     """
 
-    def __init__(self, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks or Ranks()
+    def __init__(self, ranks: Ranks | None = None, group: dist.ProcessGroup | None = None) -> None:
+        self.ranks, self.group = ranks or Ranks(), group
+
+    def aside(self) -> "Parallel":
+        """The same processes with connections of their own on the host, for a thread beside the training.
+
+        All processes call this together.
+        """
+        return Parallel(self.ranks, dist.new_group(backend="gloo") if self.ranks.world > 1 else None)
 
     def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Called once, with the trained parameters."""
@@ -108,7 +116,7 @@ class Parallel:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes, bitwise the same on each."""
         if self.ranks.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def broadcast(self, value: Value) -> Value:
@@ -116,7 +124,7 @@ class Parallel:
         if self.ranks.world == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def gather(self, value: Value) -> list[Value]:
@@ -124,7 +132,7 @@ class Parallel:
         if self.ranks.world == 1:
             return [value]
         values: list[Any] = [None] * self.ranks.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
 

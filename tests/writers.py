@@ -16,7 +16,7 @@ from gakernels.evaluation.answer_log import AnswerLog, Entry
 from gakernels.files import write_text
 from gakernels.model.released import save_released
 from gakernels.server.context_store import ContextStore
-from gakernels.training.checkpoint import RunState, save_checkpoint
+from gakernels.training.checkpoint import RunState, checkpoint_writer
 from gakernels.training.curves import RunSeries, Series, plot_runs
 from gakernels.training.run_log import RunLog
 
@@ -63,7 +63,8 @@ class Writers:
     def checkpoint(self, folder: Path, new: int) -> None:
         parameters = {"weight": nn.Parameter(torch.randn(40, 40))}
         state = RunState(parameters, torch.optim.AdamW(parameters.values()))
-        save_checkpoint(folder / "checkpoints", 1 + new, state, {}, Parallel())
+        with checkpoint_writer(Parallel()) as writer:
+            writer.save(folder / "checkpoints", 1 + new, state, {})
 
     def cache(self, folder: Path, new: int) -> None:
         token_cache(source_of(str(self.texts / f"{new}.txt")), make_tokenizer(), folder / f"cache{new}", progress=False)

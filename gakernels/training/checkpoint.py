@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,41 +78,86 @@ class RunState:
         return state
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: RunState, notes: Mapping[str, Any], parallel: Parallel, keep: int = 2
-) -> Path:
-    """Write a checkpoint after a step to `folder/step-<number>/` and delete all but the newest `keep`.
-
-    All processes call this together; each writes its part.
-
-    Args:
-        folder: the folder of the checkpoints.
-        step: number of steps taken.
-        state: what is kept.
-        notes: values of JSON types that `load_checkpoint` returns.
-        parallel: the processes.
-        keep: how many to keep, including this one.
+@contextmanager
+def checkpoint_writer(parallel: Parallel) -> Iterator["CheckpointWriter"]:
+    """A `CheckpointWriter` while the block runs; all processes call this together.
 
     Raises:
-        OSError: it could not be written; the earlier checkpoints are intact.
+        OSError: the last checkpoint could not be written; the earlier ones are intact.
     """
-    path = folder / f"step-{step:08d}"
+    with _quiet(), ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
+        writer = CheckpointWriter(parallel.aside(), thread)
+        try:
+            yield writer
+        finally:
+            writer.wait()
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on; only the copy to the host holds it up.
+
+    See `checkpoint_writer`. All processes call its methods together.
+
+    Args:
+        parallel: the processes, with connections that nothing else uses.
+        thread: writes one checkpoint after another.
+    """
+
+    def __init__(self, parallel: Parallel, thread: Executor) -> None:
+        self._parallel, self._thread = parallel, thread
+        self._written: Future[None] | None = None
+
+    def save(self, folder: Path, step: int, state: RunState, notes: Mapping[str, Any], keep: int = 2) -> None:
+        """Begin to write a checkpoint after a step to `folder/step-<number>/`.
+
+        Each process writes its part. Once all of it is on disk, the checkpoint gets its name, and all but the newest
+        `keep` are deleted.
+
+        Args:
+            folder: the folder of the checkpoints.
+            step: number of steps taken.
+            state: what is kept; it may change as soon as this returns.
+            notes: values of JSON types that `load_checkpoint` returns.
+            keep: how many to keep, including this one.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
+        """
+        self.wait()
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.by_name().items()}
+        entries = {"step": step, "settings": dict(state.settings), "notes": dict(notes)}
+        path = folder / f"step-{step:08d}"
+        self._written = self._thread.submit(_write, path, tensors, entries, self._parallel, keep)
+
+    def wait(self) -> None:
+        """Return once the last checkpoint is complete.
+
+        Raises:
+            OSError: it could not be written; the earlier checkpoints are intact.
+        """
+        written, self._written = self._written, None
+        if written:
+            written.result()
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Any], parallel: Parallel, keep: int
+) -> None:
     with _one_writes(path, parallel) as temporary:
-        _save(temporary, state.by_name(), parallel)
+        _save(temporary, tensors, parallel)
         sums = {name: sum for part in parallel.gather(_own_sums(temporary, parallel)) for name, sum in part.items()}
         if parallel.ranks.rank == 0:
-            entries = {"step": step, "settings": dict(state.settings), "notes": dict(notes), "files": sums}
-            _write_manifest(temporary / MANIFEST, entries)
+            _write_manifest(temporary / MANIFEST, {**entries, "files": sums})
     if parallel.ranks.rank == 0:
-        for old in find_checkpoints(folder)[:-keep]:
+        for old in find_checkpoints(path.parent)[:-keep]:
             shutil.rmtree(old)
-    return path
 
 
 def write_whole(folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Write a checkpoint of one process to an existing folder, with the entries of another checkpoint's manifest."""
     alone = Parallel()
-    _save(folder, tensors, alone)
+    with _quiet():
+        _save(folder, tensors, alone)
     entries = {name: manifest[name] for name in ("step", "settings", "notes")}
     _write_manifest(folder / MANIFEST, {**entries, "files": _own_sums(folder, alone)})
 
@@ -163,7 +209,7 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def load_checkpoint(path: Path, state: RunState, parallel: Parallel) -> tuple[int, dict[str, Any]]:
-    """Restore what `save_checkpoint` kept, into the existing tensors. All processes call this together.
+    """Restore what a `CheckpointWriter` kept, into the existing tensors. All processes call this together.
 
     Returns:
         The number of steps taken, and the notes.
@@ -203,8 +249,8 @@ def _save(folder: Path, tensors: Mapping[str, Tensor], parallel: Parallel) -> No
     files = _file_of_each(tensors)
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
-        with _quiet():
-            save(dict(tensors), storage_writer=writer, no_dist=parallel.ranks.world == 1)
+        alone = parallel.ranks.world == 1
+        save(dict(tensors), storage_writer=writer, process_group=parallel.group, no_dist=alone)
     except CheckpointException as error:
         causes = ", ".join(dict.fromkeys(str(failure[0]).split("\n")[0] for failure in error.failures.values()))
         raise OSError(f"{folder} could not be written: {causes}") from error

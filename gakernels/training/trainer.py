@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gakernels.distributed import Parallel
 from gakernels.errors import FormatError
 from gakernels.model.window_losses import Loss
-from gakernels.training.checkpoint import RunState, load_checkpoint, newest_good, save_checkpoint
+from gakernels.training.checkpoint import RunState, checkpoint_writer, load_checkpoint, newest_good
 from gakernels.training.objective import Objective
 from gakernels.training.run_log import RunLog, StepCost, peak_bytes, peak_tflops
 from gakernels.training.sharding import local_part
@@ -103,7 +103,12 @@ class Trainer:
         log = RunLog(self.folder if self._leads else None, first, self.config.reports, self.settings)
         lines: list[dict[str, Any]] = []
         try:
-            with stop_requests() as request, random_kept(self.step.device), self._bar(first) as bar:
+            with (
+                stop_requests() as request,
+                random_kept(self.step.device),
+                self._bar(first) as bar,
+                checkpoint_writer(self.parallel) as self._checkpoints,
+            ):
                 clock = _Clock()
                 for done in range(first + 1, self.config.steps + 1):
                     self._add(done, self.step(done - 1))
@@ -238,7 +243,7 @@ class Trainer:
                 "skipped": self._skipped_here,
             }
             folder = self.folder / "checkpoints"
-            save_checkpoint(folder, done, self._state(), notes, self.parallel, self.config.keep_checkpoints)
+            self._checkpoints.save(folder, done, self._state(), notes, self.config.keep_checkpoints)
 
     def _resume(self) -> int:
         """Load the newest good checkpoint and return the number of steps taken."""

@@ -5,14 +5,18 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from limits import files_of_at_most
 from regression import InterruptionError, Problem, drawn_seed, interrupted, log_of, make_trainer
+from safetensors.torch import load_file
+from torch import Tensor
 
 from gakernels import FormatError
+from gakernels.training import checkpoint
 from gakernels.training.checkpoint import MANIFEST, find_checkpoints
 
 
@@ -164,3 +168,32 @@ def test_a_failed_write_is_named_and_leaves_the_last_good_checkpoint(tmp_path: P
     make_trainer(resumed, tmp_path / "parts", log_every=5).run()
     assert all(a.equal(b) for a, b in zip(whole.values(), resumed.values(), strict=True))
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, write, may_write = Problem(drawn_seed()), checkpoint._write, Event()
+    monkeypatch.setattr(checkpoint, "_write", lambda *values: may_write.wait(60) and write(*values))
+    after: dict[int, dict[str, Tensor]] = {}
+
+    def objective(step: int) -> Any:
+        after[step] = {f"parameter/{name}": value.detach().clone() for name, value in problem.parameters.items()}
+        if step == 8:
+            assert steps_of(tmp_path) == []
+            may_write.set()
+        return problem.objective(step)
+
+    make_trainer(problem, tmp_path, objective, keep_checkpoints=4).run()
+    assert steps_of(tmp_path) == [5, 10, 15, 20]
+    for step in (5, 10, 15):
+        file = tmp_path / "checkpoints" / f"step-{step:08d}" / "shard-00001-model-00001-of-00001.safetensors"
+        saved = load_file(file)
+        assert all(torch.equal(saved[name], value) for name, value in after[step].items())
+
+
+def test_a_failure_after_the_last_step_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        make_trainer(Problem(drawn_seed()), tmp_path, steps=4).run()
