@@ -39,7 +39,7 @@ def print_finetuning_plan(plan: FinetuningPlan, tflops: float | None) -> None:
         ("passes in a step", f"{load.batches:,.1f} on each of {plan.processes} process(es)"),
         ("operations of a step, at most about", _operations(plan.operations)),
         *[
-            (f"time at {rate:,g} TFLOP/s a process, at most about", _duration(plan.seconds(rate)))
+            (f"time at {rate:,g} TFLOP/s per process, at most about", _duration(plan.seconds(rate)))
             for rate in _rates(tflops)
         ],
     ]
@@ -103,7 +103,7 @@ def _memory_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
     return [
         *rows,
         ("all", f"{plan.memory.total / 1e9:,.3f} GB"),
-        ("layers that compute gate and up again", str(layers)),
+        ("layers that recompute gate and up", str(layers)),
         *[(f"fits a GPU of {size} GB", _fit(size, count)) for size, count in plan.fits.items()],
     ]
 
@@ -117,7 +117,7 @@ def _fit(size: int, layers: int | None) -> str:
 def _time_rows(plan: PretrainingPlan, rates: Sequence[float]) -> list[tuple[str, str]]:
     return [
         (
-            f"at {rate:,g} TFLOP/s a process",
+            f"at {rate:,g} TFLOP/s per process",
             f"{_duration(plan.seconds(rate))}, {plan.tokens_per_second(rate):,.0f} tokens/s",
         )
         for rate in rates

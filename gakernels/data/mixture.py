@@ -70,7 +70,7 @@ class JoinedSegments:
 
 
 class MixedOrder:
-    """Each part gets its share of the steps, whatever its size: a small one is seen more often.
+    """Each part gets its share of the steps regardless of its size, so a small one is seen more often.
 
     Of every 1,000 consecutive positions each part gets its weight's share, at places drawn from the seed. Within a part
     the order is that of `ShuffledOrder`: every segment once before any is repeated.

@@ -48,7 +48,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, max_rows: int) -> li
     Args:
         lengths: of the rows, including the tokens that they will get.
         batch_tokens: limit of rows times the longest of them; a longer row is a batch by itself.
-        max_rows: most rows in a batch.
+        max_rows: maximum number of rows in a batch.
     """
     batches: list[list[int]] = []
     longest = 0
@@ -134,11 +134,11 @@ class Decoder:
         """Continue a row by itself, past any end, and measure it.
 
         Args:
-            row: is continued.
-            new_tokens: by so many tokens.
+            row: the row to continue.
+            new_tokens: the number of tokens to add.
 
         Returns:
-            Seconds to the first token, and tokens a second from there on, None if there is one token only.
+            Seconds to the first token, and tokens per second after it (None if there is only one token).
         """
         times = [time.perf_counter()]
         sampling = Sampling(new_tokens, stop_at_end_token=False)

@@ -1,5 +1,7 @@
-"""Context distillation: the model with the generated adapter learns what the base model says with the context in its
-prompt (arXiv:2209.15189)."""
+"""Context distillation (arXiv:2209.15189).
+
+The model with the generated adapter learns to predict what the base model predicts with the context in its prompt.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +29,7 @@ class Distillation:
 
     Attributes:
         of: names of the losses whose target tokens are distilled.
-        top_k: so many of the teacher's most likely tokens count separately, and the rest as one; from the size of the
+        top_k: this many of the teacher's most likely tokens count separately, and the rest as one; from the size of the
             vocabulary on, the divergence is exact; below, it is a lower bound.
         temperature: both distributions are softmax(logits / temperature).
 

@@ -59,7 +59,7 @@ class RunPlan:
     operations: float
 
     def seconds(self, tflops: float) -> float:
-        """The time of the run if each process computes so many 10^12 operations per second."""
+        """The time of the run if each process computes this many 10^12 operations per second."""
         return self.steps * self.operations / (tflops * 1e12 * self.processes)
 
 
@@ -74,8 +74,8 @@ class PretrainingPlan(RunPlan):
         windows: windows of a segment, context and reconstruction together.
         flops: the operations of a step, by their kind.
         memory: of one process.
-        fits: by size of a GPU in 10^9 bytes, how many layers must compute gate and up again for a step to fit one such
-            GPU a process; None if it does not fit.
+        fits: by size of a GPU in 10^9 bytes, how many layers must recompute gate and up for a step to fit, with one
+            such GPU per process; None if it does not fit.
     """
 
     segments: int

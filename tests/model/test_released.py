@@ -307,7 +307,7 @@ def test_a_hub_that_can_not_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) 
         raise FileNotFoundError(f"no way to {name}\nand more lines")
 
     monkeypatch.setattr("gakernels.model.hub.snapshot_download", snapshot)
-    with pytest.raises(InputError, match=r"no folder some/name, and the hub did not give one: no way to some/name$"):
+    with pytest.raises(InputError, match=r"no folder some/name, and the hub did not provide one: no way to some/name$"):
         GenerativeAdapter.from_pretrained("some/name")
     for name in ("/nowhere/at/all", "one", "../up/there", "a/b/c"):
         with pytest.raises(InputError, match=f"there is no folder {name}$"):

@@ -254,7 +254,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
         ({"modalities": ["text", "audio"]}, "modalities", "answers are text"),
         ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio", "answers are text"),
         ({"web_search_options": {}}, "web_search_options", "searches nothing"),
-        ({"moderation": {}}, "moderation", "moderates nothing"),
+        ({"moderation": {}}, "moderation", "has no moderation"),
         ({"top_logprobs": 2}, None, "top_logprobs needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"n": 17}, "n", "17 answers"),
