@@ -103,8 +103,8 @@ class PretrainingRecipe:
         seed: of the order of the segments and of the slices.
         parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
         distillation: also distil from the base model that sees the context (docs/training.md); None turns it off.
-        memory_budget: of a GPU, as `80GB`: gate and up projections are recomputed in as many layers as needed to
-            stay below; None for no limit.
+        memory_budget: of a GPU, as `80GB`: as many layers as needed to stay below recompute gate and up, or
+            everything, in the backward; None for no limit.
         overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
             not with `shards`.
         compile: compile the decoder layers while training (`model.compilation.compile_layers`).
