@@ -62,7 +62,8 @@ class _Compiled:
 def uncompile_layers(base: PreTrainedModel) -> None:
     """The opposite of `compile_layers`; does nothing if nothing is compiled."""
     for layer in decoder_layers(base)[1]:
-        layer.__dict__.pop("forward", None)
+        if isinstance(vars(layer).get("forward"), _Compiled):
+            del layer.forward
         for module in layer.modules():
             if isinstance(module, AdaptedLinear):
                 module.handed_over = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from gakernels import GenerativeAdapter
 from gakernels.cost.memory import Recomputation, set_recomputation
 from gakernels.model.attachment import decoder_layers
+from gakernels.model.compilation import uncompile_layers
 from gakernels.nn.cpu_attention import CpuAttention
 
 EVERY = Recomputation(whole=(0, 1, 2))
@@ -72,6 +73,14 @@ def test_the_attention_and_the_adapter_of_the_forward_are_recomputed_with() -> N
     assert not torch.equal(*wanted)
     set_recomputation(model, EVERY)
     assert_same([gradient(attention) for attention in (False, True)], wanted)
+
+
+def test_it_outlasts_compiled_layers_and_ends_with_the_generators() -> None:
+    model = make_model()
+    set_recomputation(model, EVERY)
+    uncompile_layers(model.base)
+    assert all("forward" in vars(layer) for layer in decoder_layers(model.base)[1])
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model.detach())[1])
 
 
 def test_only_the_input_of_a_layer_is_kept() -> None:
