@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gakernels import GenerativeAdapter, GeneratorConfig
 from gakernels.cost.flops import adapted_layers, adapted_linears
-from gakernels.cost.memory import StepSetting, StepShape, estimate_memory, recomputable_layers
+from gakernels.cost.memory import Recomputation, StepSetting, StepShape, estimate_memory, recomputable_layers
 from gakernels.cost.shapes import ModelShape
 from gakernels.cost.step_memory import generator_parameters
 from gakernels.model.quantized_base import quantize_base
@@ -246,8 +246,8 @@ def _library_bytes(preset: Preset, device: torch.device, recompute: bool) -> int
     wide = torch.promote_types(preset.dtype, torch.float32)
     quantised = None if preset.quantization is None else QUANTIZED_BYTES[preset.quantization]
     setting = StepSetting(preset.dtype, wide, mixed, quantised, device=device.type)
-    layers = recomputable_layers(shape, config) if recompute else []
-    return estimate_memory(shape, config, step, setting, layers).total
+    recomputed = Recomputation(tuple(recomputable_layers(shape, config)) if recompute else ())
+    return estimate_memory(shape, config, step, setting, recomputed).total
 
 
 def _baseline_bytes(preset: Preset) -> int:

@@ -23,7 +23,7 @@ from benchmarks.measure import part, paused
 from benchmarks.presets import Preset, check_preset, make_batch, make_model
 from benchmarks.providers import backend
 from gakernels import GenerativeAdapter
-from gakernels.cost.memory import set_recomputation
+from gakernels.cost.memory import Recomputation, set_recomputation
 from gakernels.model.attachment import decoder_layers
 from gakernels.model.compilation import compile_layers
 from gakernels.model.window_losses import Loss, WindowBatch, to_device, token_losses
@@ -386,8 +386,9 @@ def variant(name: str, model: GenerativeAdapter) -> Callable[[], ExitStack]:
             model.overlap_generators()
             stack.callback(model.overlap_generators, False)
         if name == "recompute":
-            set_recomputation(model, range(len(decoder_layers(model.base)[1])))
-            stack.callback(set_recomputation, model, [])
+            layers = tuple(range(len(decoder_layers(model.base)[1])))
+            set_recomputation(model, Recomputation(gated=layers))
+            stack.callback(set_recomputation, model, Recomputation())
         return stack
 
     return context

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from gakernels.cost.memory import Recomputation
 from gakernels.data import BadRecords
 from gakernels.training.plan import RESERVED, FinetuningPlan, PretrainingPlan, RunPlan
 
@@ -99,18 +100,19 @@ def _flops_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
 
 def _memory_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
     rows = [(name, f"{size / 1e9:,.3f} GB") for name, size in plan.memory.parts.items()]
-    layers = len(plan.memory.recomputed_layers)
     return [
         *rows,
         ("all", f"{plan.memory.total / 1e9:,.3f} GB"),
-        ("layers that recompute gate and up", str(layers)),
-        *[(f"fits a GPU of {size} GB", _fit(size, count)) for size, count in plan.fits.items()],
+        ("layers recomputing gate and up", str(len(plan.memory.recomputed.gated))),
+        ("layers recomputed as a whole", str(len(plan.memory.recomputed.whole))),
+        *[(f"fits a GPU of {size} GB", _fit(size, recomputed)) for size, recomputed in plan.fits.items()],
     ]
 
 
-def _fit(size: int, layers: int | None) -> str:
-    if layers is None:
+def _fit(size: int, recomputed: Recomputation | None) -> str:
+    if recomputed is None:
         return "no"
+    layers = len(recomputed.gated) + len(recomputed.whole)
     return f"with memory_budget {size - RESERVED / 1e9:g}GB (layers: {layers})" if layers else "yes"
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import NoneType
+from typing import Any
 
+from torch import nn
+
+from gakernels.cost import flops
 from gakernels.cost.shapes import ModelShape
-from gakernels.cost.step_memory import StepMemory, StepSetting, StepShape
+from gakernels.cost.step_memory import GATED, NOTHING, Recomputation, StepMemory, StepSetting, StepShape
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.attachment import decoder_layers
 from gakernels.model.config import GeneratorConfig
 from gakernels.nn import GatedMLP
+from gakernels.nn.recomputed_forward import RecomputedForward
 
 __all__ = [
     "MemoryEstimate",
+    "Recomputation",
     "StepSetting",
     "StepShape",
     "choose_recomputation",
@@ -37,12 +44,12 @@ class MemoryEstimate:
     Attributes:
         parts: bytes by name; they add up to `total`.
         moment: the moment of the peak.
-        recomputed_layers: indices of the decoder layers that recompute gate and up in the backward.
+        recomputed: what is computed again in the backward.
     """
 
     parts: Mapping[str, int]
     moment: str
-    recomputed_layers: tuple[int, ...] = ()
+    recomputed: Recomputation = NOTHING
 
     @property
     def total(self) -> int:
@@ -55,7 +62,7 @@ def estimate_memory(
     config: GeneratorConfig,
     step: StepShape,
     setting: StepSetting | None = None,
-    recomputed_layers: Sequence[int] = (),
+    recomputed: Recomputation = NOTHING,
 ) -> MemoryEstimate:
     """The peak memory of one process in a training step.
 
@@ -66,18 +73,18 @@ def estimate_memory(
         config: settings of the generators.
         step: what goes through the model at once.
         setting: how the step is run; by default bfloat16 with float32 generators under autocast, on one GPU.
-        recomputed_layers: layers that recompute gate and up, a subset of `recomputable_layers`.
+        recomputed: layers out of `recomputable_layers`; by default none.
 
     Raises:
-        InputError: a decoder layer has no gate and up to recompute, or config names layers that do not exist.
+        InputError: a layer has nothing to recompute, or config names layers that do not exist.
     """
     layers = recomputable_layers(shape, config)
-    for number in recomputed_layers:
+    for number in (*recomputed.gated, *recomputed.whole):
         if number not in layers:
-            raise InputError(f"recomputed_layers must be out of {list(layers)}, but has {number}")
-    count = StepMemory(shape, config, step, setting or StepSetting(), frozenset(recomputed_layers))
+            raise InputError(f"recomputed must have layers out of {list(layers)}, but has {number}")
+    count = StepMemory(shape, config, step, setting or StepSetting(), recomputed)
     moment, parts = max(count.moments(), key=lambda item: sum(item[1].values()))
-    return MemoryEstimate(parts, moment, tuple(sorted(recomputed_layers)))
+    return MemoryEstimate(parts, moment, recomputed)
 
 
 def recomputable_layers(shape: ModelShape, config: GeneratorConfig) -> list[int]:
@@ -89,56 +96,92 @@ def recomputable_layers(shape: ModelShape, config: GeneratorConfig) -> list[int]
 def choose_recomputation(
     shape: ModelShape, config: GeneratorConfig, step: StepShape, budget: int, setting: StepSetting | None = None
 ) -> MemoryEstimate:
-    """Choose the fewest decoder layers that must recompute gate and up for a step to fit a budget of bytes.
+    """Choose as few decoder layers as must recompute gate and up, or everything, for a step to fit a budget of bytes.
 
-    The first layers are chosen: their backward comes last, when the memory that the others kept is free again.
+    Whichever of the two saves more bytes for an operation comes first. The first layers are chosen: their backward
+    comes last, when the memory that the others kept is free again.
 
     Raises:
-        InputError: the step does not fit even with all of them.
+        InputError: the step does not fit even if all layers keep only their input.
     """
-    layers, least = recomputable_layers(shape, config), math.inf
-    for count in range(len(layers) + 1):
-        estimate = estimate_memory(shape, config, step, setting, layers[:count])
+    plain = StepMemory(shape, config, step, setting or StepSetting())
+    least = math.inf
+    for recomputed in _choices(plain, tuple(recomputable_layers(shape, config))):
+        estimate = estimate_memory(shape, config, step, setting, recomputed)
         if estimate.total <= budget:
             return estimate
         least = min(least, estimate.total)
     raise InputError(
         f"memory_budget must be at least {math.ceil(least / 1e6)} MB, what a step needs if all layers "
-        f"recompute gate and up, but it is {budget / 1e6:g} MB; fewer rows or shorter windows need less"
+        f"are recomputed, but it is {budget / 1e6:g} MB; fewer rows or shorter windows need less"
     )
+
+
+def _choices(plain: StepMemory, layers: tuple[int, ...]) -> Iterator[Recomputation]:
+    """What may be recomputed, from nothing to all of these layers."""
+    counts = range(1, len(layers) + 1)
+    gate_and_up = 2 * sum(linear.weights for linear in plain.shape.stages[GATED])
+    decoder = flops.decoder(plain.shape, plain.step.window_tokens).total
+    everything = decoder / (plain.shape.layers * plain.step.window_tokens)  # operations of a token in a layer
+    last = (plain.shape.layers - 1,)
+    yield NOTHING
+    if _saved(plain, Recomputation(gated=last)) / gate_and_up > _saved(plain, Recomputation(whole=last)) / everything:
+        yield from (Recomputation(gated=layers[:count]) for count in counts)
+        yield from (Recomputation(layers[count:], layers[:count]) for count in counts)
+    else:
+        yield from (Recomputation(whole=layers[:count]) for count in counts)
+
+
+def _saved(plain: StepMemory, recomputed: Recomputation) -> int:
+    """The bytes that the last layer then does not keep."""
+    last = plain.shape.layers - 1
+    return plain.kept(last) - replace(plain, recomputed=recomputed).kept(last)
 
 
 def fit_memory_budget(
     model: GenerativeAdapter, step: StepShape, budget: int, setting: StepSetting | None = None
 ) -> MemoryEstimate:
-    """Make a model recompute gate and up in the layers that `choose_recomputation` chooses.
+    """Make the layers of a model recompute what `choose_recomputation` chooses.
 
     Raises:
-        InputError: the step does not fit, or such a layer has no `GatedMLP`.
+        InputError: the step does not fit, or see `set_recomputation`.
     """
     shape = ModelShape.from_config(model.base.config)
     estimate = choose_recomputation(shape, model.config, step, budget, setting)
-    set_recomputation(model, estimate.recomputed_layers)
+    set_recomputation(model, estimate.recomputed)
     return estimate
 
 
-def set_recomputation(model: GenerativeAdapter, layers: Sequence[int]) -> None:
-    """Make exactly these decoder layers recompute gate and up in the backward; results are bitwise the same.
+def set_recomputation(model: GenerativeAdapter, recomputed: Recomputation) -> None:
+    """Make exactly these decoder layers recompute gate and up, or everything, in the backward.
+
+    Results are bitwise the same.
 
     Raises:
-        InputError: one of them has no `GatedMLP`; then nothing has been changed.
+        InputError: a layer of `gated` has no `GatedMLP`, or one of `whole` is compiled; then nothing has been changed.
     """
-    parts = [
-        [part for part in layer.children() if isinstance(part, GatedMLP)] for layer in decoder_layers(model.base)[1]
-    ]
-    for number in layers:
-        if not 0 <= number < len(parts) or not parts[number]:
+    layers = decoder_layers(model.base)[1]
+    gated = [[part for part in layer.children() if isinstance(part, GatedMLP)] for layer in layers]
+    for number in recomputed.gated:
+        if not 0 <= number < len(layers) or not gated[number]:
             raise InputError(
-                f"layers must be decoder layers with a gated feed-forward part of the usual kind, but has {number}"
+                f"gated must have decoder layers with a gated feed-forward part of the usual kind, but has {number}"
             )
-    for number, found in enumerate(parts):
-        for part in found:
-            part.recompute = number in layers
+    for number in recomputed.whole:
+        if not 0 <= number < len(layers) or not isinstance(_forward(layers[number]), RecomputedForward | NoneType):
+            raise InputError(f"whole must have decoder layers that are not compiled, but has {number}")
+    for number, layer in enumerate(layers):
+        for part in gated[number]:
+            part.recompute = number in recomputed.gated
+        if number in recomputed.whole:
+            layer.forward = RecomputedForward(layer)
+        elif isinstance(_forward(layer), RecomputedForward):
+            del layer.forward
+
+
+def _forward(layer: nn.Module) -> Any:
+    """A forward of the layer's own, if there is one instead of that of its class."""
+    return vars(layer).get("forward")
 
 
 def parse_bytes(text: str | int) -> int:

@@ -73,6 +73,22 @@ class StepSetting:
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """What is not kept for the backward but computed again in it; every layer is in one of the two at most.
+
+    Attributes:
+        gated: the decoder layers that compute gate and up again.
+        whole: the decoder layers that keep only their input.
+    """
+
+    gated: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
+
+
+NOTHING = Recomputation()
+
+
+@dataclass(frozen=True)
 class StepMemory:
     """Counts the bytes of one step; "kept" means kept for the backward.
 
@@ -85,7 +101,7 @@ class StepMemory:
     config: GeneratorConfig
     step: StepShape
     setting: StepSetting
-    recomputed: frozenset[int] = frozenset()
+    recomputed: Recomputation = NOTHING
 
     # Sizes
 
@@ -215,31 +231,41 @@ class StepMemory:
 
     # Kept for the backward
 
-    def kept_by_base(self, layer: int) -> int:
-        """Kept by a decoder layer of the base model."""
+    def kept(self, layer: int) -> int:
+        """Kept by a decoder layer and its adapted linear layers until its backward."""
+        if layer in self.recomputed.whole:
+            return self.tokens * self.h * self.a
+        return self.used(layer)
+
+    def used(self, layer: int) -> int:
+        """What the backward of the layer reads, kept or recomputed by then."""
+        return self.used_by_base(layer) + self.used_by_adapters(layer)
+
+    def used_by_base(self, layer: int) -> int:
+        """Of that, by the layer of the base model."""
         each = 0
         if self.has_graph(layer, ATTENTION):  # norm: input and a number; queries, keys, values, result, log-sum-exp
             each += self.h * self.a + 4
             each += (2 * self.q + 2 * self.k) * self.a + 4 * self.shape.heads
         if self.has_graph(layer, GATED):  # the other norm
             each += self.h * self.a + 4
-        return self.tokens * each + self.kept_by_gated(layer)
+        return self.tokens * each + self.used_by_gated(layer)
 
-    def kept_by_gated(self, layer: int) -> int:
-        """Kept by its feed-forward part: gate and up, or the input if these are recomputed."""
-        each = (self.h if layer in self.recomputed else 2 * self.f) if self.keeps_gated(layer) else 0
+    def used_by_gated(self, layer: int) -> int:
+        """Of that, by its feed-forward part: gate and up, or the input if these are recomputed."""
+        each = (self.h if layer in self.recomputed.gated else 2 * self.f) if self.keeps_gated(layer) else 0
         return self.tokens * each * self.a
 
     def kept_by_norm(self) -> int:
         """Kept by the last norm."""
         return self.tokens * (self.h * self.a + 4)
 
-    def kept_by_adapters(self, layer: int) -> int:
-        """Kept by the adapted linear layers of a decoder layer: lora_A x, and inputs that nothing else keeps."""
+    def used_by_adapters(self, layer: int) -> int:
+        """By the adapted linear layers of a decoder layer: lora_A x, and inputs that nothing else keeps."""
         inputs = 0
         for stage, linears in enumerate(self.shape.stages):
             shared = stage == OUTPUT and self.has_graph(layer, ATTENTION)
-            shared |= stage == GATED and layer in self.recomputed
+            shared |= stage == GATED and layer in self.recomputed.gated
             if not shared and any(linear in self.linears(layer) for linear in linears):
                 inputs += linears[0].inputs
         return self.tokens * (inputs + self.rank * len(self.linears(layer))) * self.a
@@ -294,7 +320,7 @@ class StepMemory:
 
     def in_gated(self, layer: int) -> int:
         """During the backward of a feed-forward part: four tensors of its width, and recomputed gate and up."""
-        again = 2 * self.f if layer in self.recomputed else 0
+        again = 2 * self.f if layer in self.recomputed.gated else 0
         return self.tokens * (4 * self.f + again + self.h) * self.a
 
     def in_adapters(self, layer: int) -> int:
@@ -321,23 +347,23 @@ class StepMemory:
         """The bytes by part at each moment that can be the peak."""
         layers = range(self.shape.layers)
         gradients = [self.parameters_of(layer) for layer in layers]
-        base = [self.kept_by_base(layer) + self.kept_by_adapters(layer) for layer in layers]
+        base = [self.kept(layer) for layer in layers]
         generators = [self.kept_by_generators(layer) for layer in layers]
-        gated = [self.kept_by_gated(layer) for layer in layers]
         full = sum(base) + self.kept_by_norm(), sum(generators)
         earlier = sum(gradients) if self.setting.accumulates else 0
         yield "at the end of the forward", self._parts(earlier, *full, self.in_forward())
         yield "in the loss", self._parts(earlier, *full, self.in_loss())
         yield "in the backward of the loss", self._parts(earlier, *full, self.in_head())
         for layer in reversed(layers):
-            kept = sum(base[: layer + 1]), sum(generators[: layer + 1])
+            kept = sum(base[:layer]) + self.used(layer), sum(generators[: layer + 1])
             there = earlier or sum(gradients[layer + 1 :])
             name = f"in the backward of layer {layer}"
             if self.keeps_gated(layer):
                 yield f"{name}, feed-forward part", self._parts(there, *kept, self.in_gated(layer))
             if self.linears(layer):
                 there, below = earlier or sum(gradients[layer:]), sum(base[:layer])
-                yield f"{name}, adapters", self._parts(there, kept[0] - gated[layer], kept[1], self.in_adapters(layer))
+                rest = kept[0] - self.used_by_gated(layer)
+                yield f"{name}, adapters", self._parts(there, rest, kept[1], self.in_adapters(layer))
                 yield f"{name}, norm of the states", self._parts(there, below, kept[1], self.in_polar())
                 left = kept[1] - sum(self._kept_by_factors(linear) for linear in self.linears(layer))
                 yield f"{name}, states", self._parts(there, below, left, self.in_states())

@@ -137,6 +137,8 @@ class AttachedGenerators(nn.Module):
         """Remove the generators and return the original (frozen) base model. This object can't be used afterwards."""
         self.weights.unmerge(self.linears())
         uncompile_layers(self.base)
+        for layer in decoder_layers(self.base)[1]:
+            layer.__dict__.pop("forward", None)  # of a layer that is recomputed as a whole
         for hook in self._hooks:
             hook.remove()
         for site in self._sites:

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from gakernels.errors import InputError
 from gakernels.model.attachment import decoder_layers
 from gakernels.nn import AdaptedLinear
 from gakernels.nn.factors_in_force import HandedOver, refuse_copy
+from gakernels.nn.recomputed_forward import RecomputedForward
 
 
 def compile_layers(base: PreTrainedModel, **options: Any) -> None:
@@ -21,8 +23,14 @@ def compile_layers(base: PreTrainedModel, **options: Any) -> None:
     Args:
         base: the base model of a `GenerativeAdapter`, or any other.
         options: passed to `torch.compile`; shapes are static unless `dynamic` says otherwise.
+
+    Raises:
+        InputError: a layer is recomputed as a whole.
     """
-    for layer in decoder_layers(base)[1]:
+    layers = decoder_layers(base)[1]
+    if any(isinstance(vars(layer).get("forward"), RecomputedForward) for layer in layers):
+        raise InputError("layers that are recomputed as a whole can't be compiled; a larger memory_budget needs none")
+    for layer in layers:
         plain: Any = type(layer).forward.__get__(layer)
         linears = [module for module in layer.modules() if isinstance(module, AdaptedLinear)]
         layer.forward = _Compiled(torch.compile(plain, **{"dynamic": False, **options}), linears)
@@ -56,7 +64,8 @@ class _Compiled:
 def uncompile_layers(base: PreTrainedModel) -> None:
     """The opposite of `compile_layers`; does nothing if nothing is compiled."""
     for layer in decoder_layers(base)[1]:
-        layer.__dict__.pop("forward", None)
+        if isinstance(vars(layer).get("forward"), _Compiled):
+            del layer.forward
         for module in layer.modules():
             if isinstance(module, AdaptedLinear):
                 module.handed_over = None

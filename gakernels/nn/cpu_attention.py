@@ -3,7 +3,9 @@
 Figures are in docs/training.md under "Attention".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,12 +17,29 @@ from torch.overrides import TorchFunctionMode
 PROBABILITIES_AT_ONCE = 1 << 19  # as many numbers as stay in a core's cache between the products
 
 
+_IN_USE: ContextVar[bool] = ContextVar("gakernels_cpu_attention", default=False)
+
+
+def same_attention() -> Callable[[], AbstractContextManager[Any]]:
+    """What makes a block, whenever it runs, use the attention that is in use now."""
+    return CpuAttention if _IN_USE.get() else nullcontext
+
+
 class CpuAttention(TorchFunctionMode):
     """Inside the block, `scaled_dot_product_attention` runs as `causal_attention` if that applies.
 
     It applies in bfloat16 on a CPU if a backward follows, to causal attention and to boolean masks in which every token
     attends to something, such as those of padded or packed windows.
     """
+
+    def __enter__(self) -> "CpuAttention":
+        self._before = _IN_USE.set(True)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _IN_USE.reset(self._before)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

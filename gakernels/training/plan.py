@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gakernels.cost import flops
 from gakernels.cost.memory import (
     MemoryEstimate,
+    Recomputation,
     StepSetting,
     StepShape,
     choose_recomputation,
@@ -74,8 +75,8 @@ class PretrainingPlan(RunPlan):
         windows: windows of a segment, context and reconstruction together.
         flops: the operations of a step, by their kind.
         memory: of one process.
-        fits: by size of a GPU in 10^9 bytes, how many layers must recompute gate and up for a step to fit, with one
-            such GPU per process; None if it does not fit.
+        fits: by size of a GPU in 10^9 bytes, what must be recomputed for a step to fit, with one such GPU per process;
+            None if it does not fit.
     """
 
     segments: int
@@ -84,7 +85,7 @@ class PretrainingPlan(RunPlan):
     windows: int
     flops: StepFlops
     memory: MemoryEstimate
-    fits: Mapping[int, int | None]
+    fits: Mapping[int, Recomputation | None]
 
     @property
     def tokens(self) -> int:
@@ -157,17 +158,19 @@ def _memory(recipe: PretrainingRecipe, shape: ModelShape, step: StepShape, setti
     return choose_recomputation(shape, recipe.generator, step, parse_bytes(recipe.memory_budget), setting)
 
 
-def _fits(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, processes: int) -> dict[int, int | None]:
+def _fits(
+    recipe: PretrainingRecipe, shape: ModelShape, at_once: int, processes: int
+) -> dict[int, Recomputation | None]:
     setting = step_setting(recipe, processes, "cuda")
     step = largest_step(recipe, shape, at_once, setting)
-    fits: dict[int, int | None] = {}
+    fits: dict[int, Recomputation | None] = {}
     for size in GPU_GIGABYTES:
         try:
             estimate = choose_recomputation(shape, recipe.generator, step, int(size * 1e9 - RESERVED), setting)
         except InputError:
             fits[size] = None
         else:
-            fits[size] = len(estimate.recomputed_layers)
+            fits[size] = estimate.recomputed
     return fits
 
 

@@ -104,8 +104,8 @@ class PretrainingRecipe:
         parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
         distillation: also learn from the base model with the context in its prompt (docs/training.md); None turns it
             off.
-        memory_budget: of a GPU, such as `80GB`: as many layers as needed recompute gate and up projections to stay
-            below it; None for no limit.
+        memory_budget: of a GPU, such as `80GB`: as many layers as needed to stay below it recompute gate and up, or
+            everything, in the backward; None for no limit.
         overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
             not with `shards`.
         compile: compile the decoder layers while training (`model.compilation.compile_layers`).

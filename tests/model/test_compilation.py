@@ -8,8 +8,8 @@ from tiny import make_model
 from torch import Generator, Tensor
 from torch._dynamo.utils import counters
 
-from gakernels import GenerativeAdapter
-from gakernels.cost.memory import set_recomputation
+from gakernels import GenerativeAdapter, InputError
+from gakernels.cost.memory import Recomputation, set_recomputation
 from gakernels.model.attachment import decoder_layers
 from gakernels.model.compilation import compile_layers, uncompile_layers
 
@@ -43,7 +43,7 @@ def test_a_layer_is_one_graph_with_the_same_results(generator: Generator, case: 
     ids = torch.randint(3, 60, (2, len(SEEN), 5), generator=generator)
     wanted = losses_and_gradients(model, ids)
     if case == "recomputed":
-        set_recomputation(model, [0, 1, 2])
+        set_recomputation(model, Recomputation(gated=(0, 1, 2)))
     if case == "overlapped":
         model.overlap_generators()
     compile_layers(model.base, fullgraph=case != "overlapped", backend="aot_eager")
@@ -51,6 +51,17 @@ def test_a_layer_is_one_graph_with_the_same_results(generator: Generator, case: 
         assert_same(losses_and_gradients(model, ids), wanted, 1e-4)
     if case != "overlapped":  # without a graph, the first layer with one, and all others
         assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_layer_is_compiled_or_recomputed_as_a_whole_but_not_both() -> None:
+    model = make_model("llama")
+    set_recomputation(model, Recomputation(whole=(1,)))
+    with pytest.raises(InputError, match="recomputed as a whole can't be compiled"):
+        compile_layers(model.base, backend="aot_eager")
+    set_recomputation(model, Recomputation())
+    compile_layers(model.base, backend="aot_eager")
+    with pytest.raises(InputError, match="whole must have decoder layers that are not compiled, but has 1"):
+        set_recomputation(model, Recomputation(whole=(1,)))
 
 
 def test_the_plain_forward_comes_back(generator: Generator) -> None:

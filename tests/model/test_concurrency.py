@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gakernels import Adapter, GenerativeAdapter, InputError
-from gakernels.cost.memory import set_recomputation
+from gakernels.cost.memory import Recomputation, set_recomputation
 from gakernels.model.compilation import compile_layers
 
 USERS = 4
@@ -177,11 +177,12 @@ def test_compiled_layers_find_the_adapter_of_their_thread() -> None:
     assert all(in_threads(*(lambda number=number: work(number) for number in range(USERS + 1))))
 
 
-def test_what_is_computed_again_in_the_backward_of_another_thread_has_its_adapter() -> None:
+@pytest.mark.parametrize("kind", ["gated", "whole"])
+def test_what_is_computed_again_in_the_backward_of_another_thread_has_its_adapter(kind: str) -> None:
     """As on a GPU, where autograd has threads of its own."""
     model, ids = make_model(linears=("gate_proj", "o_proj")), random_ids(2, 6, 5)
     wanted = losses_and_gradients(model, ids)
-    set_recomputation(model, [0, 1, 2])
+    set_recomputation(model, Recomputation(**{kind: (0, 1, 2)}))
     hidden, _ = model(ids, torch.ones_like(ids, dtype=torch.bool), 3, (0, 1, 2, 1, 2, 3))
     (found,) = in_threads(lambda: torch.autograd.grad(hidden.square().mean(), list(model.generators.parameters())))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted[1:], strict=True))

@@ -11,6 +11,7 @@ from benchmarks.measure import peak_bytes, resident_bytes
 from benchmarks.presets import PRESETS, Preset, make_base
 from gakernels import GenerativeAdapter, GeneratorConfig
 from gakernels.cost.memory import (
+    Recomputation,
     StepSetting,
     StepShape,
     choose_recomputation,
@@ -22,8 +23,10 @@ from gakernels.cost.memory import (
 )
 from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.errors import InputError
+from gakernels.model.attachment import decoder_layers
 from gakernels.model.window_losses import pretraining_windows, window_losses
 from gakernels.nn import GatedMLP
+from gakernels.nn.recomputed_forward import RecomputedForward
 
 CPU = torch.device("cpu")
 SMALL = replace(
@@ -85,17 +88,19 @@ def measured_peak(model: GenerativeAdapter, preset: Preset, rows: int, generator
     ],
     ids=["small", "bf16", "wide", "states", "one chunk", "two linears", "inputs", "some layers", "static", "frobenius"],
 )
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["nothing", "gated", "whole", "both"])
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
-    generator: Generator, change: dict[str, Any], settings: dict[str, Any], rows: int, recompute: bool
+    generator: Generator, change: dict[str, Any], settings: dict[str, Any], rows: int, recompute: str
 ) -> None:
     preset = replace(SMALL, **change)
     model = make_model(preset, **settings)
     shape = ModelShape.from_config(preset.config())
-    layers = recomputable_layers(shape, model.config) if recompute else []
-    set_recomputation(model, layers)
+    layers = tuple(recomputable_layers(shape, model.config))
+    parts = {"nothing": ((), ()), "gated": (layers, ()), "whole": ((), layers), "both": (layers[1:], layers[:1])}
+    recomputed = Recomputation(*parts[recompute])
+    set_recomputation(model, recomputed)
     step = StepShape.pretraining(rows, preset.window, preset.chunks)
-    estimate = estimate_memory(shape, model.config, step, setting_of(preset), layers)
+    estimate = estimate_memory(shape, model.config, step, setting_of(preset), recomputed)
     measured = measured_peak(model, preset, rows, generator)
     assert abs(estimate.total - measured) <= 0.1 * measured, (estimate.total / measured, estimate)
 
@@ -115,19 +120,19 @@ def test_without_the_parts_that_stay_it_is_still_close(generator: Generator) -> 
 
 def test_the_paper_s_step_fits_the_gpus() -> None:
     assert estimate_memory(MISTRAL, PAPER, SEGMENT).total < 141e9
-    assert choose_recomputation(MISTRAL, PAPER, SEGMENT, int(141e9)).recomputed_layers == ()
-    all_again = estimate_memory(MISTRAL, PAPER, SEGMENT, recomputed_layers=range(32))
+    assert choose_recomputation(MISTRAL, PAPER, SEGMENT, int(141e9)).recomputed == Recomputation()
+    all_again = estimate_memory(MISTRAL, PAPER, SEGMENT, recomputed=Recomputation(tuple(range(32))))
     assert all_again.total < 75e9  # an 80 GB GPU, with room for its context and the allocator's gaps
     small = choose_recomputation(MISTRAL, PAPER, SEGMENT, int(75e9))
     assert small.total <= 75e9
-    assert 0 < len(small.recomputed_layers) < 32
+    assert 0 < len(small.recomputed.gated) < 32
 
 
 def test_as_few_layers_as_the_budget_needs() -> None:
     chosen = choose_recomputation(MISTRAL, PAPER, SEGMENT, int(70e9))
-    count = len(chosen.recomputed_layers)
-    assert chosen.recomputed_layers == tuple(range(count))
-    fewer = estimate_memory(MISTRAL, PAPER, SEGMENT, recomputed_layers=range(count - 1))
+    count = len(chosen.recomputed.gated)
+    assert chosen.recomputed == Recomputation(tuple(range(count)))
+    fewer = estimate_memory(MISTRAL, PAPER, SEGMENT, recomputed=Recomputation(tuple(range(count - 1))))
     assert chosen.total <= 70e9 < fewer.total
 
 
@@ -149,21 +154,30 @@ def test_only_layers_behind_the_first_adapter_are_recomputed() -> None:
     assert layers("o_proj") == layers("gate_proj") == list(range(32))
     assert layers("down_proj") == list(range(1, 32))
     assert layers("o_proj", numbers=(30,)) == [30, 31]
-    with pytest.raises(InputError, match="recomputed_layers must be out of"):
-        estimate_memory(MISTRAL, GeneratorConfig(layers=(30,)), SEGMENT, recomputed_layers=[3])
+    with pytest.raises(InputError, match="recomputed must have layers out of"):
+        estimate_memory(MISTRAL, GeneratorConfig(layers=(30,)), SEGMENT, recomputed=Recomputation(whole=(3,)))
 
 
-def test_a_budget_sets_the_model(generator: Generator) -> None:
-    model = make_model(SMALL)
-    step, setting = StepShape.pretraining(1, 64, 4), setting_of(SMALL)
-    full = fit_memory_budget(model, step, 10**12, setting)
-    assert not full.recomputed_layers
-    assert not any(part.recompute for part in gated(model))
-    tight = fit_memory_budget(model, step, full.total - 1, setting)
-    assert [part.recompute for part in gated(model)] == [number in tight.recomputed_layers for number in range(3)]
-    assert tight.recomputed_layers == (0,)
+def test_a_budget_sets_the_model() -> None:
+    preset = replace(SMALL, ffn=2816)  # gate and up are worth more than the rest of a layer
+    model, shape = make_model(preset), ModelShape.from_config(preset.config())
+    step, setting = StepShape.pretraining(1, 64, 4), setting_of(preset)
+    layers = decoder_layers(model.base)[1]
+
+    def fit(budget: int) -> Recomputation:
+        recomputed = fit_memory_budget(model, step, budget, setting).recomputed
+        whole = [isinstance(vars(layer).get("forward"), RecomputedForward) for layer in layers]
+        assert [part.recompute for part in gated(model)] == [number in recomputed.gated for number in range(3)]
+        assert whole == [number in recomputed.whole for number in range(3)]
+        return recomputed
+
+    choices = [Recomputation(gated=tuple(range(count))) for count in range(4)]
+    full, *less = (estimate_memory(shape, model.config, step, setting, choice).total for choice in choices)
+    assert fit(full - 1) == Recomputation(gated=(0,))
+    assert fit(min(less) - 1).whole
+    assert fit(full) == Recomputation()
     with pytest.raises(InputError, match=r"memory_budget must be at least \d+ MB, .* but it is 1 MB;"):
-        fit_memory_budget(model, step, 10**6, setting)
+        fit(10**6)
 
 
 def test_a_layer_without_the_usual_part_is_refused() -> None:
@@ -171,7 +185,7 @@ def test_a_layer_without_the_usual_part_is_refused() -> None:
     layer: Any = model.base.get_decoder().layers[1]
     layer.mlp = layer.mlp.original
     with pytest.raises(InputError, match="gated feed-forward part"):
-        set_recomputation(model, [0, 1])
+        set_recomputation(model, Recomputation((0, 1)))
     assert not any(part.recompute for part in gated(model))
 
 
@@ -190,3 +204,14 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
 
 def gated(model: GenerativeAdapter) -> list[GatedMLP]:
     return [module for module in model.base.modules() if isinstance(module, GatedMLP)]
+
+
+def test_two_adapted_linears_a_layer_fit_an_80_gb_gpu_if_layers_are_recomputed_as_a_whole() -> None:
+    config = GeneratorConfig(linears=("o_proj", "down_proj"))
+    chosen = choose_recomputation(MISTRAL, config, SEGMENT, int(75e9))
+    assert chosen.total <= 75e9
+    assert chosen.recomputed.whole
+    assert not chosen.recomputed.gated  # an operation saves more bytes so
+    one = choose_recomputation(MISTRAL, PAPER, SEGMENT, int(45e9))
+    assert one.recomputed.whole + one.recomputed.gated == tuple(range(32))
+    assert one.recomputed.gated
