@@ -253,7 +253,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "type must be 'text'"),
         ({"modalities": ["text", "audio"]}, "modalities", "answers are text"),
         ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio", "answers are text"),
-        ({"web_search_options": {}}, "web_search_options", "searches nothing"),
+        ({"web_search_options": {}}, "web_search_options", "has no web search"),
         ({"moderation": {}}, "moderation", "has no moderation"),
         ({"top_logprobs": 2}, None, "top_logprobs needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
