@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gakernels.evaluation.plots import MARKERS, svg
+from gakernels.evaluation.tables import NOTHING
 
 Value = Callable[[Mapping[str, Any]], float | None]
 
@@ -15,10 +16,15 @@ COUNTED: dict[str, Value] = {
     "bytes kept": lambda row: row["storage"]["bytes"],
 }
 MEASURED: dict[str, Value] = {
-    "seconds to read the context": lambda row: row["contextualization_seconds"],
+    "seconds to read the context": lambda row: _seconds(row["contextualization_seconds"]),
     "seconds to the first token": lambda row: row["first_token_seconds"],
     "bytes kept": lambda row: row["stored_bytes"],
 }
+
+
+def _seconds(value: float) -> float | None:
+    """None where nothing is read."""
+    return value if value >= NOTHING else None
 
 
 def costs_by_length(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Value]) -> str:

@@ -69,7 +69,7 @@ def haystack(
     cases: list[EvaluationCase] = []
     for length in dict.fromkeys(drawn.lengths):
         lines = _lines(length, measure)
-        contexts = [_context(lines, length, number, drawn.seed) for number in range(drawn.contexts)]
+        contexts = [_context(lines, length, number, drawn) for number in range(drawn.contexts)]
         asked = sampled(contexts, settings.limit, settings.sample_seed)
         cases += with_others([EvaluationCase(each, (("length", length),)) for each in asked], len(cases))
     told = {"lengths": list(drawn.lengths), "contexts": drawn.contexts}
@@ -85,21 +85,20 @@ def _lines(length: int, measure: Callable[[str], int]) -> int:
         lines -= 1
     if lines < DEPTHS:
         least = measure(_text(DEPTHS, 0, "0000"))
-        raise InputError(
-            f"a haystack of {DEPTHS} lines has {least} tokens, so lengths must be that or more, but one is {length}"
-        )
+        told = f"lengths must be at least {least}, the tokens of a haystack of {DEPTHS} lines"
+        raise InputError(f"{told}, but one is {length}")
     return lines
 
 
-def _context(lines: int, length: int, number: int, seed: int) -> EvaluationContext:
+def _context(lines: int, length: int, number: int, drawn: HaystackSettings) -> EvaluationContext:
     """A haystack with the needle at a random line of one tenth of the text."""
-    rng, depth = Random(f"{seed} {length} {number}"), number % DEPTHS
-    first, last = depth * lines // DEPTHS, (depth + 1) * lines // DEPTHS - 1
+    rng, depth = Random(f"{drawn.seed} {length} {number}"), number * DEPTHS // drawn.contexts
+    first, after = (-(-tenth * lines // DEPTHS) for tenth in (depth, depth + 1))
     magic = f"{rng.randrange(10_000):04d}"
     category = f"{100 * depth // DEPTHS} to {100 * (depth + 1) // DEPTHS}% deep"
     name = f"{length} {number}"
     question = Question(QUESTION, (magic,), id=name, category=category)
-    return EvaluationContext(_text(lines, rng.randint(first, last), magic), (question,), name)
+    return EvaluationContext(_text(lines, rng.randrange(first, after), magic), (question,), name)
 
 
 def _text(lines: int, place: int, magic: str) -> str:

@@ -20,7 +20,7 @@ from gakernels.evaluation.cost_plots import costs_by_length
 from gakernels.evaluation.paper import LENGTHS
 from gakernels.evaluation.plots import is_detail, plots
 from gakernels.evaluation.published import FROM_SHAPES, Published, Row, Table
-from gakernels.evaluation.report import describe_run, html_page, markdown_page
+from gakernels.evaluation.report import describe_model, describe_run, html_page, markdown_page
 from gakernels.evaluation.tables import FRACTION, REFERENCE, ReportTable, interval_text, tables
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
@@ -72,7 +72,9 @@ def shapes_report(model: GenerativeAdapter) -> dict[str, Any]:
         for name in COUNTED
     ]
     empty: dict[str, Any] = {name: [] for name in ("results", "comparisons", "methods", "measured_costs", "notes")}
-    return {**empty, "costs": costs, "paper": None, "skipped": {"counts": {}, "first": {}}, **describe_run(model)}
+    settings = {"data": {}, **describe_model(model)}
+    rest: dict[str, Any] = {"paper": None, "skipped": {"counts": {}, "first": {}}, "settings": settings}
+    return {**empty, **rest, "costs": costs, **describe_run(model)}
 
 
 def merge(name: str, table: Table, outcomes: Sequence[Outcome], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +114,8 @@ def merge(name: str, table: Table, outcomes: Sequence[Outcome], settings: Mappin
         "skipped": _skipped(report["skipped"] for _, report in done),
         "notes": list(dict.fromkeys(note for _, report in done for note in report["notes"])),
         "paper": None,
+        "data": {name: digest for _, report in done for name, digest in report["settings"]["data"].items()},
+        "fingerprints": sorted({report["settings"]["base_fingerprint"] for _, report in done}),
         **{key: done[0][1][key] if done else "" for key in ("model", "versions", "device")},
     }
 
@@ -186,11 +190,14 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     ran = sum(not row["reason"] for row in report["rows"])
     versions = ", ".join(f"{name} {version}" for name, version in dict(report["versions"]).items())
     tried = f"Only tried: --limit {limit} leaves at most {limit} questions or documents to a row." if limit else ""
+    data = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in report["data"].items())
     facts = [
         report["does"],
         tried,
         f"{ran} of {len(report['rows'])} rows have results; protocol {report['protocol']}",
-        f"generator {report['generator']}, base model {report['model'] or 'without a name'}",
+        f"generator {report['generator']}, base model {report['model'] or 'without a name'}, fingerprint "
+        + " and ".join(report["fingerprints"]),
+        f"data {data}" if data else "",
         f"{versions}; {report['device']}",
         *report["notes"],
     ]
@@ -278,10 +285,11 @@ def all_plots(report: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, st
         parts = {"counted": (counted, COUNTED_PANELS), "measured": (report["measured_costs"], MEASURED_PANELS)}
         return {name: costs_by_length(rows, panels) for name, (rows, panels) in parts.items() if rows}
     made: dict[str, str] = {}
-    for data in dict.fromkeys(row["cell"]["data"] for row in report["results"]):
+    shown = {"results": [row for row in report["results"] if row["metric"] in metrics], "costs": report["costs"]}
+    for data in dict.fromkeys(row["cell"]["data"] for row in shown["results"]):
         part = {
-            key: [{**row, "cell": _without(row["cell"], "data")} for row in report[key] if row["cell"]["data"] == data]
-            for key in ("results", "costs")
+            key: [{**row, "cell": _without(row["cell"], "data")} for row in rows if row["cell"]["data"] == data]
+            for key, rows in shown.items()
         }
         scenario = f"{report['table']}, {data}"
         drawn = plots({**report, **part, "scenario": scenario, "paper": report["papers"].get(data)})
@@ -295,7 +303,7 @@ def _without(cell: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def slug(text: str) -> str:
     """A text as part of the name of a file."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace(",", "")).strip("-")
 
 
 def write(report: Mapping[str, Any], table: Table, path: Path, drawn: Mapping[str, str]) -> list[Path]:
