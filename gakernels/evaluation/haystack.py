@@ -77,9 +77,9 @@ def haystack(
 
 
 def _lines(length: int, measure: Callable[[str], int]) -> int:
-    """The lines, with the needle's, of the longest haystack of at most `length` tokens."""
-    needle, two = measure(_text(1, 0, "0000")), measure(_text(3, 0, "0000"))
-    each = (two - needle) / 2
+    """The lines, with the needle's, of the longest haystack of about `length` tokens."""
+    needle, more = measure(_text(1, 0, "0000")), measure(_text(3, 0, "0000"))
+    each = (more - needle) / 2
     lines = 1 + int((length - needle) / each)
     while lines > 1 and measure(_text(lines, 0, "0000")) > length:
         lines -= 1
