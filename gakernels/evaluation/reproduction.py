@@ -188,38 +188,32 @@ def told_tables(report: Mapping[str, Any], metrics: Sequence[str]) -> list[Repor
 def _facts(report: Mapping[str, Any]) -> list[str]:
     limit = report["limit"]
     ran = sum(not row["reason"] for row in report["rows"])
-    versions = ", ".join(f"{name} {version}" for name, version in dict(report["versions"]).items())
-    tried = f"Only tried: --limit {limit} leaves at most {limit} questions or documents to a row." if limit else ""
-    data = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in report["data"].items())
+    tried = f"Only tried: --limit {limit} leaves at most {limit} questions or documents to a row."
     facts = [
         report["does"],
-        tried,
+        *([tried] if limit else []),
         f"{ran} of {len(report['rows'])} rows have results; protocol {report['protocol']}",
-        f"generator {report['generator']}, base model {report['model'] or 'without a name'}, fingerprint "
+    ]
+    if not ran:
+        return facts
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    data = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in report["data"].items())
+    return [
+        *facts,
+        f"generator {report['generator']}; base model {report['model'] or 'without a name'}, fingerprint "
         + " and ".join(report["fingerprints"]),
-        f"data {data}" if data else "",
+        f"data {data}" if data else "no data files",
         f"{versions}; {report['device']}",
         *report["notes"],
     ]
-    return [fact for fact in facts if fact]
 
 
 # CSV
 
 
 COLUMNS = (
-    "row",
-    "cell",
-    "method",
-    "source",
-    "metric",
-    "unit",
-    "value",
-    "low",
-    "high",
-    "count",
-    "clusters",
-    "resampled",
+    *("row", "cell", "method", "source", "metric", "unit"),
+    *("value", "low", "high", "count", "clusters", "resampled"),
 )
 _MEASURED = {
     "contextualization_seconds": "seconds",
