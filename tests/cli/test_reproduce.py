@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from invented import random_text
 
-from gakernels.evaluation.published import TABLES
+from gakernels.evaluation.published import TABLES, Row
 from gakernels.generation.decoder import Decoder
 
 
@@ -52,17 +52,19 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths that the tiny model reads at once, and short haystacks only."""
-    lengths = {("docqa", 512): 25, ("docqa", 1024): 60, ("haystack", 1024): 300}
+    """The shortest of the lengths, and shorter still: what the tiny model reads at once."""
+    lengths = {"docqa": {512: 25, 1024: 60, 2048: 250}, "haystack": {1024: 300}, "perplexity": {1024: 32}}
+
+    def smaller(row: Row) -> Iterator[Row]:
+        option, known = "tokens" if row.task == "perplexity" else "lengths", lengths.get(row.task, {})
+        length = row.options.get(option)
+        if not isinstance(length, int):
+            yield row
+        elif length in known:
+            yield replace(row, options={**row.options, option: known[length]})
+
     for name, table in TABLES.items():
-        rows = [
-            replace(row, options={**row.options, "lengths": lengths.get((row.task, row.options["lengths"]), 250)})
-            if isinstance(row.options.get("lengths"), int)
-            else row
-            for row in table.rows
-        ]
-        rows = [replace(row, options={**row.options, "tokens": 32}) if "tokens" in row.options else row for row in rows]
-        monkeypatch.setitem(TABLES, name, replace(table, rows=tuple(rows[:1] if name == "niah" else rows)))
+        monkeypatch.setitem(TABLES, name, replace(table, rows=tuple(r for row in table.rows for r in smaller(row))))
 
 
 def merged(path: Path) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def test_table_5_stands_beside_the_papers_and_tells_what_is_missing(
 ) -> None:
     outcome = reproduce("table5", "--paper-data")
     assert outcome.code == 0, outcome.err
-    assert re.search(r"row 2 of 15: SQuAD, 1,024 tokens; about \d\d:\d\d left if the rest take as long", outcome.err)
+    assert re.search(r"row 2 of 7: SQuAD, 1,024 tokens; about \d\d:\d\d left if the rest take as long", outcome.err)
     report = merged(tmp_path / "out/table5.json")
     assert [row["row"] for row in report["rows"] if row["reason"]] == ["StreamingQA, tuned"]
     why = report["rows"][-1]["reason"]
@@ -95,7 +97,7 @@ def test_table_5_stands_beside_the_papers_and_tells_what_is_missing(
     for name in ("md", "html"):
         content = (tmp_path / f"out/table5.{name}").read_text()
         assert "F1 on SQuAD and StreamingQA, documents grouped to 512 to 32K tokens" in content
-        assert "15 of 16 rows have results; protocol released" in content
+        assert "7 of 8 rows have results; protocol released" in content
         assert "streamingqa/train.jsonl is missing" in content
 
     tuned = {row["method"] for row in report["results"] if row["row"] == "SQuAD, tuned"}
@@ -180,7 +182,7 @@ def test_a_try_is_marked_everywhere(reproduce: Callable[..., Any], tmp_path: Pat
         assert "(tried with --limit 2)" in page
         assert "Only tried: --limit 2" in page
     report = merged(tmp_path / "out/figure3.json")
-    assert {row["count"] for row in report["results"]} == {2}
+    assert max(row["count"] for row in report["results"]) == 2
     counted = {(row["cell"]["length"], row["method"]) for row in report["costs"] if row["row"] == "from shapes"}
     assert len({length for length, _ in counted}) == 7
     assert {method for _, method in counted} >= {"prompt_cached", "adapter", "full_tuning"}
