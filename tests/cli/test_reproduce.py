@@ -193,7 +193,8 @@ def test_table_2_has_what_eval_says_of_each_generator(
     reproduce: Callable[..., Any], run: Callable[..., Any], files: Any, data: Path, tmp_path: Path
 ) -> None:
     other = ["--allow-other-base", "--setting", f"Feedforward={files.other_generator}", "--model", files.base]
-    outcome = reproduce("table2", "--paper-data", *other)
+    with pytest.warns(UserWarning, match="accepted anyway because of allow_other_base"):
+        outcome = reproduce("table2", "--paper-data", *other)
     assert outcome.code == 0, outcome.err
     report = merged(tmp_path / "out/table2.json")
     reasons = {row["row"]: row["reason"] for row in report["rows"]}
