@@ -217,10 +217,12 @@ def _run_row(planned: Outcome, options: argparse.Namespace, loaded: _Loaded, ran
 
 
 def _finish(report: Mapping[str, Any], table: Table, page: Path) -> None:
-    """Print the table, and write it with plots."""
-    console = Console()
-    for shown in reproduction.told_tables(report, table.metrics):
-        console.print(rich_table(shown))
+    """Print the table and what is missing, and write it with plots."""
+    shown = reproduction.main_table(report, table.metrics)
+    if shown.rows:
+        Console().print(rich_table(shown))
+    for reason in dict.fromkeys(row["reason"] for row in report["rows"] if row["reason"]):
+        print("not run:", ", ".join(row["row"] for row in report["rows"] if row["reason"] == reason), f"- {reason}")
     plots = drawn(lambda merged: reproduction.all_plots(merged, table.metrics), report)
     for file in reproduction.write(report, table, page, plots):
         print(file)

@@ -173,15 +173,14 @@ def _heading(metric: str) -> str:
 
 
 def _all_tables(report: Mapping[str, Any], metrics: Sequence[str]) -> list[ReportTable]:
-    commands = tuple((row["row"], row["command"]) for row in report["rows"] if row["command"])
-    last = ReportTable("Commands", ("", "gakernels eval"), commands, "Each row by itself.")
-    return [*told_tables(report, metrics), *tables(report), *([last] if commands else [])]
-
-
-def told_tables(report: Mapping[str, Any], metrics: Sequence[str]) -> list[ReportTable]:
-    """The main table, and what is missing."""
     missing = tuple((row["row"], row["reason"]) for row in report["rows"] if row["reason"])
-    found = [main_table(report, metrics), ReportTable("Rows without results", ("", "why"), missing)]
+    commands = tuple((row["row"], row["command"]) for row in report["rows"] if row["command"])
+    found = [
+        main_table(report, metrics),
+        ReportTable("Rows without results", ("", "why"), missing),
+        *tables(report),
+        ReportTable("Commands", ("", "gakernels eval"), commands, "Each row by itself."),
+    ]
     return [table for table in found if table.rows]
 
 

@@ -233,7 +233,9 @@ def test_without_any_data_the_page_is_written_all_the_same(
     outcome = reproduce("table1")
     assert outcome.code == 2
     assert "no row of table1 could be run" in outcome.err
-    assert "https://huggingface.co/datasets/MemGPT/MSC-Self-Instruct" in (tmp_path / "out/table1.html").read_text()
+    source = "https://huggingface.co/datasets/MemGPT/MSC-Self-Instruct/resolve/main/msc_self_instruct.jsonl"
+    assert f"not run: MSC-Self-Instruct - msc_self_instruct.jsonl is missing in {data}: {source}\n" in outcome.out
+    assert source in (tmp_path / "out/table1.html").read_text()
 
 
 def test_shines_values_are_those_of_its_paper_and_the_adapters_those_of_table_5() -> None:
