@@ -20,7 +20,7 @@ from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
 from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.scenarios import Cell, Measurements, Scenario, length_cell
-from gakernels.evaluation.tables import FRACTION, REFERENCE, tables
+from gakernels.evaluation.tables import FRACTION, REFERENCE, ReportTable, tables
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.version import __version__
@@ -61,6 +61,20 @@ def describe_model(model: GenerativeAdapter) -> dict[str, Any]:
     }
 
 
+def describe_run(model: GenerativeAdapter) -> dict[str, Any]:
+    """The names of the base model and the device, and the versions."""
+    return {
+        "model": model.base.config.name_or_path,
+        "versions": {
+            "gakernels": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+    }
+
+
 def build(
     runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = (), paper_data: str | None = None
 ) -> dict[str, Any]:
@@ -81,15 +95,8 @@ def build(
         "protocol": scenario.protocol,
         "paper": paper_data,
         "settings": dict(settings),
-        "model": model.base.config.name_or_path,
         "generator": model.config.to_dict(),
-        "versions": {
-            "gakernels": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        **describe_run(model),
         "contexts": len(scenario.cases),
         "skipped": {
             "counts": scenario.skipped.counts,
@@ -178,18 +185,28 @@ def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
 
 def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
     """The report as Markdown; `plots` are the names of image files next to it."""
-    parts = [f"# {_title(report)}\n", *(f"- {line}\n" for line in _facts(report)), "\n"]
+    return markdown_page(_title(report), _facts(report), tables(report), plots)
+
+
+def markdown_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable], plots: Sequence[str] = ()) -> str:
+    """A page as Markdown; `plots` are the names of image files next to it."""
+    parts = [f"# {title}\n\n", *(f"- {line}\n" for line in facts), "\n"]
     parts += [f"![{name}]({name})\n\n" for name in plots]
-    parts += [table.markdown() + "\n" for table in tables(report)]
+    parts += [table.markdown() + "\n" for table in shown]
     return "".join(parts).rstrip() + "\n"
 
 
 def html(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
     """The report as one HTML page; `plots` are SVG texts, which are embedded."""
-    facts = "".join(f"<li>{escape(line)}</li>\n" for line in _facts(report))
+    return html_page(_title(report), _facts(report), tables(report), plots)
+
+
+def html_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable], plots: Sequence[str] = ()) -> str:
+    """A page as HTML that needs no other file; `plots` are SVG texts, which are embedded."""
+    listed = "".join(f"<li>{escape(line)}</li>\n" for line in facts)
     figures = "".join(f"<figure>{plot[plot.index('<svg') :]}</figure>\n" for plot in plots)
-    body = "".join(table.html() for table in tables(report))
-    return _PAGE.format(title=escape(_title(report)), facts=facts, figures=figures, body=body)
+    body = "".join(table.html() for table in shown)
+    return _PAGE.format(title=escape(title), facts=listed, figures=figures, body=body)
 
 
 def write(report: Mapping[str, Any], path: Path, plots: Mapping[str, str]) -> list[Path]:

@@ -246,8 +246,8 @@ def docqa(
         drawn = sampled(contexts, settings.limit, settings.sample_seed)
         cells = [EvaluationCase(context, (("length", length),)) for context in drawn]
         cases += with_others(cells, len(cases))
-    told = {"part": part, **styles, "lengths": cell_lengths}
-    return _question_scenario("docqa", protocol, cases, settings, styles, training, told, data.skipped)
+    told = {"part": part, "lengths": cell_lengths}
+    return question_scenario("docqa", protocol, cases, settings, styles, training, told, data.skipped)
 
 
 def dialog(
@@ -276,21 +276,28 @@ def dialog(
     cell = (("questions", questions),)
     drawn = sampled(data.contexts, settings.limit, settings.sample_seed)
     cases = with_others([EvaluationCase(context, cell) for context in drawn])
-    told = {"questions": questions, **styles}
-    return _question_scenario("dialog", protocol, cases, settings, styles, training, told, data.skipped)
+    told = {"questions": questions}
+    return question_scenario("dialog", protocol, cases, settings, styles, training, told, data.skipped)
 
 
-def _question_scenario(
+def question_scenario(
     name: str,
     protocol: str,
     cases: Sequence[EvaluationCase],
     settings: AskSettings,
     styles: Mapping[str, str],
-    training: Sequence[EvaluationContext],
-    told: Mapping[str, Any],
-    skipped: BadRecords,
+    training: Sequence[EvaluationContext] = (),
+    told: Mapping[str, Any] | None = None,
+    skipped: BadRecords | None = None,
 ) -> Scenario:
-    """The scenario that asks every question of every context for a free answer."""
+    """The scenario that asks every question of every context for a free answer.
+
+    Args:
+        name, protocol, cases, training, skipped: see `Scenario`.
+        settings: how questions are asked.
+        styles: `style` and `adapted_style` of the prompts.
+        told: what else the results depend on.
+    """
     style, adapted_style = styles["style"], styles["adapted_style"]
 
     def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
@@ -315,8 +322,8 @@ def _question_scenario(
         QA_STOPS,
         tuple(training),
         lambda question: qa_prompt(question, None, adapted_style),
-        told,
-        skipped,
+        {**(told or {}), **styles},
+        skipped or BadRecords(),
     )
 
 
