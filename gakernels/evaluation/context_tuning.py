@@ -138,7 +138,7 @@ class ContextDistillation(SteppedTuning):
         else:  # as the scenario's prompts begin, up to the question itself
             begin, _, _ = self.scenario.write_prompt("\0").partition("\0")
             tokens = encode_text(self._decoder.tokenizer, f"{text}\n\n{begin}".rstrip())
-        row = self._row(tokens, QUESTION_TOKENS)
+        row = self._decoder.row(tokens, len(tokens), QUESTION_TOKENS)
         samplings = [
             Sampling(QUESTION_TOKENS, 1.0, seed=draw_rank(self.settings.seed, text, str(number)) >> 193, stop=("\n",))
             for number in range(DISTILLED_QUESTIONS)
@@ -151,7 +151,8 @@ class ContextDistillation(SteppedTuning):
         prompts = [self.scenario.write_prompt(question) for question in questions]
         told = [f"{text}\n\n{prompt}" for prompt in prompts]
         new_tokens = self.scenario.new_tokens
-        rows = [self._row(self._asker.question(prompt), new_tokens) for prompt in told]
+        asked = [self._asker.question(prompt) for prompt in told]
+        rows = [self._decoder.row(tokens, len(tokens), new_tokens) for tokens in asked]
         answers = self._decoder.generate(rows, new_tokens, self.scenario.stops, self._decoder.shared_start(rows))
         own = [self._answered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         read = [self._answered(prompt, answer) for prompt, answer in zip(told, answers, strict=True)]
@@ -168,13 +169,7 @@ class ContextDistillation(SteppedTuning):
     def _answered(self, prompt: str, answer: str) -> Row:
         asked = self._asker.question(prompt)
         tokens, start = self._asker.answered(prompt, answer) if answer else (asked, len(asked))
-        return self._row(tokens, 0, start)
-
-    def _row(self, tokens: Sequence[int], room: int, start: int | None = None) -> Row:
-        """The last tokens that the model can read with so many more."""
-        start = len(tokens) if start is None else start
-        cut = 0 if self._decoder.limit is None else max(len(tokens) - (self._decoder.limit - room), 0)
-        return Row(tuple(tokens[cut:]), None, max(start - cut, 1), cut > 0)
+        return self._decoder.row(tokens, start)
 
     def _divergence(self, lora: StaticLora, batch: Sequence[DistilledAnswer]) -> tuple[Tensor, int]:
         """Summed divergence of a batch, and the number of tokens that it is of."""

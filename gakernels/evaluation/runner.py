@@ -369,8 +369,7 @@ class Runner:
         front = prepared.in_front(place, request.query)
         tokens, start, room = self._tokens(request, text, front)
         check_tokens(self.decoder.tokenizer, tokens, self._known, f"case {request.case}, question {request.question},")
-        cut = 0 if self.decoder.limit is None else max(len(tokens) - (self.decoder.limit - room), 0)
-        return Row(tuple(tokens[cut:]), prepared.adapters[place], max(start - cut, 1), cut > 0)
+        return self.decoder.row(tokens, start, room, prepared.adapters[place])
 
     def _tokens(self, request: EvaluationRequest, text: str, front: str | None) -> tuple[list[int], int, int]:
         """Token ids, the index of the first scored one, and how many will be generated."""

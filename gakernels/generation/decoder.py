@@ -90,6 +90,11 @@ class Decoder:
         """The opening tokens alone; empty if the tokenizer has none."""
         return opening_tokens(self.tokenizer)
 
+    def row(self, tokens: Sequence[int], start: int, room: int = 0, adapter: Adapter | None = None) -> Row:
+        """A row of the last tokens that the model can read with `room` more after them; see `Row`."""
+        cut = 0 if self.limit is None else max(len(tokens) - (self.limit - room), 0)
+        return Row(tuple(tokens[cut:]), adapter, max(start - cut, 1), cut > 0)
+
     @torch.inference_mode()
     def shared_start(self, rows: Sequence[Row]) -> SharedStart | None:
         """Read the common start of some rows; None if it is short, or the rows have different adapters.

@@ -269,7 +269,7 @@ def _run(runner: Runner, report: Path | None) -> None:
 def _finish(report: Mapping[str, Any], path: Path | None) -> None:
     console = Console()
     for table in own_tables(report):
-        console.print(_rich(table))
+        console.print(rich_table(table))
     for note in report["notes"]:
         console.print(note, highlight=False)
     if path is not None:
@@ -285,7 +285,8 @@ def _plots(report: Mapping[str, Any]) -> dict[str, str]:
         return {}
 
 
-def _rich(table: ReportTable) -> Table:
+def rich_table(table: ReportTable) -> Table:
+    """A table for the terminal."""
     shown = Table(title=table.title, caption=table.note or None)
     for place, heading in enumerate(table.headings):
         shown.add_column(heading, justify="right" if place else "left", no_wrap=not place)
