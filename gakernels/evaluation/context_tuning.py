@@ -45,11 +45,14 @@ class SteppedTuning(TunedMethod):
     model reads at once: for most contexts, over the whole text.
 
     The learning rate is the one of LEARNING_RATES after which the questions about held-out contexts (8 of the training
-    file, drawn by the seed) have the least loss; LEARNING_RATE without such contexts; or the user's.
+    file, drawn by the seed) have the least loss; LEARNING_RATE without such contexts; or the user's. Questions are
+    put as to the base model: the LoRA has learned no other form of them.
 
     Args:
         steps: of the optimizer.
     """
+
+    adapted = False
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings, steps: int) -> None:
         super().__init__(model, scenario, settings)
@@ -111,8 +114,8 @@ class ContextDistillation(SteppedTuning):
 
     The base writes 16 questions about the context (drawn at temperature 1, by the seed) and answers them greedily, with
     the context in front. The LoRA is trained on these for 100 steps of 4: KL(base with the context || base with the
-    LoRA), over the whole vocabulary, of each token of the answers and of their ends. The questions are put as the tuned
-    model will be asked. The learning rate is chosen as for `SteppedTuning`.
+    LoRA), over the whole vocabulary, of each token of the answers and of their ends. The learning rate is chosen as for
+    `SteppedTuning`.
     """
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
@@ -136,7 +139,7 @@ class ContextDistillation(SteppedTuning):
         if self.settings.chat:
             tokens = self._asker.question(f"{text}\n\n{WRITE_A_QUESTION}")
         else:  # as the scenario's prompts begin, up to the question itself
-            begin, _, _ = self.scenario.write_prompt("\0").partition("\0")
+            begin, _, _ = self.write("\0").partition("\0")
             tokens = encode_text(self._decoder.tokenizer, f"{text}\n\n{begin}".rstrip())
         row = self._decoder.row(tokens, len(tokens), QUESTION_TOKENS)
         samplings = [
@@ -148,7 +151,7 @@ class ContextDistillation(SteppedTuning):
 
     def distilled(self, text: str, questions: Sequence[str]) -> list[DistilledAnswer]:
         """The questions with the base's answers, and the base's hidden states."""
-        prompts = [self.scenario.write_prompt(question) for question in questions]
+        prompts = [self.write(question) for question in questions]
         told = [f"{text}\n\n{prompt}" for prompt in prompts]
         new_tokens = self.scenario.new_tokens
         asked = [self._asker.question(prompt) for prompt in told]

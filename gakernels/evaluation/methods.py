@@ -141,6 +141,11 @@ class SimpleMethod:
         """All of them."""
         return tokens
 
+    def write(self, question: str) -> str:
+        """A question as this method asks it."""
+        for_base = None if self.adapted else self.scenario.write_base_prompt
+        return (for_base or self.scenario.write_prompt)(question)
+
     def to_base(self, adapter: Adapter) -> Adapter:
         """The adapter on the device and in the dtype of the base model: converted once, not for each batch."""
         return adapter.to(self.model.device, self.model.base.dtype)

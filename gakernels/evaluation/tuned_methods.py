@@ -94,14 +94,14 @@ class TunedMethod(SimpleMethod):
         return Prepared([None] * len(trained), weights=weights, separate=separate)
 
     def pairs(self, questions: Sequence[Question]) -> list[TuningExample]:
-        """Questions as an adapted model is asked them; the first gold answer is learned."""
+        """Questions as the method asks them; the first gold answer is learned."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         asker = Asker(tokenizer, self.settings.chat)
         examples = []
         for question in questions:
-            tokens, start = asker.answered(self.scenario.write_prompt(question.text), question.answers[0])
+            tokens, start = asker.answered(self.write(question.text), question.answers[0])
             examples.append(TuningExample(*self._kept(tokens + end, start)))
         return examples
 
@@ -198,7 +198,12 @@ class FewShotTuning(TunedMethod):
 
 
 class ContextTuning(TunedMethod):
-    """Like continual pretraining, but a LoRA learns a single context, as the generated adapter knows a single one."""
+    """Like continual pretraining, but a LoRA learns a single context, as the generated adapter knows a single one.
+
+    It is asked as the base model is: it has learned no other form of questions.
+    """
+
+    adapted = False
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
         super().__init__(model, scenario, settings)

@@ -127,9 +127,7 @@ def test_every_way_is_that_of_a_plain_model(monkeypatch: pytest.MonkeyPatch) -> 
                 asked, gold = (model.tokenizer(part)["input_ids"] for part in (prompt, question.answers[0]))
                 with torch.no_grad():
                     logits = base(input_ids=torch.tensor([asked + gold[1:]]), use_cache=False).logits[0]
-                loss = F.cross_entropy(
-                    logits[len(asked) - 1 : -1], torch.tensor(gold[1:]), reduction="sum"
-                )
+                loss = F.cross_entropy(logits[len(asked) - 1 : -1], torch.tensor(gold[1:]), reduction="sum")
                 losses, tokens = losses + float(loss), tokens + len(gold) - 1
         assert found(scores, way, count, "f1") == pytest.approx(sum(f1) / len(f1), abs=1e-12), (way, count)
         perplexity = found(scores, way, count, "answer_perplexity")
@@ -183,9 +181,7 @@ def test_a_tuned_generator_is_asked_in_its_template() -> None:
             asked = model.tokenizer(prompt)["input_ids"]
             with torch.no_grad():
                 logits = base(input_ids=torch.tensor([asked + gold]), use_cache=False).logits[0]
-            losses += float(F.cross_entropy(logits[len(asked) - 1 : -1], torch.tensor(gold))) * len(
-                gold
-            )
+            losses += float(F.cross_entropy(logits[len(asked) - 1 : -1], torch.tensor(gold))) * len(gold)
             tokens += len(gold)
     assert found(scores, OWN, 1, "f1") == pytest.approx(sum(f1) / len(f1), abs=1e-12)
     assert found(scores, OWN, 1, "answer_perplexity") == pytest.approx(math.exp(losses / tokens), rel=1e-6)

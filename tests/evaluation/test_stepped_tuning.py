@@ -11,10 +11,10 @@ from worlds import answer_of, contexts, make, merged, run, scenario, text
 
 from gakernels import Adapter, GenerativeAdapter
 from gakernels.evaluation.context_tuning import LEARNING_RATES, ContextDistillation, SteppedTuning
-from gakernels.evaluation.datasets import EvaluationContext, Question
+from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
 from gakernels.evaluation.methods import MethodSettings
 from gakernels.evaluation.runner import METHODS
-from gakernels.evaluation.scenarios import Scenario
+from gakernels.evaluation.scenarios import AskSettings, Scenario, docqa
 from gakernels.model.static_lora import StaticLora
 
 
@@ -116,6 +116,22 @@ def test_the_choice_is_reported() -> None:
     (cost, _) = runner.measured_costs()
     assert cost.contextualization_seconds > 0
     assert cost.stored_bytes == made(model, asked, 1, 1e-3).bytes()
+
+
+@pytest.mark.parametrize("name", ["context_lora_1", "context_lora"])
+def test_it_is_asked_as_the_base_is(name: str) -> None:
+    model = make()
+    asked = docqa(Dataset(tuple(contexts(2))), len, None, settings=AskSettings("plain", "bare", 5))
+    runner = run(model, asked, name, learning_rate=1e-2)
+    method = METHODS[name](model, asked, MethodSettings(learning_rate=1e-2))
+    adapters = method.prepare(asked.cases).adapters
+    for number, case in enumerate(asked.cases):
+        base = merged(model, adapters[number])
+        for place, question in enumerate(case.context.questions):
+            prompt = f"Question: {question.text}\nAnswer:"
+            assert runner.log.answers(name)[number, place, -1] == answer_of(base, model, prompt)
+            (pair,) = method.pairs([question])
+            assert list(pair.tokens[: pair.start]) == model.tokenizer(prompt)["input_ids"]
 
 
 # Distillation
