@@ -72,7 +72,7 @@ def test_without_a_generator_smollm2_is_needed(
         raise OSError("no network")
 
     monkeypatch.setattr(smollm2, "fetch", fetch)
-    told = refused("eval", "documents", "--data", data)
+    told = refused("eval", "documents", "--data", data, "--counts", 2)
     assert "--model must name a copy of SmolLM2-135M-Instruct, since it can't be fetched: no network" in told
 
 
