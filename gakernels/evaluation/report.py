@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +17,7 @@ import transformers
 
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
+from gakernels.evaluation.context_tuning import STEPS
 from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
 from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
@@ -37,6 +39,10 @@ COUNTED_AS = {
     "cpt_lora": "lora_tuning",
     "cpt_full": "full_tuning",
     "context_lora": "lora_tuning",
+    "prompt_truncated_first": "prompt",
+    "prompt_truncated_last": "prompt",
+    "retrieval_embedding": "retrieval",  # what ranking takes is not counted, whichever way it is done
+    **{f"context_lora_{steps}": "lora_tuning" for steps in STEPS},
 }
 
 
@@ -148,11 +154,12 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
     costs = []
     for cell in _cost_cells(scenario):
         context, settings = _sizes(runner, cell)
-        for name in runner.methods:
-            counted = COUNTED_AS.get(name, name)
+        for name, method in runner.methods.items():
+            counted, read = COUNTED_AS.get(name, name), method.tokens_read(context)
             if counted in COUNTED_METHODS:
-                cost = method_cost(counted, shape, runner.model.config, context, settings)
-                costs.append({**cost.to_dict(), "cell": dict(cell), "method": name, "context_tokens": context})
+                own = replace(settings, epochs=method.passes or settings.epochs)
+                cost = method_cost(counted, shape, runner.model.config, read, own)
+                costs.append({**cost.to_dict(), "cell": dict(cell), "method": name, "context_tokens": read})
     return costs, ""
 
 

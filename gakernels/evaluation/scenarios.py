@@ -94,6 +94,7 @@ class Scenario:
         stops: an answer ends before the first of these texts; they may contain special tokens.
         training: other contexts with their questions, for supervised fine-tuning and the control of the mean context.
         write_prompt: writes a question for an adapted or tuned model, for tuning.
+        write_base_prompt: writes one for the base model; None if both are asked alike.
         settings: what else the results depend on, in JSON types.
         skipped: records that were left out.
         resampled: what the intervals of a cell resample: the clusters of its samples.
@@ -111,6 +112,7 @@ class Scenario:
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: BadRecords = field(default_factory=BadRecords)
     resampled: Callable[[Cell], str] = lambda cell: "contexts"
+    write_base_prompt: Callable[[str], str] | None = None
 
     def documents(self) -> list[str]:
         """The passages of all contexts: parts between empty lines, each once."""
@@ -324,6 +326,7 @@ def question_scenario(
         lambda question: qa_prompt(question, None, adapted_style),
         {**(told or {}), **styles},
         skipped or BadRecords(),
+        write_base_prompt=lambda question: qa_prompt(question, None, style),
     )
 
 

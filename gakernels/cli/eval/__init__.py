@@ -5,6 +5,7 @@ from typing import Any
 
 from gakernels.cli.common import add_command
 from gakernels.cli.eval.cost import add_cost
+from gakernels.cli.eval.documents import add_documents
 from gakernels.cli.eval.tasks import add_dialog, add_docqa, add_haystack, add_icl, add_perplexity, add_recall
 
 
@@ -24,5 +25,14 @@ def add_parser(commands: Any) -> None:
 def add_tasks(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands."""
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for add_task in (add_docqa, add_icl, add_dialog, add_perplexity, add_recall, add_haystack, add_cost):
+    for add_task in (
+        add_docqa,
+        add_icl,
+        add_dialog,
+        add_perplexity,
+        add_recall,
+        add_haystack,
+        add_documents,
+        add_cost,
+    ):
         add_task(tasks)

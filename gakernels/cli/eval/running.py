@@ -25,7 +25,7 @@ from gakernels.evaluation.scenarios import AskSettings, Scenario
 from gakernels.evaluation.tables import ReportTable, own_tables
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
-from gakernels.paths import user_path
+from gakernels.paths import expanded, user_path
 from gakernels.training.run_folder import only_process
 
 DEFAULT_METHODS = "closed_book,prompt,retrieval,adapter"
@@ -68,6 +68,11 @@ def add_run_options(
         "--epochs", type=int, help="most epochs for fine-tuned methods (default: see docs/evaluation.md)"
     )
     parser.add_argument(
+        "--truncate-to",
+        type=int,
+        help="tokens of a truncated prompt (default: as many as have keys and values of the size of an adapter)",
+    )
+    parser.add_argument(
         "--batch-tokens", type=int, default=16_384, help="rows x tokens per batch (default: %(default)s)"
     )
 
@@ -79,6 +84,9 @@ def add_question_options(parser: argparse.ArgumentParser, training: bool = True)
             "--train", type=user_path, help="questions of the same form to tune on, for the sft and cpt methods"
         )
     parser.add_argument("--passages", type=int, default=1, help="100-word passages to retrieve (default: %(default)s)")
+    parser.add_argument(
+        "--embedding-model", type=expanded, help="folder or hub name of the model for retrieval_embedding"
+    )
     parser.add_argument("--new-tokens", type=int, help="most tokens per answer (default: the paper's)")
     parser.add_argument(
         "--chat", action="store_true", help="ask with the tokenizer's chat template, as in instruction tuning"
@@ -99,6 +107,7 @@ def add_paper_option(parser: argparse.ArgumentParser, task: str) -> None:
     )
 
 
+_TOLD = ("seed", "passages", "truncate_to", "chat", "learning_rate", "epochs")  # of the methods, in a report
 _NOT_THE_PAPERS = ("limit", "part", "style", "adapted_style", "chat", "new_tokens")
 
 
@@ -243,11 +252,17 @@ def _settings(
         "new_tokens": scenario.new_tokens,
         "limit": options.limit,
         "sample_seed": options.sample_seed,
-        **{name: getattr(settings, name) for name in ("seed", "passages", "chat", "learning_rate", "epochs")},
+        **{name: getattr(settings, name) for name in _TOLD},
+        "embedding_model": _embedding_model(settings.embedding_model),
         "static_lora": None if settings.static_lora is None else reports.data_hash(settings.static_lora),
         "data": {name: reports.data_hash(file) for name, file in _names(files).items()},
         **reports.describe_model(model),
     }
+
+
+def _embedding_model(name: str | None) -> str | None:
+    """Its name on the hub, or what is in its folder."""
+    return name if name is None or not Path(name).exists() else reports.data_hash(Path(name))
 
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:
@@ -259,6 +274,8 @@ def _names(files: Sequence[Path]) -> dict[str, Path]:
 def _method_settings(options: argparse.Namespace, static_lora: Path | None) -> MethodSettings:
     return MethodSettings(
         passages=getattr(options, "passages", 1),
+        embedding_model=getattr(options, "embedding_model", None),
+        truncate_to=options.truncate_to,
         chat=getattr(options, "chat", False),
         static_lora=static_lora,
         learning_rate=options.learning_rate,
