@@ -80,7 +80,7 @@ class MixedOrder:
         weights: positive; they need not sum to one, and are rounded to 1/1000 of their sum.
 
     Raises:
-        InputError: a part is empty, or its weight is not positive or below 1/2000 of the sum.
+        InputError: a part is empty, or its weight is not positive or rounds to none of 1,000 parts of the sum.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float]) -> None:
