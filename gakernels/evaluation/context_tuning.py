@@ -36,7 +36,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 HELD_OUT = 8
 
 DISTILLATION_STEPS, DISTILLATION_BATCH = 100, 4
-DISTILLED_QUESTIONS, QUESTION_TOKENS = 16, 32
+DISTILLED_QUESTIONS, QUESTION_TOKENS, QUESTION_TOP_P = 16, 32, 0.9
 WRITE_A_QUESTION = "Write one question that the text above answers."  # to a model that is asked in its chat template
 
 
@@ -112,10 +112,10 @@ class DistilledAnswer:
 class ContextDistillation(SteppedTuning):
     """A LoRA for a single context learns to answer without it as the base does with the context in its prompt.
 
-    The base writes 16 questions about the context (drawn at temperature 1, by the seed) and answers them greedily, with
-    the context in front. The LoRA is trained on these for 100 steps of 4: KL(base with the context || base with the
-    LoRA), over the whole vocabulary, of each token of the answers and of their ends. The learning rate is chosen as for
-    `SteppedTuning`.
+    The base writes 16 questions about the context (drawn by the seed, at temperature 1 from the most likely tokens of
+    90%) and answers them greedily, with the context in front. The LoRA is trained on these for 100 steps of 4: KL(base
+    with the context || base with the LoRA), over the whole vocabulary, of each token of the answers and of their ends.
+    The learning rate is chosen as for `SteppedTuning`.
     """
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
@@ -141,9 +141,11 @@ class ContextDistillation(SteppedTuning):
         else:  # as the scenario's prompts begin, up to the question itself
             begin, _, _ = self.write("\0").partition("\0")
             tokens = encode_text(self._decoder.tokenizer, f"{text}\n\n{begin}".rstrip())
-        row = self._decoder.row(tokens, len(tokens), QUESTION_TOKENS)
+        row, seed = self._decoder.row(tokens, len(tokens), QUESTION_TOKENS), self.settings.seed
         samplings = [
-            Sampling(QUESTION_TOKENS, 1.0, seed=draw_rank(self.settings.seed, text, str(number)) >> 193, stop=("\n",))
+            Sampling(
+                QUESTION_TOKENS, 1.0, top_p=QUESTION_TOP_P, seed=draw_rank(seed, text, str(number)) >> 193, stop=("\n",)
+            )
             for number in range(DISTILLED_QUESTIONS)
         ]
         rows = [row] * DISTILLED_QUESTIONS

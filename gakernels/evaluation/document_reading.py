@@ -81,8 +81,8 @@ def measure_reading(
         raise InputError(f"sizes must be at least 1 byte, but they are {', '.join(map(str, sizes)) or 'none'}")
     sizes = sorted(set(sizes))
     document = _document(texts, sizes[-1] + PAGES * PAGE_BYTES)
-    model.stream().append(_decoded(document[:PAGE_BYTES])).adapter()  # the first pass of a process takes longer
     stream, reading = model.stream(), _Reading(model)
+    model.stream().append(_decoded(document[:PAGE_BYTES])).adapter()  # the first pass of a process takes longer
     costs = []
     with tqdm(total=sizes[-1], desc="reading", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for before, size in zip((0, *sizes), sizes, strict=False):

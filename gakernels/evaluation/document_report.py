@@ -141,9 +141,8 @@ def _scores(sets: SetScores, metric: str) -> ReportTable:
         f"{sets.questions} questions about {sets.documents} documents; 95% intervals over sets. In a set all documents "
         "share an adapter: the sum of their updates, that of the sum of their states, or that of a stream of all."
     )
-    return ReportTable(
-        name, ("", name.split(" of")[0], f"{'over' if perplexity else 'minus'} {LABELS[OWN]}"), rows, note
-    )
+    headings = ("perplexity", f"over {LABELS[OWN]}") if perplexity else ("F1 (%)", f"minus {LABELS[OWN]}")
+    return ReportTable(name, ("", *headings), rows, note)
 
 
 def _combining(sets: SetScores) -> ReportTable:
