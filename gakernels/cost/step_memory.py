@@ -391,4 +391,4 @@ class StepMemory:
 def generator_parameters(config: GeneratorConfig, hidden: int, linear: LinearShape) -> int:
     """Number of parameters of the generator of one linear layer."""
     widths = linear.inputs + linear.outputs
-    return config.state_size * (2 * hidden + widths) + hidden + config.static_rank * widths
+    return config.state_size * (2 * hidden + widths) + hidden * (1 + config.gated) + config.static_rank * widths
