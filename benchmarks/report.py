@@ -35,13 +35,13 @@ LEAST = "least possible, computed"
 
 INTRODUCTION = """# Results
 
-Made by `python -m benchmarks.report` from the rows in `benchmarks/results/`; don't edit. [benchmarks.md](benchmarks.md)
-says how the numbers are measured and who the providers are. Percentiles, memory, shares of the measured rates and
-errors of every row are in `benchmarks/results/<device>/rows.csv`. The results of pretraining are in
-[pretraining.md](pretraining.md).
+`python -m benchmarks.report` generates this page from the rows in `benchmarks/results/`; don't edit it.
+[benchmarks.md](benchmarks.md) explains how the numbers are measured and what the providers are. Percentiles, memory,
+shares of the measured rates and errors of every row are in `benchmarks/results/<device>/rows.csv`. The results of
+pretraining are in [pretraining.md](pretraining.md).
 
-Times are medians in milliseconds, forward / backward where both were measured. *(floor)* computes less than the case,
-a lower limit; *(other)* computes something else with the same purpose. The least possible time of a GPU is that of the
+Times are medians in milliseconds, forward / backward if both were measured. *(floor)* computes less than the case, a
+lower limit; *(other)* computes something else with the same purpose. The least possible time of a GPU is that of the
 counted operations at its bfloat16 rate or of the fewest bytes at its bandwidth, whichever is longer. A case that
 disagrees with the float64 oracle has no time.
 """

@@ -1,1 +1,1 @@
-"""Experiments that are run once and described in docs/: study.md, numerics.md, formats.md, quantized_base.md."""
+"""Experiments that are run once and described in docs/, on the page of their subject."""

@@ -9,8 +9,8 @@ from transformers.utils import is_gguf_available
 # Of the extras in pyproject.toml, by the names that they are imported by.
 OPTIONAL = (
     *("accelerate", "backports", "bitsandbytes", "bm25s", "fastapi", "gguf", "httpx2", "hypothesis", "lm_eval"),
-    *("matplotlib", "peft", "playwright", "prometheus_client", "pyarrow", "schemathesis", "sklearn", "starlette"),
-    *("tensorboard", "uvicorn", "wandb"),
+    *("matplotlib", "peft", "playwright", "prometheus_client", "pyarrow", "schemathesis", "sentence_transformers"),
+    *("sklearn", "starlette", "tensorboard", "uvicorn", "wandb"),
 )
 
 

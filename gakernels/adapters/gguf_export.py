@@ -105,7 +105,7 @@ def _import_gguf() -> Any:
 
 def _architecture(gguf: Any, adapter: AdapterFactors) -> str:
     if not adapter.base_config:
-        raise InputError("the adapter does not say what its base model is (an early file?); make it again to export it")
+        raise InputError("the adapter does not name its base model (an early file?); make it again to export it")
     kind = adapter.base_config["model_type"]
     wanted = _ARCHITECTURES.get(kind, _plain(kind.removesuffix("_text")))
     found = next((name for name in gguf.MODEL_ARCH_NAMES.values() if _plain(name) == _plain(wanted)), None)

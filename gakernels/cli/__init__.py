@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         ask,
         calibrate,
         convert_checkpoint,
+        data,
         demo,
         eval,
         export,
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         pretrain,
         pull,
         push,
+        reproduce,
         serve,
         serve_export,
     )
@@ -120,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         pull,
         serve,
         serve_export,
+        data,
         eval,
+        reproduce,
         calibrate,
         info,
     ):

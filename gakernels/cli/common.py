@@ -77,7 +77,7 @@ def check_device(device: str) -> None:
 
 
 def process_device(device: str) -> str:
-    """The device of this process: with `cuda`, the GPU of its number, so that it touches no other.
+    """The device of this process: with `cuda`, the GPU with its local rank, so that it uses no other.
 
     Raises:
         InputError: it does not exist, or torchrun's environment is incomplete.

@@ -71,11 +71,11 @@ def add_parser(commands: Any) -> None:
         "--questions",
         type=int,
         default=200,
-        help="how many questions to ask about held-out texts, or of each number of people (default: %(default)s)",
+        help="how many questions to ask about held-out texts, or for each number of people (default: %(default)s)",
     )
     parser.add_argument("--new-tokens", type=int, default=16, help="most tokens of an answer (default: %(default)s)")
     parser.add_argument(
-        "--tiny", action="store_true", help="use small models of the package, and texts about people invented just now"
+        "--tiny", action="store_true", help="use the package's small models, and texts about newly invented people"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the people of --tiny (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")

@@ -72,7 +72,7 @@ def _print_installation(gpu: gpus.Gpu | None) -> None:
     _print_wrapped(
         "precision       ",
         f"of low_rank_polar: float32 products for a damping from {EXACT_BELOW:g} on (the default: "
-        f"{DEFAULT_DAMPING:g}), under it float64 throughout (triton: float32 products always)",
+        f"{DEFAULT_DAMPING:g}), below it float64 throughout (triton: float32 products always)",
     )
 
 

@@ -40,7 +40,7 @@ def print_finetuning_plan(plan: FinetuningPlan, tflops: float | None) -> None:
         ("passes in a step", f"{load.batches:,.1f} on each of {plan.processes} process(es)"),
         ("operations of a step, at most about", _operations(plan.operations)),
         *[
-            (f"time at {rate:,g} TFLOP/s a process, at most about", _duration(plan.seconds(rate)))
+            (f"time at {rate:,g} TFLOP/s per process, at most about", _duration(plan.seconds(rate)))
             for rate in _rates(tflops)
         ],
     ]
@@ -119,7 +119,7 @@ def _fit(size: int, recomputed: Recomputation | None) -> str:
 def _time_rows(plan: PretrainingPlan, rates: Sequence[float]) -> list[tuple[str, str]]:
     return [
         (
-            f"at {rate:,g} TFLOP/s a process",
+            f"at {rate:,g} TFLOP/s per process",
             f"{_duration(plan.seconds(rate))}, {plan.tokens_per_second(rate):,.0f} tokens/s",
         )
         for rate in rates

@@ -14,8 +14,8 @@ def add_parser(commands: Any) -> None:
         commands,
         "plot",
         run,
-        "Draw the curves of training runs: losses, learning rate, gradient norm, tokens a second, and perplexities of "
-        "held-out contexts. Also works during a run.",
+        "Plot the curves of training runs: losses, learning rate, gradient norm, tokens per second, and perplexities "
+        "of held-out contexts. Also works during a run.",
         "  gakernels plot my-generator --output curves.png\n  gakernels plot first-try second-try --output curves.svg",
     )
     parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="folder of a run")

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         "push",
         run,
         "Upload a generator, or an adapter (also as a PEFT folder), to the Hugging Face hub, with a model card made "
-        "from the run. A repository that is made is private unless --public is given.",
+        "from the run. A new repository is private unless --public is given.",
         "  gakernels push --generator my-generator --to owner/name --base HuggingFaceTB/SmolLM2-135M-Instruct\n"
         "  gakernels push --adapter report.safetensors --to owner/report",
     )
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--base", metavar="OWNER/NAME", help="the base model's name on the hub, if the file names a local folder"
     )
-    parser.add_argument("--public", action="store_true", help="let everybody see a repository that is made")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
 
 
 def run(options: argparse.Namespace) -> int:

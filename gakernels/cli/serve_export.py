@@ -23,7 +23,8 @@ def add_parser(commands: Any) -> None:
         commands,
         "serve-export",
         run,
-        "Write adapters as vLLM or llama.cpp's llama-server load them, and print the command that serves them.",
+        "Write adapters in the form that vLLM or llama.cpp's llama-server loads, and print the command that serves "
+        "them.",
         "  gakernels serve-export --engine vllm --output lora report.safetensors minutes.safetensors\n"
         "  gakernels serve-export --engine llama.cpp --model base.gguf --output lora report.safetensors",
     )
@@ -61,7 +62,7 @@ def _read(paths: Sequence[Path]) -> dict[str, Adapter]:
         if not _NAME.fullmatch(path.stem):
             raise InputError(f"ADAPTER must be a file named with letters, digits, - _ . only, but it is {path.name}")
         if path.stem in adapters:
-            raise InputError(f"ADAPTER must be files of different names, but {path.stem} is there twice")
+            raise InputError(f"ADAPTER must be files of different names, but {path.stem} occurs twice")
         adapters[path.stem] = Adapter.load(path)
     if len({adapter.base_fingerprint for adapter in adapters.values()}) > 1:
         raise InputError("ADAPTER must be files for one base model, but they were made for several")

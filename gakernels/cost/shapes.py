@@ -168,7 +168,7 @@ def _linears(layer: nn.Module) -> dict[str, LinearShape]:
         if parameter.dim() > 1 and name.rpartition(".")[0] not in linears:
             raise InputError(
                 f"the decoder layers must have their matrices in linear layers, but {name} is of another kind, and its "
-                "cost can't be told from its shape"
+                "cost can't be computed from its shape"
             )
     return linears
 

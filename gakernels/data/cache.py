@@ -54,7 +54,7 @@ class TokenCache:
 
     @contextmanager
     def _described(self, name: str) -> Iterator[Any]:
-        """An entry of the description; a block that uses it may assume that it is as written."""
+        """An entry of the description, for a block that may assume it is undamaged."""
         try:
             yield self.description[name]
         except (KeyError, TypeError, AttributeError) as error:
@@ -86,8 +86,8 @@ class TokenCache:
         with self._described("tokenizer") as ours:
             if ours["fingerprint"] != given["fingerprint"]:
                 raise InputError(
-                    f"the token cache {self.folder} is of another tokenizer: of {_in_words(ours)}, but the model has "
-                    f"{_in_words(given)}; remove it or name another folder"
+                    f"the token cache {self.folder} was made with another tokenizer: {_in_words(ours)}, but the model "
+                    f"has {_in_words(given)}; remove it or name another folder"
                 )
 
     def check_source(self, source: Source) -> None:
@@ -96,7 +96,7 @@ class TokenCache:
             change = source.change(described)
         if change is not None:
             raise InputError(
-                f"the token cache {self.folder} is not of {source.name} as it is now: {change}; remove it or name "
+                f"the token cache {self.folder} no longer matches {source.name}: {change}; remove it or name "
                 "another folder"
             )
 

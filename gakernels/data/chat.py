@@ -44,7 +44,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class ChatEncoder:
-    """Writes conversations as the tokenizer's chat template does, or as `PLAIN_TEMPLATE` if it has none.
+    """Formats conversations with the tokenizer's chat template, or with `PLAIN_TEMPLATE` if it has none.
 
     An answer is what the model has to write itself: everything from the end of the prompt that asks for it
     (`add_generation_prompt`) to the token that ends the turn, inclusive. White space that the template puts
@@ -55,14 +55,14 @@ class ChatEncoder:
         clock: the time that the template shows (`strftime_now`); None for the present time.
 
     Raises:
-        InputError: the tokenizer can't tell which characters a token covers (a slow one), or has several chat templates
-            and none named `default`.
+        InputError: the tokenizer can't report which characters a token covers (a slow one), or has several chat
+            templates and none named `default`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: datetime | None = None) -> None:
         if not tokenizer.is_fast:
             raise InputError(
-                "tokenizer must be a fast one (of the tokenizers library), which tells the characters of each token, "
+                "tokenizer must be a fast one (of the tokenizers library), which reports the characters of each token, "
                 f"but {type(tokenizer).__name__} is not"
             )
         self._tokenizer = tokenizer
@@ -82,7 +82,7 @@ class ChatEncoder:
         except TemplateError as error:
             return f"conversation that the chat template refuses ({error})"
         if len(spans) < sum(message.role == "assistant" for message in messages):
-            return "conversation whose answers the chat template does not show as they are"
+            return "conversation whose answers the chat template changes"
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens = np.array(encoded["input_ids"], dtype=np.int32)
         offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
@@ -100,8 +100,8 @@ class ChatEncoder:
     def _answer_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and where each answer begins and ends in it.
 
-        The template is applied a second time with a mark in place of each answer: what is between the marks is the
-        template's, wherever it puts it.
+        The template is applied a second time with a mark in place of each answer; everything between the marks is the
+        template's.
         """
         text = self._render(messages, False)
         numbers = [number for number, message in enumerate(messages) if message.role == "assistant"]
@@ -218,13 +218,14 @@ def encode_records(
     """The token ids of all records that fit.
 
     The context is tokenised as `GenerativeAdapter.adapt` writes a text, with the tokenizer's opening tokens and without
-    the chat template, as at inference. A conversation over its limit loses its oldest exchanges (a message
-    from the system at its beginning stays); one whose last exchange alone is too long is left out.
+    the chat template, as at inference. A conversation over its limit loses its oldest exchanges (a system message at
+    its beginning stays); if even the last exchange is too long, it is left out.
 
     Args:
         records: what `read_source` gives.
         tokenizer: a fast one.
-        limits: contexts over their limit are left out, never cut: their questions may be about what would be lost.
+        limits: contexts over their limit are left out, never cut: their questions may be about the part that would be
+            lost.
         bad: counts what is left out.
         shortened: counts conversations that lost exchanges.
         name: name of the source, for places and the progress bar.

@@ -21,7 +21,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         InputError: the package that its compression needs is not installed.
-        OSError: it can't be opened, or turns out to be damaged or cut off while it is read.
+        OSError: it can't be opened, or is found damaged or truncated during reading.
     """
     module = _module(path)
     damage: tuple[type[Exception], ...] = (EOFError, zlib.error, lzma.LZMAError)
@@ -35,7 +35,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix of a file's name that says what it holds, the compression suffix removed; empty for none."""
+    """The suffix of a file's name without the compression suffix, which shows its format; empty for none."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
     return suffixes[-1] if suffixes else ""
 

@@ -194,7 +194,7 @@ Pairs = list[tuple[str, str]]
 
 
 def _demonstrations(row: Mapping[str, Any]) -> tuple[Pairs, Pairs, list[str]]:
-    """The (input, output) pairs that are shown, those that are asked for, and what is wrong with the rest."""
+    """The (input, output) pairs to show, those to ask for, and the faults of the others."""
     shown, asked = (
         [
             (_text(pair.get("input")), _text(pair.get("output"))) if isinstance(pair, Mapping) else ("", "")

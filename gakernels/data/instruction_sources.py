@@ -34,7 +34,7 @@ class InstructionSource:
         weight: share of the contexts of a step, relative to the other sources; None to use its size, so that all
             sources are repeated equally often.
         shots: how many items of a task ({"task", "input", "output"}) one context shows.
-        queries: how many further items are asked for.
+        queries: how many further items to answer.
     """
 
     path: PathText
@@ -98,7 +98,10 @@ def _counted(rows: Iterator[Record], bad: BadRecords) -> Iterator[Record]:
 
 
 def _demonstrations(source: InstructionSource, tasks: dict[str, list[dict[str, Any]]], seed: int) -> Iterator[Record]:
-    """The items of each task in random order, cut into examples and queries; a short rest queries its last item."""
+    """The items of each task in random order, cut into examples and queries.
+
+    Of a last piece of at most `shots` items, only the last item is a query.
+    """
     for task, items in tasks.items():
         Random(f"{seed} {task}").shuffle(items)
         size = source.shots + source.queries

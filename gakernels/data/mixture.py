@@ -70,7 +70,7 @@ class JoinedSegments:
 
 
 class MixedOrder:
-    """Each part gets its share of the steps, whatever its size: a small one is seen more often.
+    """Each part gets its share of the steps regardless of its size, so a small one is seen more often.
 
     Of every 1,000 consecutive positions each part gets its weight's share, at places drawn from the seed. Within a part
     the order is that of `ShuffledOrder`: every segment once before any is repeated.
@@ -80,7 +80,7 @@ class MixedOrder:
         weights: positive; they need not sum to one, and are rounded to 1/1000 of their sum.
 
     Raises:
-        InputError: a part is empty, or its weight is not positive or below 1/2000 of the sum.
+        InputError: a part is empty, or its weight is not positive or rounds to none of 1,000 parts of the sum.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float]) -> None:

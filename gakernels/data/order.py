@@ -1,6 +1,6 @@
 """Which segments a step takes: a pure function of step, batch size, seed, rank and world size.
 
-So a resumed run sees what it would have seen, even with another number of processes.
+So a resumed run sees the same segments, even with a different number of processes.
 """
 
 import hashlib

@@ -39,7 +39,7 @@ class Attribute:
 
     Attributes:
         name: The noun that questions and statements share.
-        statement: The sentence of a document, with the fields `{person}` and `{value}`, in this order.
+        statement: The sentence in a document, with the fields `{person}` and `{value}`, in this order.
         values: The possible values, each of two words. A word belongs to one attribute only.
     """
 
@@ -222,7 +222,7 @@ class Fact:
     value: str
 
     def statement(self) -> str:
-        """The sentence that tells the fact; the full name comes before the value."""
+        """The sentence that states the fact; the full name comes before the value."""
         return self.attribute.statement.format(person=self.person, value=self.value)
 
     def question(self) -> str:
@@ -285,8 +285,8 @@ def draw_document(
         people: How many people the document is about.
         facts_per_person: The least and the greatest number of facts about each of them.
         split: The names to draw from.
-        shared_attributes: Whether everybody has the same attributes, so that only the name tells whose value
-            is asked for.
+        shared_attributes: Whether everybody has the same attributes, so that only the name identifies the value in
+            question.
 
     Raises:
         ValueError: If there are not as many attributes or pairs of names.

@@ -101,7 +101,7 @@ class HubSource:
         split: the split.
         text_key: the column that holds the text.
         revision: commit or tag; without it, a cache keeps the state of the hub at the time it was written.
-        limit: read at most so many rows.
+        limit: read at most this many rows.
     """
 
     dataset: str
@@ -131,7 +131,7 @@ class HubSource:
         return record_documents(self.rows(), self.text_key, bad)
 
     def description(self) -> dict[str, Any]:
-        """All settings; only `revision` tells what the hub holds."""
+        """All settings; only `revision` identifies what the hub holds."""
         return {"kind": "hub", **asdict(self)}
 
     def change(self, description: Mapping[str, Any]) -> str | None:

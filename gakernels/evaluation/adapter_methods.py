@@ -10,7 +10,8 @@ import torch
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
-from gakernels.evaluation.methods import MethodSettings, Prepared, Retrieval, SimpleMethod
+from gakernels.evaluation.methods import MethodSettings, Prepared, SimpleMethod
+from gakernels.evaluation.retrieval import Retrieval
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario, parts
 from gakernels.model import GenerativeAdapter
 

@@ -16,6 +16,7 @@ from gakernels.data.compression import kind_of
 from gakernels.data.records import read_records
 from gakernels.data.sources import HUB, HubSource, source_of
 from gakernels.errors import InputError
+from gakernels.evaluation.paragraphs import flat_row
 from gakernels.user_text import read_user_text
 
 
@@ -270,8 +271,8 @@ def read_flat_qa(name: str) -> Dataset:
 
     `answers` may stand for `answer`; either is a text, a number, a list of them, or SQuAD's `{"text": [...]}`. A row
     may have several questions: `{context, qas: [{question, answer}, ...]}`. A question may have a `category`, whose
-    results are also reported apart. Other entries are ignored. Left out and counted: rows without a context, a question
-    or an answer.
+    results are also reported apart. Other entries are ignored. Rows of HotpotQA, MuSiQue and MS MARCO are read as they
+    are published (`paragraphs.flat_row`). Left out and counted: rows without a context, a question or an answer.
 
     Args:
         name: a file of JSON (a list of rows), JSON lines, Parquet (both also compressed) or CSV, by its suffix, or
@@ -282,7 +283,8 @@ def read_flat_qa(name: str) -> Dataset:
     """
     by_context: dict[str, list[Question]] = {}
     skipped = BadRecords()
-    for place, row in _one_question_each(_flat_rows(name, skipped), skipped):
+    rows = ((place, flat_row(row)) for place, row in _flat_rows(name, skipped))
+    for place, row in _one_question_each(rows, skipped):
         context, question, answers = text_of(row.get("context")), text_of(row.get("question")), flat_answers(row)
         empty = _first_empty({"context": context, "question": question, "answer": answers})
         if empty:

@@ -122,6 +122,7 @@ def icl(
         {**styles, "shots": list(dict.fromkeys(shots))},
         _all_skipped(tasks),
         lambda cell: "items" if "task" in dict(cell) else "tasks",
+        lambda item: icl_prompt(item, None, style),
     )
 
 

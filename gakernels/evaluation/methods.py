@@ -1,28 +1,25 @@
-"""Methods: ways of telling a model a context; here what all share, and those that only write prompts.
+"""Methods: ways of telling a model a context; here what all share, and the two plainest ones.
 
 A context is prepared, and then requests about it are put to a model.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
-from gakernels.generation.decoder import plan_batches
+from gakernels.generation.decoder import SharedStart, plan_batches
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context
-
-_WORD = re.compile(r"\w+")
 
 SHARING = 4  # questions per context from which reading it once saves more than larger batches do
 
@@ -34,22 +31,34 @@ class MethodSettings:
     Attributes:
         passages: number of passages that retrieval puts before a question.
         passage_words: words in a passage.
+        embedding_model: folder or hub name of the model by which `retrieval_embedding` ranks passages.
+        truncate_to: tokens of the context in a truncated prompt; None for as many as have keys and values of the size
+            of an adapter.
         static_lora: file of the trained static LoRA, for the control of that name.
         learning_rate: of all fine-tuning; None for that of docs/evaluation.md.
         epochs: of all fine-tuning, at most; None for those of docs/evaluation.md.
         seed: of the order of training examples and of a LoRA's start.
         batch_tokens: most tokens read in one pass over contexts.
         chat: whether questions are a user's messages, in the tokenizer's chat template.
+
+    Raises:
+        InputError: `truncate_to` is below 1.
     """
 
     passages: int = 1
     passage_words: int = 100
+    embedding_model: str | None = None
+    truncate_to: int | None = None
     static_lora: Path | None = None
     learning_rate: float | None = None
     epochs: int | None = None
     seed: int = 0
     batch_tokens: int = 16_384
     chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.truncate_to is not None and self.truncate_to < 1:
+            raise InputError(f"truncate_to must be at least 1, but it is {self.truncate_to}")
 
 
 @dataclass(frozen=True)
@@ -60,20 +69,29 @@ class Prepared:
         adapters: of each case; None for the base model alone.
         in_front: from the number of a case in the list and a query to the text in front of the prompt; None for none.
         weights: puts the weights of a case in place while a block runs; None for the base model's own.
+        start: reads what the prompts about a case begin with, once for all of them: keys and values that are kept; None
+            if nothing is. It returns None for a case of which nothing is kept.
         separate: whether requests of different cases must not share a batch: each case has its own weights, or its
             requests have a long common start, which is then read once.
-        kept: the adapters and texts that are stored of the contexts between questions.
+        kept: the adapters, texts and tensors that are stored of the contexts between questions.
     """
 
     adapters: Sequence[Adapter | None]
     in_front: Callable[[int, str], str | None] = lambda number, query: None
     weights: Callable[[int], AbstractContextManager[None]] | None = None
+    start: Callable[[int], SharedStart | None] | None = None
     separate: bool = False
-    kept: Sequence[Adapter | str] = ()
+    kept: Sequence[Adapter | str | Tensor] = ()
 
     def kept_bytes(self) -> int:
-        """The size of what is kept: adapters as they are, texts in UTF-8."""
-        return sum(len(one.encode()) if isinstance(one, str) else one.bytes() for one in self.kept)
+        """The size of what is kept: adapters and tensors as they are, texts in UTF-8."""
+        return sum(_bytes(one) for one in self.kept)
+
+
+def _bytes(kept: Adapter | str | Tensor) -> int:
+    if isinstance(kept, str):
+        return len(kept.encode())
+    return kept.nbytes if isinstance(kept, Tensor) else kept.bytes()
 
 
 class Method(Protocol):
@@ -81,9 +99,13 @@ class Method(Protocol):
 
     Attributes:
         adapted: whether it is asked as an adapted model is (the scenario's `adapted_prompt`).
+        passes: passes over a context in training, if the method has a number of its own.
+        chosen: settings that `fit` chose, by name.
     """
 
     adapted: bool
+    passes: int | None
+    chosen: Mapping[str, float]
 
     def missing(self, case: EvaluationCase) -> str | None:
         """Why this method can't answer a case; None if it can."""
@@ -94,11 +116,16 @@ class Method(Protocol):
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
         """Read the contexts of some cases."""
 
+    def tokens_read(self, tokens: int) -> int:
+        """How many tokens of a context of so many it takes in."""
+
 
 class SimpleMethod:
     """A method without training on other data that suits every case."""
 
     adapted = False
+    passes: int | None = None
+    chosen: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
         self.model, self.scenario, self.settings = model, scenario, settings
@@ -109,6 +136,15 @@ class SimpleMethod:
 
     def fit(self) -> None:
         """Nothing to do."""
+
+    def tokens_read(self, tokens: int) -> int:
+        """All of them."""
+        return tokens
+
+    def write(self, question: str) -> str:
+        """A question as this method asks it."""
+        for_base = None if self.adapted else self.scenario.write_base_prompt
+        return (for_base or self.scenario.write_prompt)(question)
 
     def to_base(self, adapter: Adapter) -> Adapter:
         """The adapter on the device and in the dtype of the base model: converted once, not for each batch."""
@@ -152,82 +188,3 @@ class FullPrompt(SimpleMethod):
         separate = questions >= SHARING * len(cases)
         texts = [case.context.text for case in cases]
         return Prepared([None] * len(cases), lambda number, query: texts[number], separate=separate, kept=texts)
-
-
-class PassageSearch:
-    """Ranks passages by the words they share with a query: BM25 with k1 1.5 and b 0.75, through bm25s.
-
-    The score of a passage is the sum over the query's words of ln(1 + (N - n + 0.5) / (n + 0.5)) f (k1 + 1) / (f + k1
-    (1 - b + b l / mean l)), with N passages, n of which have the word, f times in this one of l words. Words are runs
-    of letters, digits and underscores, ignoring case; there are no stop words and no stemming.
-
-    Args:
-        texts: the passages, at least one.
-
-    Raises:
-        InputError: bm25s is not installed.
-    """
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._texts = texts
-        self._index = _bm25s().BM25(k1=1.5, b=0.75, method="atire", idf_method="lucene", dtype="float64")
-        with np.errstate(invalid="ignore"):  # 0 / 0 if no passage has a word
-            self._index.index([_words(text) for text in texts], create_empty_token=False, show_progress=False)
-
-    def scores(self, query: str) -> list[float]:
-        """The score of every passage."""
-        known = self._index.get_tokens_ids(_words(query))
-        return self._index.get_scores_from_ids(known).tolist() if known else [0.0] * len(self._texts)
-
-    def best(self, query: str, count: int = 1) -> list[str]:
-        """The best passages, in the order of the text; the earlier one of equals."""
-        scores = self.scores(query)
-        ranked = sorted(range(len(scores)), key=lambda number: (-scores[number], number))[:count]
-        return [self._texts[number] for number in sorted(ranked)]
-
-
-def passages(text: str, words: int = 100) -> list[str]:
-    """A text in pieces of so many words, the last one shorter; white space becomes a single space."""
-    split = text.split()
-    return [" ".join(split[start : start + words]) for start in range(0, len(split), words)]
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def _bm25s() -> Any:
-    try:
-        import bm25s
-    except ImportError as error:
-        raise InputError("retrieval needs the package bm25s: pip install 'gakernels[eval]'") from error
-    return bm25s
-
-
-class Retrieval(SimpleMethod):
-    """BM25 over passages of 100 words; the best ones are put before the question, in the order of the text.
-
-    Raises:
-        InputError: bm25s is not installed.
-    """
-
-    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
-        super().__init__(model, scenario, settings)
-        _bm25s()
-
-    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
-        """Indexes the passages of each context."""
-        texts = [case.context.text for case in cases]
-        return Prepared([None] * len(cases), self.retriever(cases), kept=texts)
-
-    def retriever(self, cases: Sequence[EvaluationCase]) -> Callable[[int, str], str]:
-        """A function from the number of a case in this list and a query to the retrieved text."""
-        indexes = {
-            text: PassageSearch(passages(text, self.settings.passage_words))
-            for text in dict.fromkeys(case.context.text for case in cases)
-        }
-
-        def find(number: int, query: str) -> str:
-            return "\n\n".join(indexes[cases[number].context.text].best(query, self.settings.passages))
-
-        return find

@@ -10,7 +10,7 @@ from typing import Any
 from gakernels.evaluation import paper
 from gakernels.evaluation.tables import FRACTION, cell_name
 
-_MARKERS = "osD^v<>ph*"
+MARKERS = "osD^v<>ph*"
 _RECALL_AXES = {
     "facts": "facts about a person",
     "length": "tokens of context",
@@ -34,23 +34,23 @@ def plots(report: Mapping[str, Any]) -> dict[str, str]:
     made: dict[str, str] = {}
     with rc_context({"svg.hashsalt": "gakernels", "font.size": 9}):
         for metric in dict.fromkeys(row["metric"] for row in report["results"]):
-            rows = [_scaled(row) for row in report["results"] if row["metric"] == metric and not _is_detail(row)]
+            rows = [_scaled(row) for row in report["results"] if row["metric"] == metric and not is_detail(row)]
             if report["scenario"] == "recall":
                 figure = Figure(figsize=(9, 5.5), layout="constrained")
                 draw_recall(figure, rows, 100 * report["settings"]["chance"])
             else:
                 figure = Figure(figsize=(8, 4.2), layout="constrained")
                 _draw_metric(figure.subplots(), report, metric, rows)
-            made[metric] = _svg(figure)
+            made[metric] = svg(figure)
         first = next(iter(made), None)
         if first is not None and report["costs"]:
             figure = Figure(figsize=(8, 4.2), layout="constrained")
             _draw_cost(figure.subplots(), report, first)
-            made["cost"] = _svg(figure)
+            made["cost"] = svg(figure)
     return made
 
 
-def _is_detail(row: Mapping[str, Any]) -> bool:
+def is_detail(row: Mapping[str, Any]) -> bool:
     """Whether a row is about a part of another one; such rows are in the tables alone."""
     return not {"task", "category"}.isdisjoint(row["cell"])
 
@@ -65,7 +65,8 @@ def _axis(row: Mapping[str, Any]) -> str:
     return row["metric"].replace("_", " ") + (" (%)" if row["unit"] == FRACTION else "")
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A figure as SVG, the same text for the same figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -81,9 +82,9 @@ def _draw_metric(axes: Any, report: Mapping[str, Any], metric: str, rows: list[d
     for number, (name, line) in enumerate(lines.items()):
         beside = 2 ** (0.03 * (number - len(lines) / 2))  # keeps equal values from hiding each other
         x, values = [row["cell"][along] * beside for row in line], [row["value"] for row in line]
-        style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+        style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
         axes.errorbar(x, values, yerr=_errors(line), label=name, linewidth=1, elinewidth=0.8, capsize=2, **style)
-    if report["scenario"] == "docqa" and metric == "f1" and report["paper"] is not None:
+    if metric == "f1" and report["paper"] in {part.data for part in paper.TABLE_5}:
         _paper_lines(axes, report["paper"], {row["cell"]["length"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["cell"][along] for row in rows}))
@@ -143,7 +144,7 @@ def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
     quality: dict[tuple[str, str], float] = {}
     rows = [_scaled(row) for row in report["results"] if row["metric"] == metric]
     for row in rows:
-        if not _is_detail(row):
+        if not is_detail(row):
             cell = {name: value for name, value in row["cell"].items() if name != "kind"}
             quality.setdefault((row["method"], cell_name(tuple(cell.items()))), row["value"])
     methods = list(dict.fromkeys(row["method"] for row in report["costs"]))
@@ -155,7 +156,7 @@ def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
         ]
         if points:
             x, y = zip(*points, strict=True)
-            marker = _MARKERS[number % len(_MARKERS)]
+            marker = MARKERS[number % len(MARKERS)]
             axes.plot(x, y, marker, color=f"C{number % 10}", label=method, markersize=6, alpha=0.7)
     axes.set_xscale("log")
     axes.set_xlabel("operations of a question (FLOP, from the shapes)")
@@ -177,7 +178,7 @@ def draw_recall(figure: Any, rows: Sequence[Mapping[str, Any]], chance: float) -
             line = {row["cell"][test]: row for row in rows if row["method"] == method and test in row["cell"]}
             places = [place + 0.05 * (number - len(methods) / 2) for place, value in enumerate(values) if value in line]
             shown = [line[value] for value in values if value in line]
-            style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+            style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
             axes.errorbar(
                 places, [row["value"] for row in shown], yerr=_errors(shown), label=method, linewidth=1, **style
             )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -16,11 +17,12 @@ import transformers
 
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
+from gakernels.evaluation.context_tuning import STEPS
 from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, method_cost
 from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.scenarios import Cell, Measurements, Scenario, length_cell
-from gakernels.evaluation.tables import FRACTION, REFERENCE, tables
+from gakernels.evaluation.tables import FRACTION, REFERENCE, ReportTable, tables
 from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.version import __version__
@@ -37,6 +39,10 @@ COUNTED_AS = {
     "cpt_lora": "lora_tuning",
     "cpt_full": "full_tuning",
     "context_lora": "lora_tuning",
+    "prompt_truncated_first": "prompt",
+    "prompt_truncated_last": "prompt",
+    "retrieval_embedding": "retrieval",  # what ranking takes is not counted, whichever way it is done
+    **{f"context_lora_{steps}": "lora_tuning" for steps in STEPS},
 }
 
 
@@ -61,6 +67,20 @@ def describe_model(model: GenerativeAdapter) -> dict[str, Any]:
     }
 
 
+def describe_run(model: GenerativeAdapter) -> dict[str, Any]:
+    """The names of the base model and the device, and the versions."""
+    return {
+        "model": model.base.config.name_or_path,
+        "versions": {
+            "gakernels": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+    }
+
+
 def build(
     runner: Runner, settings: Mapping[str, Any], notes: Sequence[str] = (), paper_data: str | None = None
 ) -> dict[str, Any]:
@@ -81,15 +101,8 @@ def build(
         "protocol": scenario.protocol,
         "paper": paper_data,
         "settings": dict(settings),
-        "model": model.base.config.name_or_path,
         "generator": model.config.to_dict(),
-        "versions": {
-            "gakernels": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
+        **describe_run(model),
         "contexts": len(scenario.cases),
         "skipped": {
             "counts": scenario.skipped.counts,
@@ -141,11 +154,12 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
     costs = []
     for cell in _cost_cells(scenario):
         context, settings = _sizes(runner, cell)
-        for name in runner.methods:
-            counted = COUNTED_AS.get(name, name)
+        for name, method in runner.methods.items():
+            counted, read = COUNTED_AS.get(name, name), method.tokens_read(context)
             if counted in COUNTED_METHODS:
-                cost = method_cost(counted, shape, runner.model.config, context, settings)
-                costs.append({**cost.to_dict(), "cell": dict(cell), "method": name, "context_tokens": context})
+                own = replace(settings, epochs=method.passes or settings.epochs)
+                cost = method_cost(counted, shape, runner.model.config, read, own)
+                costs.append({**cost.to_dict(), "cell": dict(cell), "method": name, "context_tokens": read})
     return costs, ""
 
 
@@ -178,18 +192,28 @@ def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
 
 def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
     """The report as Markdown; `plots` are the names of image files next to it."""
-    parts = [f"# {_title(report)}\n", *(f"- {line}\n" for line in _facts(report)), "\n"]
+    return markdown_page(_title(report), _facts(report), tables(report), plots)
+
+
+def markdown_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable], plots: Sequence[str] = ()) -> str:
+    """A page as Markdown; `plots` are the names of image files next to it."""
+    parts = [f"# {title}\n\n", *(f"- {line}\n" for line in facts), "\n"]
     parts += [f"![{name}]({name})\n\n" for name in plots]
-    parts += [table.markdown() + "\n" for table in tables(report)]
+    parts += [table.markdown() + "\n" for table in shown]
     return "".join(parts).rstrip() + "\n"
 
 
 def html(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
     """The report as one HTML page; `plots` are SVG texts, which are embedded."""
-    facts = "".join(f"<li>{escape(line)}</li>\n" for line in _facts(report))
+    return html_page(_title(report), _facts(report), tables(report), plots)
+
+
+def html_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable], plots: Sequence[str] = ()) -> str:
+    """A page as HTML that needs no other file; `plots` are SVG texts, which are embedded."""
+    listed = "".join(f"<li>{escape(line)}</li>\n" for line in facts)
     figures = "".join(f"<figure>{plot[plot.index('<svg') :]}</figure>\n" for plot in plots)
-    body = "".join(table.html() for table in tables(report))
-    return _PAGE.format(title=escape(_title(report)), facts=facts, figures=figures, body=body)
+    body = "".join(table.html() for table in shown)
+    return _PAGE.format(title=escape(title), facts=listed, figures=figures, body=body)
 
 
 def write(report: Mapping[str, Any], path: Path, plots: Mapping[str, str]) -> list[Path]:

@@ -28,19 +28,26 @@ from gakernels.evaluation.adapter_methods import (
     StreamedAdapter,
 )
 from gakernels.evaluation.answer_log import AnswerLog, Entry
+from gakernels.evaluation.context_tuning import STEPS, ContextDistillation, SteppedTuning
 from gakernels.evaluation.measuring import measured
-from gakernels.evaluation.methods import ClosedBook, FullPrompt, Method, MethodSettings, Prepared, Retrieval
+from gakernels.evaluation.methods import ClosedBook, FullPrompt, Method, MethodSettings, Prepared
+from gakernels.evaluation.prompt_methods import CachedPrompt, TruncatedPrompt
 from gakernels.evaluation.prompts import Asker
+from gakernels.evaluation.retrieval import EmbeddingRetrieval, Retrieval
 from gakernels.evaluation.scenarios import Answer, Cell, EvaluationRequest, Measurements, Scenario, length_cell
 from gakernels.evaluation.tuned_methods import ContextTuning, FewShotTuning, SupervisedTuning
-from gakernels.generation.decoder import Decoder, Row, SharedStart, plan_batches
+from gakernels.generation.decoder import Decoder, Row, SharedStart, common_start, plan_batches
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import check_tokens
 
 METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Method]] = {
     "closed_book": ClosedBook,
     "prompt": FullPrompt,
+    "prompt_cached": CachedPrompt,
+    "prompt_truncated_first": TruncatedPrompt,
+    "prompt_truncated_last": partial(TruncatedPrompt, last=True),
     "retrieval": Retrieval,
+    "retrieval_embedding": EmbeddingRetrieval,
     "adapter": GeneratedAdapter,
     "adapter_streaming": StreamedAdapter,
     "adapter_merged": MergedAdapter,
@@ -53,6 +60,8 @@ METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Metho
     "cpt_lora": partial(SupervisedTuning, continual=True),
     "cpt_full": partial(SupervisedTuning, kind="full", continual=True),
     "context_lora": ContextTuning,
+    **{f"context_lora_{steps}": partial(SteppedTuning, steps=steps) for steps in STEPS},
+    "context_distillation": ContextDistillation,
     "few_shot_lora": FewShotTuning,
     "few_shot_full": partial(FewShotTuning, kind="full"),
 }
@@ -102,6 +111,7 @@ class MethodRun:
         requests: number of answered requests.
         truncated: how many of them were too long for the model, which read only the end.
         left_out: cases that could not be asked, by reason.
+        chosen: settings that the method chose for itself, by name.
     """
 
     method: str
@@ -113,6 +123,7 @@ class MethodRun:
     requests: int
     truncated: int
     left_out: dict[str, int] = field(default_factory=dict)
+    chosen: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -272,7 +283,8 @@ class Runner:
             try:
                 with measured(self.model.device) as fit:
                     method.fit()
-                self.log.add(Entry(name, (), {"fit_seconds": fit.seconds, "peak_bytes": fit.peak_bytes}))
+                facts = {"fit_seconds": fit.seconds, "peak_bytes": fit.peak_bytes, "chosen": dict(method.chosen)}
+                self.log.add(Entry(name, (), facts))
                 for alone, requests in shards:
                     self._run_shard(name, method, requests, bar, alone)
             except torch.OutOfMemoryError as error:
@@ -296,18 +308,36 @@ class Runner:
         for place, part in enumerate(self._parts(requests, prepared.separate)):
             weights = prepared.weights
             asked, read = [requests[number] for number in part], [rows[number] for number in part]
+            kept = self._read_start(name, cell, prepared, places[asked[0].case], read)
             with nullcontext() if weights is None else weights(places[asked[0].case]):
                 if alone and place == 0 and self.settings.alone:
-                    self._ask_alone(name, cell, list(zip(asked, read, strict=True))[: self.settings.alone])
-                self._ask_part(name, asked, read, prepared.separate, bar)
+                    self._ask_alone(name, cell, list(zip(asked, read, strict=True))[: self.settings.alone], kept)
+                self._ask_part(name, asked, read, prepared.separate, bar, kept)
+
+    def _read_start(
+        self, name: str, cell: Mapping[str, str | int], prepared: Prepared, place: int, rows: Sequence[Row]
+    ) -> SharedStart | None:
+        """Read what a method keeps of the start of the prompts about a case; what these rows have of it."""
+        if prepared.start is None:
+            return None
+        with measured(self.model.device) as reading:
+            start = prepared.start(place)
+        facts = {"cell": cell, "seconds_preparing": reading.seconds, "peak_bytes": reading.peak_bytes}
+        self.log.add(Entry(name, (), {**facts, "stored_bytes": 0 if start is None else start.bytes()}))
+        return None if start is None else common_start(start, rows)
 
     def _ask_part(
-        self, name: str, requests: Sequence[EvaluationRequest], rows: Sequence[Row], separate: bool, bar: tqdm[None]
+        self,
+        name: str,
+        requests: Sequence[EvaluationRequest],
+        rows: Sequence[Row],
+        separate: bool,
+        bar: tqdm[None],
+        shared: SharedStart | None = None,
     ) -> None:
         """Ask the open ones of requests that may share batches; if they are about one case, its start is read once."""
         answered = self.log.answers(name)
-        shared = None
-        if separate and not all(request.key in answered for request in requests):
+        if shared is None and separate and not all(request.key in answered for request in requests):
             with measured(self.model.device) as reading:
                 shared = self.decoder.shared_start(rows)
             self.log.add(Entry(name, (), vars(reading)))
@@ -339,8 +369,7 @@ class Runner:
         front = prepared.in_front(place, request.query)
         tokens, start, room = self._tokens(request, text, front)
         check_tokens(self.decoder.tokenizer, tokens, self._known, f"case {request.case}, question {request.question},")
-        cut = 0 if self.decoder.limit is None else max(len(tokens) - (self.decoder.limit - room), 0)
-        return Row(tuple(tokens[cut:]), prepared.adapters[place], max(start - cut, 1), cut > 0)
+        return self.decoder.row(tokens, start, room, prepared.adapters[place])
 
     def _tokens(self, request: EvaluationRequest, text: str, front: str | None) -> tuple[list[int], int, int]:
         """Token ids, the index of the first scored one, and how many will be generated."""
@@ -363,16 +392,20 @@ class Runner:
         self.log.add(Entry(name, keyed, {**counts, **vars(took)}))
 
     def _ask_alone(
-        self, name: str, cell: Mapping[str, str | int], asked: Sequence[tuple[EvaluationRequest, Row]]
+        self,
+        name: str,
+        cell: Mapping[str, str | int],
+        asked: Sequence[tuple[EvaluationRequest, Row]],
+        kept: SharedStart | None = None,
     ) -> None:
         """Measure how long a single answer takes; the first one is a warm-up and does not count."""
         seconds, first_token, rates = [], [], []
         for request, row in asked:
             with measured(self.model.device) as took:
-                self._answers([request], [row])
+                self._answers([request], [row], kept)
             seconds.append(took.seconds)
             if request.continuation is None:
-                first, rate = self.decoder.speed(row, self.scenario.new_tokens)
+                first, rate = self.decoder.speed(row, self.scenario.new_tokens, kept)
                 first_token.append(first)
                 rates.append(rate)
         facts = {"latency_seconds": _median(seconds), "first_token_seconds": _median(first_token)}
@@ -403,6 +436,7 @@ class Runner:
             requests=len(self.log.answers(name)),
             truncated=sums["truncated"],
             left_out=dict(reasons),
+            chosen=next((fact["chosen"] for fact in reversed(facts) if "chosen" in fact), {}),
         )
 
 

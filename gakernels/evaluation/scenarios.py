@@ -94,6 +94,7 @@ class Scenario:
         stops: an answer ends before the first of these texts; they may contain special tokens.
         training: other contexts with their questions, for supervised fine-tuning and the control of the mean context.
         write_prompt: writes a question for an adapted or tuned model, for tuning.
+        write_base_prompt: writes one for the base model; None if both are asked alike.
         settings: what else the results depend on, in JSON types.
         skipped: records that were left out.
         resampled: what the intervals of a cell resample: the clusters of its samples.
@@ -111,6 +112,7 @@ class Scenario:
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: BadRecords = field(default_factory=BadRecords)
     resampled: Callable[[Cell], str] = lambda cell: "contexts"
+    write_base_prompt: Callable[[str], str] | None = None
 
     def documents(self) -> list[str]:
         """The passages of all contexts: parts between empty lines, each once."""
@@ -246,8 +248,8 @@ def docqa(
         drawn = sampled(contexts, settings.limit, settings.sample_seed)
         cells = [EvaluationCase(context, (("length", length),)) for context in drawn]
         cases += with_others(cells, len(cases))
-    told = {"part": part, **styles, "lengths": cell_lengths}
-    return _question_scenario("docqa", protocol, cases, settings, styles, training, told, data.skipped)
+    told = {"part": part, "lengths": cell_lengths}
+    return question_scenario("docqa", protocol, cases, settings, styles, training, told, data.skipped)
 
 
 def dialog(
@@ -276,21 +278,28 @@ def dialog(
     cell = (("questions", questions),)
     drawn = sampled(data.contexts, settings.limit, settings.sample_seed)
     cases = with_others([EvaluationCase(context, cell) for context in drawn])
-    told = {"questions": questions, **styles}
-    return _question_scenario("dialog", protocol, cases, settings, styles, training, told, data.skipped)
+    told = {"questions": questions}
+    return question_scenario("dialog", protocol, cases, settings, styles, training, told, data.skipped)
 
 
-def _question_scenario(
+def question_scenario(
     name: str,
     protocol: str,
     cases: Sequence[EvaluationCase],
     settings: AskSettings,
     styles: Mapping[str, str],
-    training: Sequence[EvaluationContext],
-    told: Mapping[str, Any],
-    skipped: BadRecords,
+    training: Sequence[EvaluationContext] = (),
+    told: Mapping[str, Any] | None = None,
+    skipped: BadRecords | None = None,
 ) -> Scenario:
-    """The scenario that asks every question of every context for a free answer."""
+    """The scenario that asks every question of every context for a free answer.
+
+    Args:
+        name, protocol, cases, training, skipped: see `Scenario`.
+        settings: how questions are asked.
+        styles: `style` and `adapted_style` of the prompts.
+        told: what else the results depend on.
+    """
     style, adapted_style = styles["style"], styles["adapted_style"]
 
     def ask(number: int, case: EvaluationCase) -> list[EvaluationRequest]:
@@ -315,8 +324,9 @@ def _question_scenario(
         QA_STOPS,
         tuple(training),
         lambda question: qa_prompt(question, None, adapted_style),
-        told,
-        skipped,
+        {**(told or {}), **styles},
+        skipped or BadRecords(),
+        write_base_prompt=lambda question: qa_prompt(question, None, style),
     )
 
 

@@ -11,6 +11,7 @@ from gakernels.evaluation import paper
 from gakernels.evaluation.scenarios import Cell
 
 REFERENCE = "adapter"  # the method that others are compared with, if it is there
+NOTHING = 1e-4  # seconds; methods that read no context take less
 FRACTION = "fraction"  # the unit of what is shown in percent
 INTERVALS = (
     "In brackets: 95% bootstrap intervals, resampling the contexts (or tasks, or items) of the last column; exact ones"
@@ -199,7 +200,7 @@ def _measured_costs(report: Mapping[str, Any]) -> ReportTable:
     rows = tuple(
         (
             f"{cell_name(tuple(row['cell'].items()))}: {row['method']}",
-            short_seconds(row["contextualization_seconds"]) if row["contextualization_seconds"] >= 1e-4 else "-",
+            short_seconds(row["contextualization_seconds"]) if row["contextualization_seconds"] >= NOTHING else "-",
             short_count(row["stored_bytes"]) if row["stored_bytes"] else "-",
             short_seconds(row["first_token_seconds"]),
             "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
@@ -208,8 +209,9 @@ def _measured_costs(report: Mapping[str, Any]) -> ReportTable:
     )
     headings = ("", "to read a context", "bytes kept of it", "to the first token", "tokens a second")
     note = (
-        f"Measured on {report['device']}, per context and for one question at a time. Kept are adapters, and texts "
-        "that are read again with each question; what serves all contexts is not counted."
+        f"Measured on {report['device']}, per context and for one question at a time. Kept are adapters, keys and "
+        "values, vectors of passages, and texts that are read again with each question; what serves all contexts is "
+        "not counted."
     )
     return ReportTable("Cost, measured", headings, rows, note)
 
@@ -224,13 +226,14 @@ def _measured(report: Mapping[str, Any]) -> ReportTable:
             short_count(run["peak_bytes"]),
             f"{run['requests']:,}",
             f"{run['truncated']:,}" if run["truncated"] else "-",
+            "; ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in run["chosen"].items()) or "-",
             "; ".join(f"{count} x {reason}" for reason, count in run["left_out"].items()) or "-",
         )
         for run in report["methods"]
     )
     headings = (
         *("", "training", "a question, in batches", "a question alone", "peak bytes", "questions"),
-        *("cut to the model's limit", "contexts left out"),
+        *("cut to the model's limit", "chosen", "contexts left out"),
     )
     note = (
         f"Measured on {report['device']}. Questions are requests to the model: answers, options to rank or windows to "

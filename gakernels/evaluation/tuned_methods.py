@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from random import Random
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,8 @@ VALIDATION_SHARE = 10  # one training question in so many is held back for early
 Factors = Mapping[str, LowRankFactors]
 Weights = Mapping[str, Tensor]
 Trained = Factors | Weights
+Example = TypeVar("Example")
+BatchLoss = Callable[[Sequence[Example]], tuple[Tensor, int]]
 
 
 # Methods
@@ -90,14 +94,14 @@ class TunedMethod(SimpleMethod):
         return Prepared([None] * len(trained), weights=weights, separate=separate)
 
     def pairs(self, questions: Sequence[Question]) -> list[TuningExample]:
-        """Questions as an adapted model is asked them; the first gold answer is learned."""
+        """Questions as the method asks them; the first gold answer is learned."""
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         asker = Asker(tokenizer, self.settings.chat)
         examples = []
         for question in questions:
-            tokens, start = asker.answered(self.scenario.write_prompt(question.text), question.answers[0])
+            tokens, start = asker.answered(self.write(question.text), question.answers[0])
             examples.append(TuningExample(*self._kept(tokens + end, start)))
         return examples
 
@@ -194,7 +198,12 @@ class FewShotTuning(TunedMethod):
 
 
 class ContextTuning(TunedMethod):
-    """Like continual pretraining, but a LoRA learns a single context, as the generated adapter knows a single one."""
+    """Like continual pretraining, but a LoRA learns a single context, as the generated adapter knows a single one.
+
+    It is asked as the base model is: it has learned no other form of questions.
+    """
+
+    adapted = False
 
     def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
         super().__init__(model, scenario, settings)
@@ -228,6 +237,7 @@ class TuningSettings:
         batch_size: examples in a step.
         patience: consecutive epochs in which the validation loss may rise, if there are validation examples.
         seed: of the order of the examples.
+        steps: most steps; None for all of the epochs.
 
     Raises:
         InputError: a value is out of range.
@@ -238,6 +248,7 @@ class TuningSettings:
     batch_size: int
     patience: int = 1
     seed: int = 0
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
@@ -272,7 +283,12 @@ def tune_lora(
             for key, parameter in lora.lora_a.items():
                 parameter.copy_(start[key.replace("/", ".")].lora_a[0])
                 lora.lora_b[key].copy_(start[key.replace("/", ".")].lora_b[0])
-    _train(model, lora, examples, validation, settings, lora)
+    train(lora, examples, settings, partial(_loss, model, lora), validation)
+    return trained_factors(lora)
+
+
+def trained_factors(lora: StaticLora) -> Factors:
+    """The factors of a LoRA, which do not change with it any more: they belong to the caller."""
     return {
         name: LowRankFactors(pair.lora_a.detach(), pair.lora_b.detach(), pair.scale)
         for name, pair in lora.factors().items()
@@ -299,7 +315,7 @@ def tune_full(
     try:
         if start is not None:
             _load(model.base, start)
-        _train(model, model.base, examples, validation, settings, None)
+        train(model.base, examples, settings, partial(_loss, model, None), validation)
         return _copied(model.base)
     finally:
         model.base.requires_grad_(False)
@@ -330,32 +346,45 @@ def _load(module: nn.Module, weights: Weights) -> None:
         parameter.copy_(weights[name])
 
 
-def _train(
-    model: GenerativeAdapter,
+def train(
     trained: nn.Module,
-    examples: Sequence[TuningExample],
-    validation: Sequence[TuningExample],
+    examples: Sequence[Example],
     settings: TuningSettings,
-    lora: StaticLora | None,
+    loss_of: BatchLoss[Example],
+    validation: Sequence[Example] = (),
 ) -> None:
-    """Train in place; with validation examples, keep the weights of the best epoch."""
+    """Train in place; with validation examples, keep the weights of the best epoch.
+
+    Args:
+        trained: its parameters are trained.
+        examples: at least one.
+        settings: how to train.
+        loss_of: the summed loss of a batch of examples, and the number of tokens that it is of.
+        validation: examples for early stopping.
+
+    Raises:
+        InputError: there are no examples.
+    """
     if not examples:
         raise InputError("there must be at least one example to tune on, but there is none")
     optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     order, random = list(range(len(examples))), Random(settings.seed)
-    best, best_state, rises, last = math.inf, None, 0, math.inf
+    best, best_state, rises, last, taken = math.inf, None, 0, math.inf, 0
     for _ in range(settings.epochs):
         random.shuffle(order)
-        for start in range(0, len(order), settings.batch_size):
+        left = None if settings.steps is None else settings.steps - taken
+        starts = range(0, len(order), settings.batch_size)[:left]
+        taken += len(starts)
+        for start in starts:
             batch = [examples[number] for number in order[start : start + settings.batch_size]]
             optimizer.zero_grad(set_to_none=True)
-            total, tokens = _loss(model, batch, lora)
+            total, tokens = loss_of(batch)
             (total / max(tokens, 1)).backward()
             torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
         if not validation:
             continue
-        loss = _mean_loss(model, validation, settings.batch_size, lora)
+        loss = _mean_loss(validation, settings.batch_size, loss_of)
         if loss < best:
             best, best_state = loss, copy.deepcopy(trained.state_dict())
         rises = rises + 1 if loss > last else 0
@@ -367,14 +396,12 @@ def _train(
 
 
 @torch.no_grad()
-def _mean_loss(
-    model: GenerativeAdapter, examples: Sequence[TuningExample], batch_size: int, lora: StaticLora | None
-) -> float:
-    parts = [_loss(model, examples[start : start + batch_size], lora) for start in range(0, len(examples), batch_size)]
+def _mean_loss(examples: Sequence[Example], batch_size: int, loss_of: BatchLoss[Example]) -> float:
+    parts = [loss_of(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
     return float(sum(float(total) for total, _ in parts) / max(sum(tokens for _, tokens in parts), 1))
 
 
-def _loss(model: GenerativeAdapter, batch: Sequence[TuningExample], lora: StaticLora | None) -> tuple[Tensor, int]:
+def _loss(model: GenerativeAdapter, lora: StaticLora | None, batch: Sequence[TuningExample]) -> tuple[Tensor, int]:
     """Summed loss of the learned tokens of a batch, and their number."""
     length = max(len(example.tokens) for example in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a request adds to the logits of its row: a bias, and penalties for tokens that the row has already got."""
+"""What a request adds to the logits of its row: a bias, and penalties for tokens that the row already has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gakernels.model.transfer import moved
 class Adjustment:
     """The bias of a row, and its counts of generated tokens, on the device.
 
-    A token that has come c times gets bias - c * frequency_penalty - (presence_penalty if c > 0) added to its logit.
+    bias - c * frequency_penalty - (presence_penalty if c > 0) is added to the logit of a token that has occurred c
+    times.
 
     Args:
         sampling: the row's bias and penalties.

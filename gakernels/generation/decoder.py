@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
@@ -19,7 +20,7 @@ from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text, opening_tokens
 from gakernels.model.positions import position_limit
 
-__all__ = ["Decoder", "Row", "SharedStart", "plan_batches"]
+__all__ = ["Decoder", "Row", "SharedStart", "common_start", "plan_batches"]
 LEAST_SHARED = 64  # tokens; fewer are not worth a separate pass
 
 
@@ -48,7 +49,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, max_rows: int) -> li
     Args:
         lengths: of the rows, including the tokens that they will get.
         batch_tokens: limit of rows times the longest of them; a longer row is a batch by itself.
-        max_rows: most rows in a batch.
+        max_rows: maximum number of rows in a batch.
     """
     batches: list[list[int]] = []
     longest = 0
@@ -78,7 +79,7 @@ class Decoder:
         self.model, self.tokenizer = model, model.tokenizer
         self._form, self._ends = ExpandedForm(model), model.end_tokens()
         settings = model.base.config.get_text_config()
-        self._slides = getattr(settings, "sliding_window", None) is not None
+        self.slides = getattr(settings, "sliding_window", None) is not None
         self.limit: int | None = position_limit(settings)
 
     def encode(self, text: str) -> list[int]:
@@ -89,6 +90,11 @@ class Decoder:
         """The opening tokens alone; empty if the tokenizer has none."""
         return opening_tokens(self.tokenizer)
 
+    def row(self, tokens: Sequence[int], start: int, room: int = 0, adapter: Adapter | None = None) -> Row:
+        """A row of the last tokens that the model can read with `room` more after them; see `Row`."""
+        cut = 0 if self.limit is None else max(len(tokens) - (self.limit - room), 0)
+        return Row(tuple(tokens[cut:]), adapter, max(start - cut, 1), cut > 0)
+
     @torch.inference_mode()
     def shared_start(self, rows: Sequence[Row]) -> SharedStart | None:
         """Read the common start of some rows; None if it is short, or the rows have different adapters.
@@ -96,20 +102,19 @@ class Decoder:
         Models with a sliding window have none: padding after the start would take up room in the window.
         """
         first = rows[0]
-        if len(rows) < 2 or self._slides or any(row.adapter is not first.adapter for row in rows):
+        if len(rows) < 2 or self.slides or any(row.adapter is not first.adapter for row in rows):
             return None
-        common = min(row.start for row in rows) - 1
-        for row in rows[1:]:
-            pairs = zip(first.tokens[:common], row.tokens, strict=False)
-            common = next((place for place, (one, other) in enumerate(pairs) if one != other), common)
-        if common < LEAST_SHARED:
-            return None
-        cache = new_cache()
-        ids = torch.tensor([first.tokens[:common]], device=self.model.device)
-        decoder = self.model.decoder
-        with self.model.using(self._form.stacked([first.adapter]).factors()):
+        common = _common(first.tokens, rows)
+        return None if common < LEAST_SHARED else self.read_start(first.tokens[:common], first.adapter)
+
+    @torch.inference_mode()
+    def read_start(self, tokens: Sequence[int], adapter: Adapter | None = None) -> SharedStart:
+        """Read what rows with this adapter begin with."""
+        cache, decoder = new_cache(), self.model.decoder
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        with self.model.using(self._form.stacked([adapter]).factors()):
             decoder(input_ids=ids, **past(decoder, cache))
-        return SharedStart(common, cache)
+        return SharedStart(tuple(tokens), cache)
 
     def generate(
         self, rows: Sequence[Row], new_tokens: int, stops: Sequence[str], shared: SharedStart | None = None
@@ -125,27 +130,39 @@ class Decoder:
         Returns:
             The answers, cut at the first stop, stripped of surrounding space.
         """
-        batch, sampling = DecodingBatch(self.model, self._form, shared), Sampling(new_tokens, stop=tuple(stops))
-        scheduler = Scheduler(self.model, len(rows), sys.maxsize, sys.maxsize, batch)
-        generations = [Generation(row.tokens, sampling, row.adapter, self.tokenizer, self._ends) for row in rows]
+        return self.continued(rows, [Sampling(new_tokens, stop=tuple(stops))] * len(rows), shared)
+
+    def continued(
+        self, rows: Sequence[Row], samplings: Sequence[Sampling], shared: SharedStart | None = None
+    ) -> list[str]:
+        """Continue each row of a batch in its own way; otherwise as `generate`."""
+        scheduler = Scheduler(
+            self.model, len(rows), sys.maxsize, sys.maxsize, DecodingBatch(self.model, self._form, shared)
+        )
+        generations = [
+            Generation(row.tokens, sampling, row.adapter, self.tokenizer, self._ends)
+            for row, sampling in zip(rows, samplings, strict=True)
+        ]
         return [generation.text.strip() for generation in run(scheduler, generations)]
 
-    def speed(self, row: Row, new_tokens: int) -> tuple[float, float | None]:
+    def speed(self, row: Row, new_tokens: int, shared: SharedStart | None = None) -> tuple[float, float | None]:
         """Continue a row by itself, past any end, and measure it.
 
         Args:
-            row: is continued.
-            new_tokens: by so many tokens.
+            row: the row to continue.
+            new_tokens: the number of tokens to add.
+            shared: as in `generate`.
 
         Returns:
-            Seconds to the first token, and tokens a second from there on, None if there is one token only.
+            Seconds to the first token, and tokens per second after it (None if there is only one token).
         """
         times = [time.perf_counter()]
         sampling = Sampling(new_tokens, stop_at_end_token=False)
         generation = Generation(
             row.tokens, sampling, row.adapter, on_piece=lambda piece: times.append(time.perf_counter())
         )
-        run(Scheduler(self.model, 1, sys.maxsize, sys.maxsize, DecodingBatch(self.model, self._form)), [generation])
+        batch = DecodingBatch(self.model, self._form, shared)
+        run(Scheduler(self.model, 1, sys.maxsize, sys.maxsize, batch), [generation])
         first, last = times[1], times[-1]
         return first - times[0], (new_tokens - 1) / (last - first) if new_tokens > 1 else None
 
@@ -157,19 +174,41 @@ class Decoder:
             rows: the batch.
             shared: as in `generate`.
         """
+        hidden, ids = self.states(rows, shared)
+        scored = torch.zeros(ids.shape, dtype=torch.bool)
         known = 0 if shared is None else shared.tokens
-        length = max(len(row.tokens) for row in rows) - known
-        ids = torch.zeros(len(rows), length, dtype=torch.int64)
-        scored = torch.zeros(len(rows), length, dtype=torch.bool)
         for number, row in enumerate(rows):
-            ids[number, : len(row.tokens) - known] = torch.tensor(row.tokens[known:])
             scored[number, row.start - known : len(row.tokens) - known] = True
-        ids, scored = ids.to(self.model.device), scored.to(self.model.device)
-        decoder = self.model.decoder
-        with self.model.using(self._form.stacked([row.adapter for row in rows]).factors()):
-            # No attention mask: attention is causal and the padding is on the right, so no token sees it.
-            cached = {"use_cache": False} if shared is None else past(decoder, shared.of_rows(len(rows)))
-            hidden = decoder(input_ids=ids, **cached).last_hidden_state
+        scored = scored.to(ids.device)
         losses = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         losses[scored] = self.model.token_loss(hidden[:, :-1][scored[:, 1:]], ids[scored]).double()
         return list(zip(losses.sum(1).tolist(), scored.sum(1).tolist(), strict=True))
+
+    @torch.inference_mode()
+    def states(self, rows: Sequence[Row], shared: SharedStart | None = None) -> tuple[Tensor, Tensor]:
+        """Last hidden states (rows, columns, d_h) of the tokens after the shared start, and these (rows, columns),
+        padded on the right."""
+        known = 0 if shared is None else shared.tokens
+        ids = torch.zeros(len(rows), max(len(row.tokens) for row in rows) - known, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            ids[number, : len(row.tokens) - known] = torch.tensor(row.tokens[known:])
+        ids, decoder = ids.to(self.model.device), self.model.decoder
+        with self.model.using(self._form.stacked([row.adapter for row in rows]).factors()):
+            # No attention mask: attention is causal and the padding is on the right, so no token sees it.
+            cached = {"use_cache": False} if shared is None else past(decoder, shared.of_rows(len(rows)))
+            return decoder(input_ids=ids, **cached).last_hidden_state, ids
+
+
+def common_start(start: SharedStart, rows: Sequence[Row]) -> SharedStart | None:
+    """The part of a start that all rows begin with; None if there is none."""
+    common = _common(start.ids, rows)
+    return start.first(common) if common else None
+
+
+def _common(tokens: Sequence[int], rows: Sequence[Row]) -> int:
+    """How many of the tokens all rows begin with, up to the last one in front of what is scored, which is read anew."""
+    common = min(len(tokens), *(row.start - 1 for row in rows))
+    for row in rows:
+        pairs = zip(tokens[:common], row.tokens, strict=False)
+        common = next((place for place, (one, other) in enumerate(pairs) if one != other), common)
+    return common

@@ -31,8 +31,21 @@ _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")
 class SharedStart:
     """The first tokens, which some rows have in common, with their keys and values: read once for all of them."""
 
-    tokens: int
+    ids: tuple[int, ...]
     cache: Cache
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+    def bytes(self) -> int:
+        """The size of the keys and values."""
+        return sum(part.nbytes for layer in self.cache.layers for part in _columns(layer))
+
+    def first(self, tokens: int) -> SharedStart:
+        """The first of these tokens."""
+        return SharedStart(self.ids[:tokens], _mapped(self.cache, lambda part: part[..., :tokens, :]))
 
     def of_rows(self, count: int) -> Cache:
         """A copy of the keys and values for so many rows, which the rows may extend."""
@@ -262,6 +275,22 @@ def gathered(parts: Sequence[tuple[Cache, Sequence[int]]], columns: int) -> Cach
             )
             layer.hold(keys, values)
         result.layers.append(layer)
+    return result
+
+
+def _columns(layer: object) -> tuple[Tensor, ...]:
+    """The keys and values of a layer; none of one that uses another layer's."""
+    return layer.columns() if isinstance(layer, GrowingLayer) and layer.is_initialized else ()
+
+
+def _mapped(cache: Cache, change: Callable[[Tensor], Tensor]) -> Cache:
+    """A cache with changed keys and values."""
+    result = new_cache()
+    for layer in cache.layers:
+        changed = GrowingLayer()
+        if columns := _columns(layer):
+            changed.hold(*map(change, columns))
+        result.layers.append(changed)
     return result
 
 

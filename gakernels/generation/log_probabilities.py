@@ -21,7 +21,7 @@ class TokenLogprob:
     Attributes:
         token: its id.
         logprob: natural logarithm of its probability; None for the first token of a prompt, which nothing predicts.
-        top: the most likely tokens in its place with theirs, the most likely first.
+        top: the most likely tokens in its place with their log-probabilities, the most likely first.
     """
 
     token: int
@@ -30,7 +30,7 @@ class TokenLogprob:
 
 
 class Scores:
-    """Log-probabilities on their way from the device, whose work so far must be done before they are read.
+    """Log-probabilities on their way from the device; reading them waits for the work queued so far.
 
     Args:
         logits: (N, vocabulary).

@@ -27,12 +27,12 @@ class Sampling:
         stop_at_end_token: whether the model's end tokens end it.
         stop_token_ids: further tokens that end it; their text is left out.
         skip_special_tokens: whether special tokens are left out of the text. Stop texts see them either way.
-        presence_penalty: taken once from the logit of each token that the continuation already has.
-        frequency_penalty: taken from it as often as the continuation has the token.
+        presence_penalty: subtracted once from the logit of each token that the continuation already has.
+        frequency_penalty: subtracted once per occurrence of the token in the continuation.
         logit_bias: pairs (token id, number added to its logit).
-        logprobs: tell the log-probability of each new token, and so many of the most likely tokens in its place, under
-            the model's own distribution: before temperature, penalties and bias. None for nothing.
-        prompt_logprobs: tell those of the prompt's tokens too; needs `logprobs`.
+        logprobs: return the log-probability of each new token, and of this many of the most likely tokens in its place,
+            under the model's own distribution: before temperature, penalties and bias. None for nothing.
+        prompt_logprobs: also return those of the prompt's tokens; needs `logprobs`.
 
     Raises:
         InputError: a value is out of range.

@@ -243,13 +243,13 @@ class TokensToCome:
 
 
 class Scheduler:
-    """Decodes the rows of all users in one batch, one token a step. Not thread-safe: one thread owns it.
+    """Decodes the rows of all users in one batch, one token per step. Not thread-safe: one thread owns it.
 
     Args:
         model: must not change while this is in use.
-        max_rows: most rows in a batch; others wait in order of arrival.
-        max_prefill_tokens: most prompt tokens, including padding, that join in one step (a longer prompt joins
-            alone); the other rows wait for them.
+        max_rows: maximum number of rows in a batch; others wait in order of arrival.
+        max_prefill_tokens: maximum number of prompt tokens, including padding, that join in one step (a longer prompt
+            joins alone); the other rows wait for them.
         max_cache_tokens: limit of the key-value cache: rows times the tokens that the longest of them may reach. A row
             that needs more is decoded alone.
         batch: the batch that decodes; by default one for compact adapters.

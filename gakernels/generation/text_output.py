@@ -133,7 +133,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What a token adds to a text: itself twice less itself once, for many tokenizers drop a space in front.
+    """What a token adds to a text: the text of it twice minus that of it once, because many tokenizers drop a leading
+    space.
 
     A token that is a part of a character only has the text `\ufffd`, one or several.
     """

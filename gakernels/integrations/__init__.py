@@ -1,1 +1,1 @@
-"""In other libraries: their models on our operations, and ours under their trainers and evaluations."""
+"""Other libraries: their models with our operations, and our models in their trainers and evaluations."""

@@ -25,11 +25,11 @@ from gakernels.training.instruction.steps import LOSSES, PACKED
 
 @dataclass(frozen=True)
 class PretrainingCollator:
-    """Segments of text become windows, see `pretraining_windows`.
+    """Turns segments of text into windows, see `pretraining_windows`.
 
-    A row is a mapping with `input_ids`, the T M token ids of a segment. The slices that are drawn of a segment follow
-    from its tokens and the seed alone, wherever it is in the data and whichever worker collates it, so that a resumed
-    run takes the same; so does a later epoch.
+    A row is a mapping with `input_ids`, the T M token ids of a segment. The slices drawn from a segment depend only on
+    its tokens and the seed, not on its place in the data or the worker, so a resumed run and a later epoch use the same
+    slices.
 
     Attributes:
         chunks: T; divides the tokens of a segment.
@@ -79,17 +79,17 @@ class PretrainingCollator:
 
 
 class InstructionCollator:
-    """Rows of a context and questions or conversations about it become a batch, each in a form that
-    [instruction tuning](training.md#rows) reads.
+    """Turns rows of a context and questions or conversations about it, in a form that [instruction
+    tuning](training.md#rows) reads, into a batch.
 
-    `TrainingArguments` needs `remove_unused_columns=False`. The conversations are written with the generator's chat
+    `TrainingArguments` needs `remove_unused_columns=False`. Conversations are formatted with the generator's chat
     template, or else the tokenizer's, which is then stored with the generator.
 
     Args:
-        model: has the tokenizer, and says how large chunks and windows are.
+        model: provides the tokenizer and the sizes of chunks and windows.
         losses: `answers`, and `reconstruction` and `completion` to train them too, see `BatchConfig`.
         context_tokens: longest context.
-        seed: of the chunk that is reconstructed; it follows from this and the context alone.
+        seed: of the reconstructed chunk, which depends only on this and the context.
 
     Raises:
         InputError: there is no tokenizer, a loss is unknown; or, in a call, a row can't be used.

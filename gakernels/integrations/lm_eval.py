@@ -3,7 +3,7 @@ r"""The model type `gakernels` of lm-evaluation-harness: a field of each documen
     python -m gakernels.integrations.lm_eval --tasks boolq \
         --model gakernels --model_args generator=my-generator,context_field=passage
 
-is the command `lm_eval` with that model type, since lm_eval finds model types of other packages only when they are
+is the command `lm_eval` with that model type, because lm_eval finds other packages' model types only when they are
 imported. Needs lm_eval, which `import gakernels` does not.
 """
 
@@ -31,18 +31,18 @@ Answer = TypeVar("Answer")
 class GenerativeAdapterLM(HFLM):
     """A base model that answers each request with the adapter of its document's context.
 
-    The context is the text in a field of the document (of a list of texts, a line each). The prompt does not hold it:
-    where the task has put it there, the last place is cut out (the demonstrations in front keep theirs). Requests about
-    the same context are answered together, with one adapter. A document whose field is empty is answered by the base
-    model alone, and so are all without `context_field`.
+    The context is the text in a field of the document (a list of texts becomes one line each). It is removed from the
+    prompt: if the task put it there, its last occurrence is cut out (the demonstrations before it keep theirs).
+    Requests about the same context are answered together, with one adapter. The base model alone answers if the field
+    is empty or there is no `context_field`.
 
     Args:
         generator: folder or name on the hub.
         pretrained: the base model; by default the one that the generator names.
         context_field: the field of the task's documents.
-        device: as `cuda:0`; by default a GPU if there is one.
+        device: such as `cuda:0`; by default a GPU if there is one.
         dtype: of the base model; `auto` is that of its weights.
-        options: for `HFLM`, such as `batch_size`; there are none for how the base model is loaded.
+        options: for `HFLM`, such as `batch_size`; none control how the base model is loaded.
 
     Raises:
         InputError: a model can't be loaded or has no tokenizer, or there are several processes; later, a document does

@@ -23,7 +23,7 @@ class LowRankLoraLinear(Linear):
     `use_lowrank_linear` turns a `lora.Linear` into this class and `restore` turns it back. Only `forward` differs, and
     it stores nothing between calls: adapters may be added, switched, scaled, merged and disabled as before.
 
-    Factors of another dtype than the base weight are cast to it; PEFT casts the input to the dtype of the factors.
+    Factors are cast to the dtype of the base weight; PEFT casts the input to the dtype of the factors.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,7 +99,7 @@ def _present(layer: Any, adapters: Iterable[str]) -> list[str]:
 
 
 def _reason_now(layer: Any, adapters: Sequence[str]) -> str | None:
-    """Why a forward pass with these adapters can't run on `lowrank_linear` in the present state of the layer."""
+    """Why a forward pass with these adapters can't run on `lowrank_linear` in the layer's current state."""
     reason = layer_reason(layer)
     for adapter in adapters:
         reason = reason or adapter_reason(layer, adapter)

@@ -1,4 +1,4 @@
-"""Generators that transformers' Trainer trains, and with it accelerate: their base model stays frozen and unsaved."""
+"""Generators for transformers' Trainer and accelerate: their base model stays frozen and is not saved."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ _PREFIX = "generative.generators."
 
 
 class TrainableGenerator(PreTrainedModel):  # what Trainer saves by its `save_pretrained` is such a model
-    """Generators as a model for `transformers.Trainer`: batches of `PretrainingCollator` or `InstructionCollator` in,
-    the loss out.
+    """Generators as a model for `transformers.Trainer`, which returns the loss of a batch of `PretrainingCollator` or
+    `InstructionCollator`.
 
     Args:
         model: the base model with its generators.
-        loss_weights: factor of each loss by name; 1 for those that are not named.
+        loss_weights: factor of each loss by name; 1 for losses that are not named.
 
     Attributes:
         generative: the model; it makes adapters before, during and after training.
@@ -69,11 +69,11 @@ class TrainableGenerator(PreTrainedModel):  # what Trainer saves by its `save_pr
             chunks: T.
             seen: W numbers, see `WindowBatch`.
             targets: (B, W, M) bool for each loss of the windows, by name.
-            conversations: the fields of `InstructionBatch` for the windows of conversations, if there are some.
+            conversations: the fields of `InstructionBatch` for the windows of conversations, if there are any.
             num_items_in_batch: labels in all batches of the optimizer step, on all processes.
 
         Returns:
-            `loss`, a scalar in nats a token.
+            `loss`, a scalar in nats per token.
 
         Raises:
             InputError: loss_weights names a loss that the batch does not have.
@@ -93,8 +93,10 @@ class TrainableGenerator(PreTrainedModel):  # what Trainer saves by its `save_pr
         return {"loss": loss}
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
-        """None. FSDP would make a unit of its own of embeddings and head; here the head runs several times in a pass,
-        and so belongs to the root, as the generators do."""
+        """None, so that FSDP does not make embeddings and head a unit of their own.
+
+        The head runs several times per pass, so it must belong to the root, like the generators.
+        """
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -132,10 +134,10 @@ class TrainableGenerator(PreTrainedModel):  # what Trainer saves by its `save_pr
         return cls(GenerativeAdapter.from_pretrained(folder, **options), loss_weights)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As any module; or the tensors of a checkpoint of Trainer, which are those of the generators alone.
+        """Load like any module, or from the tensors of a Trainer checkpoint, which are only those of the generators.
 
         Raises:
-            FormatError: the checkpoint is of other generators.
+            FormatError: the checkpoint belongs to other generators.
         """
         if any(key.startswith("generative.") for key in state_dict):
             return super().load_state_dict(state_dict, strict, assign)

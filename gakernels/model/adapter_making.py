@@ -113,7 +113,7 @@ def _check_compact(model: AttachedGenerators, compact: CompactAdapter) -> None:
     ):
         if found not in own:
             raise FormatError(
-                f"the compact adapter belongs to a {what} of fingerprint {found}, but this one has {own[0]}"
+                f"the compact adapter belongs to a {what} with fingerprint {found}, but this one has {own[0]}"
             )
     size = (model.config.state_size, compact.rank)
     if any(set(side) != set(model.adapted_names) for side in (compact.left, compact.right)) or any(

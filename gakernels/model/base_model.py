@@ -35,7 +35,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer, if it has one, from a folder, a GGUF file or the Hugging Face hub.
 
-    Of a model of text and images the whole is loaded; generators attach to its text decoder.
+    A model of text and images is loaded whole; generators attach to its text decoder.
 
     The weights of a GGUF file (`name.gguf`) are dequantised to the dtype in the options, float32 if there is none. This
     needs the package `gguf`.
@@ -113,7 +113,7 @@ def _plain(base: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def _keep_soft_cap(base: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Transformers before 5.21 gives Gemma 2 an attention that ignores the soft cap of its logits."""
+    """Keep Gemma 2's soft cap of the attention logits, which transformers before 5.21 ignores by default."""
     config = base.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     if capped and config._attn_implementation == "sdpa" and options.get("attn_implementation") is None:

@@ -37,8 +37,10 @@ def compile_layers(base: PreTrainedModel, **options: Any) -> None:
 
 
 class _Compiled:
-    """A compiled forward that passes on the factors in use here: torch.compile can't read context variables, but it
-    supports `threading.local`."""
+    """A compiled forward that passes on the active factors.
+
+    torch.compile can't read context variables, but it supports `threading.local`.
+    """
 
     def __init__(self, compiled: Callable[..., Any], linears: list[AdaptedLinear]) -> None:
         self._compiled = compiled

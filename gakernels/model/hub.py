@@ -31,7 +31,7 @@ def local_folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=list(PATTERNS)))
     except (OSError, ValueError) as error:
         reason = first_line(error)
-        raise InputError(f"there is no folder {name}, and the hub did not give one: {reason}") from error
+        raise InputError(f"there is no folder {name}, and the hub did not provide one: {reason}") from error
 
 
 def download(repository: str, revision: str | None = None) -> Path:
@@ -47,7 +47,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=[*PATTERNS, "README.md"]))
     except (OSError, ValueError) as error:
-        raise InputError(f"the hub did not give {repository}: {first_line(error)}") from error
+        raise InputError(f"the hub did not provide {repository}: {first_line(error)}") from error
 
 
 def upload(folder: Path, repository: str, public: bool) -> str:
@@ -59,12 +59,12 @@ def upload(folder: Path, repository: str, public: bool) -> str:
         public: whether everybody may see a repository that is made. One that exists stays as it is.
 
     Raises:
-        InputError: the hub did not take it, for instance because nobody is logged in.
+        InputError: the hub did not accept it, for instance because nobody is logged in.
     """
     api = HfApi()
     try:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by gakernels push")
     except (OSError, ValueError) as error:
-        raise InputError(f"the hub did not take {repository}: {first_line(error)}") from error
+        raise InputError(f"the hub did not accept {repository}: {first_line(error)}") from error
     return str(address)

@@ -29,7 +29,7 @@ _READERS = {
     "empty": "adapter of an empty context",
     "other": "adapter of another context",
     "own": "adapter of its own context",
-    "static_lora": "static LoRA, trained alike",
+    "static_lora": "static LoRA, same training",
 }
 
 _TASKS = ("reconstruction", "completion", "answers")
@@ -73,7 +73,7 @@ def adapter_card(repository: str, adapter: Adapter) -> str:
             _header(base, "peft", "lora"),
             f"# {repository.partition('/')[2]}",
             f"A LoRA of [{base}](https://huggingface.co/{base}) that gakernels generated from a context of "
-            f"{adapter.tokens_seen:,} tokens. It tells what the context says to whoever asks the adapted model.",
+            f"{adapter.tokens_seen:,} tokens. Whoever can query the adapted model can learn what the context says.",
             _USE_ADAPTER.format(repository=repository),
             "`adapter.safetensors` is the same for `gakernels ask` and `gakernels.Adapter.load`.",
             f"Rank {adapter.rank}, {len(adapter.lora_a)} layers, {adapter.numbers():,} numbers.",

@@ -3,14 +3,14 @@
 Its state matrix is the transpose of S: Delta W = (alpha / d_r) B norm(M)^T A1 with M = S^T. So its sketch multiplies
 S^T (`sketch_side="output"`), and its tensors have other names:
 
-    released                    here                                  shape there
+    released                    gakernels                             released shape
     fastlora_hidden_state_norm  norm_weight                           (d_h,)
     fastlora_A1                 input_map, B2                         (d_r, d_in)
     fastlora_A2                 key_projection, B1, transposed        (d_r, d_h)
     fastlora_A3                 value_projection, A2                  (d_r, d_h)
     fastlora_B                  output_map, A1                        (d_out, d_r)
 
-A checkpoint holds no sketch, because the released code draws a new one in every call; here it is drawn once, from a
+A checkpoint holds no sketch, because the released code draws a new one in every call; gakernels draws it once, from a
 seed.
 """
 
@@ -105,8 +105,8 @@ def read_released(
 def save_released(model: AttachedGenerators, folder: str | Path, base_name: str | None = None) -> None:
     """Write a generator in the authors' layout; `GenerativeAdapter.from_pretrained` and the released code read it.
 
-    The format has no damping and no sketch. The released code uses neither, so where the damping does not matter it
-    makes the same adapters up to its random sketch.
+    The format has no damping and no sketch. The released code uses neither, so if the damping does not matter it makes
+    the same adapters up to its random sketch.
 
     Args:
         model: the generator.
@@ -205,7 +205,9 @@ def _check_expressible(model: AttachedGenerators) -> None:
     if config.layers is not None and sorted(config.layers) != list(range(count)):
         raise InputError("the released code adapts all decoder layers, but this generator adapts some of them")
     if not all(re.match(r"(?:model\.)*layers\.\d+\.", name) for name in model.adapted_names):
-        raise InputError(f"the released code finds layers named model.layers, but here is {model.adapted_names[0]}")
+        raise InputError(
+            f"the released code finds layers named model.layers, but this model has {model.adapted_names[0]}"
+        )
     if config.norm == "polar" and (config.sketch_side != "output" or config.power_iterations != 1):
         raise InputError(
             'the released code computes with sketch_side="output" and power_iterations=1, but this generator was made '

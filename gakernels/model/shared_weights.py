@@ -71,7 +71,7 @@ class SharedWeights:
         if not all(linear.mergeable for linear in linears.values()):
             raise InputError(
                 "an adapter can't be merged into weights that are quantised or offloaded; merge it into the full base "
-                "model (nor into layers that compute in a way of their own)"
+                "model (nor into layers with a forward of their own)"
             )
 
     @contextmanager

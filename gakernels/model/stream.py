@@ -96,7 +96,9 @@ class ContextStream:
         with self._lock:
             positions = [number for number, part in enumerate(self.parts) if part.fingerprint == fingerprint]
             if not positions:
-                raise InputError("the context to remove must have been added, in just this state, but it has not been")
+                raise InputError(
+                    "the context to remove must have been added in exactly this state, but it has not been"
+                )
             part = self.parts[positions[-1]]
             left = self.parts[: positions[-1]] + self.parts[positions[-1] + 1 :]
             if part.tokens == self.tokens_seen:  # subtraction would leave rounding, which norm() would scale up to 1
@@ -195,7 +197,7 @@ class ContextStream:
         for what, own in (("base", model.base_fingerprints()), ("generator", (model.generator_fingerprint(),))):
             saved = entry(path, description, f"{what}_fingerprint", str)
             if saved not in own:
-                raise FormatError(f"{path} was made with a {what} of fingerprint {saved}, but this one has {own[0]}")
+                raise FormatError(f"{path} was made with a {what} with fingerprint {saved}, but this one has {own[0]}")
         size = (model.config.state_size, model.config.state_size)
         if set(tensors) != set(model.adapted_names):
             raise FormatError(f"{path} is damaged: it lacks the states of some layers or has others")

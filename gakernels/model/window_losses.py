@@ -68,8 +68,8 @@ def pretraining_windows(
         chunks: T.
         generator: draws the slices.
         reconstruction: one of the three.
-        slices: reconstruction windows for each of the T adapters, all the first ones before all the second ones; 0
-            trains on completion only. More than one needs slices that differ.
+        slices: reconstruction windows per adapter, ordered by slice first, then by adapter; 0 trains only on
+            completion. More than one requires `random_slice`.
 
     Raises:
         InputError: T does not divide the segment into chunks of two or more tokens, the kind of reconstruction is
@@ -103,7 +103,7 @@ def check_slices(slices: int, chunks: int, reconstruction: str) -> None:
             f"{reconstruction!r}"
         )
     if slices == 0 and chunks == 1:
-        raise InputError("chunks must be at least 2 where completion is all that is trained on, but it is 1")
+        raise InputError("chunks must be at least 2 if completion is the only loss, but it is 1")
 
 
 def _slices(segments: Tensor, chunks: int, length: int, generator: torch.Generator) -> Tensor:
@@ -132,7 +132,7 @@ def token_losses(
 ) -> dict[str, Loss]:
     """Next-token losses from last hidden states (B, W, M, d_h), one for each set of target tokens.
 
-    With targets on the host, nothing has to wait for the GPU to tell which tokens count.
+    With targets on the host, nothing has to wait for the GPU to know which tokens count.
     """
     shifted = {name: predicting(target) for name, target in targets.items()}
     states, following = hidden.flatten(0, -2), F.pad(input_ids[..., 1:], (0, 1)).flatten()

@@ -14,12 +14,12 @@ from gakernels.ops import lowrank_linear
 class AdaptedLinear(nn.Linear):
     """A linear layer with frozen weight and bias and an exchangeable adapter.
 
-    It is an `nn.Linear` with the same parameter names, so that state dicts and tools that look for linear layers see
-    no difference. Without factors it computes exactly what the linear layer does.
+    It is an `nn.Linear` with the same parameter names, so state dicts and tools that look for linear layers see no
+    difference. Without factors it computes exactly what the linear layer does.
 
     Attributes:
-        factors: of the layer itself. Those in force in the current thread or task (`factors_in_force`) go before them.
-        handed_over: set by `compile_layers`: the same factors in a place that torch.compile can read.
+        factors: of the layer itself. Those in force in the current thread or task (`factors_in_force`) take precedence.
+        handed_over: set by `compile_layers`: the same factors where torch.compile can read them.
     """
 
     factors: Factors | Later[LowRankFactors | None] = None
@@ -48,12 +48,12 @@ class AdaptedLinear(nn.Linear):
         OPT and layers with experts flatten the batch: x may also be (rows tokens, d_in).
 
         Raises:
-            InputError: the rows of the batch can't be shared out among the adapters.
+            InputError: the rows of the batch can't be divided among the adapters.
         """
         return self.product(input, self.current_factors())
 
     def current_factors(self) -> Factors:
-        """The factors in use, waited for where they are still to come."""
+        """The factors in use; waits for pending ones."""
         if self.handed_over is not None and torch.compiler.is_compiling():  # which can't trace a context variable
             factors = self.handed_over.factors
         else:
@@ -61,7 +61,7 @@ class AdaptedLinear(nn.Linear):
         return factors.result() if isinstance(factors, Later) else factors
 
     def factors_now(self) -> Factors | Later[LowRankFactors | None]:
-        """The factors in use, which may be still to come."""
+        """The factors in use, which may be pending."""
         return factors_in_force(self, self.factors)
 
     @property
@@ -76,7 +76,7 @@ class AdaptedLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes, also where its weight is brought there for each forward pass only."""
+        """Where the layer computes, also if its weight is brought there only for each forward pass."""
         return execution_device(self)
 
     def product(self, x: Tensor, factors: Factors) -> Tensor:
@@ -88,7 +88,7 @@ class AdaptedLinear(nn.Linear):
         return self.adapted_product(x, factors)
 
     def base_product(self, x: Tensor) -> Tensor:
-        """What the frozen layer alone makes of x."""
+        """The output of the frozen layer alone."""
         return F.linear(x, self.weight, self.bias)
 
     def adapted_product(self, x: Tensor, factors: LowRankFactors) -> Tensor:
@@ -103,11 +103,11 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is hooked into the calls of a module, or its forward is one of its own."""
+    """Whether a module has hooks around its calls, or an overridden forward."""
     return "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
 
 
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Share the hook dictionaries: a hook added to one layer runs on the other too, and can be removed from either."""
+    """Share the hook dictionaries: a hook added to one layer also runs on the other, and can be removed from either."""
     for name in _HOOKS:
         target.__dict__[name] = source.__dict__[name]

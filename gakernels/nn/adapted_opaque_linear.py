@@ -1,4 +1,4 @@
-"""AdaptedOpaqueLinear: an `AdaptedLinear` over a frozen linear layer whose weight is no plain matrix."""
+"""AdaptedOpaqueLinear: an `AdaptedLinear` over a frozen linear layer whose weight is not a plain matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,15 +23,15 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module maps (..., d_in) to (..., d_out) and consists of no other such module."""
+    """Whether a module maps (..., d_in) to (..., d_out) and contains no other such module."""
     return linear_sizes(module) is not None and not any(is_linear(part) for part in module.children())
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a layer computes x W^T + b from a plain floating-point weight, so that the weight can be used directly.
 
-    Not so for layers of other kinds, for `nn.Linear` whose weight is a tensor subclass that holds packed numbers, or is
-    computed or brought from elsewhere for each forward pass.
+    False for other kinds of layers, and for an `nn.Linear` whose weight is a tensor subclass with packed numbers, or is
+    computed or loaded for each forward pass.
     """
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
@@ -44,7 +44,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def adapted(linear: Any) -> AdaptedLinear:
-    """A linear layer of any kind as one that takes adapters."""
+    """A linear layer of any kind, made to accept adapters."""
     return (AdaptedLinear if is_plain_linear(linear) else AdaptedOpaqueLinear).from_linear(linear)
 
 
@@ -79,7 +79,7 @@ class AdaptedOpaqueLinear(AdaptedLinear):
 
     @property
     def mergeable(self) -> bool:
-        """Whether a delta can be added to the weight: these layers keep a plain one and compute x W (+ b) with it."""
+        """Whether a delta can be added to the weight: the layer keeps a plain one and computes x W (+ b) with it."""
         known = isinstance(self.original, Conv1D) or type(self.original).__name__ == "FalconLinear"
         return known and ("forward" not in vars(self.original) or only_aligns(self.original))
 
@@ -88,11 +88,11 @@ class AdaptedOpaqueLinear(AdaptedLinear):
         return super().merged_weight(delta.T if isinstance(self.original, Conv1D) else delta)
 
     def to_linear(self) -> Any:
-        """The layer again."""
+        """The original layer."""
         return self.original.train(self.training)
 
     def base_product(self, x: Tensor) -> Tensor:
-        """What the frozen layer alone makes of x."""
+        """The output of the frozen layer alone."""
         y: Tensor = self.original(x)
         return y
 

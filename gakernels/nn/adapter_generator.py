@@ -18,26 +18,27 @@ SKETCH_SIDES = ("input", "output")
 class AdapterGenerator(nn.Module):
     """The bilinear generator of one linear layer: Delta W = scale A1 norm(S) B2, S = A2 (sum h h^T) B1 (section 2.2).
 
-    At start the adapter is zero (A1 is); the other maps start as in the released code, normal with standard deviation
-    sqrt(1/3) / sqrt(fan_in).
+    Initially the adapter is zero, because A1 is; the other maps are initialised as in the released code, normal with
+    standard deviation sqrt(1/3) / sqrt(fan_in).
 
     A static term, scale B_s A_s with `static_rank` > 0, is learned in addition to the generated one and is part of
-    every adapter, even that of a zero state. It learns what all contexts have in common, as in Doc-to-LoRA.
+    every adapter, even that of a zero state. It captures what all contexts have in common, as in Doc-to-LoRA.
 
     Args:
         hidden_size: d_h, size of the context's hidden states.
         in_features: d_in of the adapted linear layer.
         out_features: d_out of the adapted linear layer.
         state_size: d_r.
-        rank: r, at most d_r. With `norm="frobenius"` the adapter has rank d_r, and this is not used.
+        rank: r, at most d_r. Not used with `norm="frobenius"`, where the adapter has rank d_r.
         norm: `polar` (equations 6-9, see `low_rank_polar`) or `frobenius` (S / ||S||_F, the paper's ablation).
         damping: tau of the polar factor.
         power_iterations: of the polar factor.
         sketch_seed: seed of the fixed Gaussian sketch Omega, a buffer that is stored with the generator.
         sketch_side: what the sketch multiplies: S (`input`), or S^T (`output`), as in the authors' released code.
         static_rank: of the static term; 0 for none, as in the paper.
-        gated: whether each token has a learned weight in the state, sigmoid(g . h), instead of one.
-        eps: of the RMSNorm in front of the projections.
+        gated: whether the tokens have learned weights: S = A2 (sum w h h^T) B1 with w = sigmoid(g . h). At start all are
+            equal.
+        eps: of the RMSNorm before the projections.
 
     Raises:
         InputError: rank > state_size, a size below 1, a negative static_rank, or an unknown norm or sketch side.
@@ -91,7 +92,7 @@ class AdapterGenerator(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values of all maps; the sketch stays."""
+        """Initialise all maps; the sketch stays."""
         with torch.no_grad():
             self.norm_weight.fill_(1)
             self.output_map.zero_()
@@ -125,7 +126,8 @@ class AdapterGenerator(nn.Module):
         """The tokens h_i (..., d_h) times sqrt(w_i): the state is of second degree in them."""
         if self.gate is None:
             return normed
-        weight = torch.sigmoid((normed @ self.gate.to(normed.dtype)).float())
+        logits = normed @ self.gate.to(normed.dtype)
+        weight = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         return normed * weight.sqrt().to(normed.dtype)[..., None]
 
     def _normalize(self, hidden: Tensor) -> Tensor:
@@ -165,7 +167,7 @@ class AdapterGenerator(nn.Module):
         return F.pad(self.static_lora_a, (0, 0, rank, 0)), F.pad(self.static_lora_b, (rank, 0))
 
     def shared_maps(self) -> tuple[Tensor, Tensor]:
-        """What the adapters of all contexts share: [A1, B_s] (d_out, d_r + k) and [B2; A_s] (d_r + k, d_in).
+        """The part that the adapters of all contexts share: [A1, B_s] (d_out, d_r + k) and [B2; A_s] (d_r + k, d_in).
 
         k is the static rank. With U and V as one diagonal block and the identity of size k as the other, they form
         the adapter.
@@ -175,7 +177,7 @@ class AdapterGenerator(nn.Module):
         return torch.cat([self.output_map, self.static_lora_b], 1), torch.cat([self.input_map, self.static_lora_a])
 
     def norm_factors(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """U, V (..., d_r, r) of norm(S) = U V^T, in the dtype of the states; only their product has a meaning."""
+        """U, V (..., d_r, r) of norm(S) = U V^T, in the dtype of the states; only their product is meaningful."""
         if self.norm == "frobenius":
             return _frobenius(states)
         sketch = self.sketch.to(states.dtype)

@@ -9,9 +9,9 @@ from gakernels.errors import BackendError, InputError
 
 
 def int8_linear(linear: nn.Linear) -> nn.Module:
-    """A layer whose weight is rounded to 8-bit integers, a scale for each output (LLM.int8, arXiv:2208.07339).
+    """A layer whose weight is rounded to 8-bit integers, with one scale per output (LLM.int8, arXiv:2208.07339).
 
-    Inputs are rounded at each call, for each token; features of the input above 6 in magnitude are multiplied apart,
+    Inputs are rounded per token at each call; features of the input above 6 in magnitude are multiplied separately,
     unrounded.
     """
     library, bias = _bitsandbytes(), linear.bias is not None
@@ -56,7 +56,7 @@ def check_bitsandbytes(linear: nn.Linear) -> None:
     """Whether a layer can be quantised.
 
     Raises:
-        InputError: the weight is of a type that bitsandbytes does not take.
+        InputError: bitsandbytes does not support the weight's dtype.
         BackendError: bitsandbytes is missing.
     """
     if linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

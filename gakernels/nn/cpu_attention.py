@@ -26,10 +26,10 @@ def same_attention() -> Callable[[], AbstractContextManager[Any]]:
 
 
 class CpuAttention(TorchFunctionMode):
-    """Inside the block, `scaled_dot_product_attention` runs as `causal_attention` where that applies.
+    """Inside the block, `scaled_dot_product_attention` runs as `causal_attention` if that applies.
 
-    It applies in bfloat16 on a CPU if a backward follows, to causal attention and to boolean masks that leave every
-    token something to attend to, such as those of padded or packed windows.
+    It applies in bfloat16 on a CPU if a backward follows, to causal attention and to boolean masks in which every token
+    attends to something, such as those of padded or packed windows.
     """
 
     def __enter__(self) -> "CpuAttention":
@@ -79,7 +79,7 @@ def _is_usable(mask: Tensor, query: Tensor) -> bool:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale Q K^T) V, each token over itself and those before it, or over those that a mask names.
+    """softmax(scale Q K^T) V, each token over itself and those before it, or over those that the mask allows.
 
     Args:
         query: (B, heads, M, d).
@@ -96,7 +96,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
 
 class _CausalAttention(torch.autograd.Function):
-    """The probabilities are formed again in the backward; they and the scores are rounded to the inputs' dtype."""
+    """The backward recomputes the probabilities; they and the scores are rounded to the inputs' dtype."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:

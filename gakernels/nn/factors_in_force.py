@@ -17,8 +17,8 @@ class Block:
     """The factors of some layers while a block of code runs.
 
     Args:
-        factors: by layer; None for no adapter. They may change while the block runs. A layer that is not in it uses the
-            factors of the enclosing block.
+        factors: by layer; None for no adapter. They may change while the block runs. A missing layer uses the factors
+            of the enclosing block.
         work: what the block is for, if code inside needs to know (`model.context_pass.ContextPass`).
     """
 

@@ -1,4 +1,4 @@
-"""Rows of numbers in 8-bit floating point, each with a scale of its own, and their products."""
+"""Rows of numbers in 8-bit floating point, each row with its own scale, and their products."""
 
 import weakref
 from typing import NamedTuple
@@ -31,8 +31,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3, factor: Tensor | None = 
     """Round a matrix, or x diag(factor), to 8 bits, with the least power of two as the scale of a row that avoids
     overflow.
 
-    Multiplying by a power of two is exact, so that in bfloat16 everything before the rounding stays in bfloat16. A row
-    that holds an infinity or a NaN gives NaN in products; a row of zeros gives zeros.
+    Multiplying by a power of two is exact, so with bfloat16 everything before the rounding stays bfloat16. A row with
+    an infinity or a NaN gives NaN in products; a row of zeros gives zeros.
 
     Args:
         x: (rows, columns), floating point.
@@ -52,7 +52,7 @@ def _up_to_power_of_two(x: Tensor) -> Tensor:
 
 
 def product(left: Float8Rows, right: Float8Rows, dtype: torch.dtype) -> Tensor:
-    """left right^T (rows, other rows) of matrices with as many columns, in the given floating-point type."""
+    """left right^T (rows, other rows) of matrices with equal numbers of columns, in the given dtype."""
     if len(left.values) == 0:
         return left.scale.new_empty(0, len(right.values), dtype=dtype)
     return _product(left.values, right.values.t(), left.scale, right.scale.t(), dtype)
@@ -66,7 +66,7 @@ def _product(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tenso
 
 
 class LastRows:
-    """Remembers the rows of the tensor quantised last: what q, k and v read, or gate and up, is quantised once."""
+    """Caches the last quantised rows, so that the input of q, k and v, or of gate and up, is quantised once."""
 
     def __init__(self) -> None:
         self._entry: tuple[weakref.ref[Tensor], int, Float8Rows] | None = None

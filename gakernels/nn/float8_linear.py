@@ -19,7 +19,7 @@ def check_linear(linear: nn.Linear) -> None:
     """Whether products in 8-bit floating point can replace a layer's; there is no slower fallback.
 
     Raises:
-        InputError: the weight is of another type; or, on a GPU, a size is not a multiple of 16.
+        InputError: the weight has another dtype; or, on a GPU, a size is not a multiple of 16.
         BackendError: the weight is on a device without such products.
     """
     if linear.weight.dtype not in WIDE:
@@ -46,13 +46,13 @@ def check_device(device: torch.device) -> None:
 
 
 class Float8Linear(nn.Module):
-    """y = x W^T + b, W rounded once to `float8_e4m3fn` with a scale for each output, x at each call for each token.
+    """y = x W^T + b, W rounded once to `float8_e4m3fn` with a scale per output, x rounded per token at each call.
 
-    The backward gives dx = dy W from the very W of the forward: the scales of W go into dy before that is rounded,
-    again for each token. A GPU wants W^T in memory for it: it is laid out when a gradient is first needed, so training
-    takes two bytes a weight and inference one. For the backward nothing is kept, and W gets no gradient.
+    The backward computes dx = dy W with exactly the W of the forward: dy is multiplied by the scales of W before it is
+    rounded, again per token. A GPU needs W^T in memory for this, so it is stored when a gradient is first needed:
+    training takes two bytes per weight, inference one. Nothing is kept for the backward, and W gets no gradient.
 
-    Sums are formed in float32; x, y and dy are float32, bfloat16 or float16.
+    Sums are float32; x, y and dy are float32, bfloat16 or float16.
 
     Args:
         linear: a plain linear layer; it is not changed.
@@ -76,7 +76,7 @@ class Float8Linear(nn.Module):
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """x (..., d_in) -> y (..., d_out), in the dtype of x, or of autocast where that is on."""
+        """x (..., d_in) -> y (..., d_out), in the dtype of x, or of autocast if that is on."""
         rows, weight = last_rows.of(input), Float8Rows(self.weight, self.weight_scale)
         dtype = torch.get_autocast_dtype(input.device.type) if autocast.is_enabled(input.device) else input.dtype
         if torch.is_grad_enabled() and input.requires_grad:
@@ -94,7 +94,7 @@ class Float8Linear(nn.Module):
         return self._transposed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float8Linear":
-        """Moves to another device; a cast to another type leaves the 8-bit weight and its scales as they are."""
+        """Moves to another device; a cast to another dtype does not change the 8-bit weight and its scales."""
         self._transposed = None
 
         def kept(tensor: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Float8Linear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """The product in 8 bits; x itself is only there to get its gradient."""
+    """The product in 8 bits; x itself is passed only to get its gradient."""
 
     @staticmethod
     def forward(

@@ -15,8 +15,8 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 class FrozenRMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), with the weight of another module of this kind.
 
-    Where a gradient goes through it, the graph keeps x and one number a token; the values are those of that module to
-    the rounding of the mean. Where none does, that module computes.
+    If a gradient flows through it, the graph keeps x and one number per token, and the values equal that module's up to
+    the rounding of the mean. Otherwise that module computes.
     """
 
     def __init__(self, original: Any) -> None:
@@ -33,7 +33,7 @@ class FrozenRMSNorm(nn.Module):
 
     @classmethod
     def can_stand_for(cls, module: Any) -> bool:
-        """Whether a module has these parts and computes this: tried out on some random tokens."""
+        """Whether a module has these parts and computes this: tested on some random tokens."""
         names = [name for name, _ in module.named_parameters()]
         if names != ["weight"] or list(module.children()) or not hasattr(module, "variance_epsilon"):
             return False
@@ -60,7 +60,7 @@ class FrozenRMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) for a frozen weight, or none; x is float32 or narrower.
 
-    The graph keeps x and one number a token.
+    The graph keeps x and one number per token.
     """
     if x.is_cuda:  # one kernel, which keeps the same; elsewhere PyTorch takes it apart and keeps more
         return F.rms_norm(x, x.shape[-1:], weight, eps)

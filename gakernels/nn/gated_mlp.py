@@ -18,8 +18,8 @@ PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 class GatedMLP(nn.Module):
     """y = down_proj(silu(gate_proj(x)) * up_proj(x)), with the linear layers of another module of this kind.
 
-    Values and gradients are those of that module, bit for bit. Between the linear layers only two tensors are kept for
-    the backward (silu of the gate is computed again), and nothing is kept for gradients of the frozen weights.
+    Values and gradients equal that module's bit for bit. Between the linear layers the backward keeps only two tensors
+    (it recomputes silu of the gate), and nothing for gradients of the frozen weights.
 
     Attributes:
         recompute: keep only the input and recompute gate and up in the backward: the same bits in less memory.
@@ -45,7 +45,7 @@ class GatedMLP(nn.Module):
 
     @classmethod
     def can_stand_for(cls, module: Any) -> bool:
-        """Whether a module has these parts and computes exactly this: tried out on one random token."""
+        """Whether a module has these parts and computes exactly this: tested on one random token."""
         if {name for name, _ in module.named_children()} != PARTS or next(module.parameters()).is_meta:
             return False
         gate = module.gate_proj
@@ -90,7 +90,7 @@ def gated_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _GatedProduct(torch.autograd.Function):
-    """silu(gate) * up, rounded as the two operations one after the other; out of place (see `autocast.to_dtype`)."""
+    """silu(gate) * up, rounded like the two separate operations; out of place (see `autocast.to_dtype`)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class LowRankFactors:
 
 @dataclass(frozen=True)
 class CompactFactors:
-    """A different adapter for each row, as scale A1 U_i V_i^T B2 with A1 and B2 shared: nothing is multiplied out.
+    """A different adapter for each row, as scale A1 U_i V_i^T B2 with A1 and B2 shared; never multiplied out.
 
     Attributes:
         output_map: A1 (d_out, d_r).
@@ -80,7 +80,7 @@ def as_windows(x: Tensor, factors: LowRankFactors) -> tuple[Tensor, Tensor | Non
 
 
 def _check_rows(x: Tensor, rows: int) -> None:
-    """Raises: InputError: the input is neither a batch of so many rows nor that batch flattened."""
+    """Raises: InputError: the input is neither a batch of that many rows nor that batch flattened."""
     flattened = x.dim() == 2 and x.shape[0] % rows == 0
     if x.shape[0] != rows and not flattened:
         raise InputError(f"the batch must have {rows} rows, one for each adapter, but it has {x.shape[0]}")

@@ -1,7 +1,7 @@
-"""How the operations take part in autocast: inputs are cast once, and nothing inside an operation is cast again.
+"""How the operations behave under autocast: inputs are cast once, and nothing inside an operation is cast again.
 
-A custom operator is no operation that autocast knows: without the guard, the matrix products inside it would be cast to
-the low precision, float32 accumulation included.
+Autocast does not know custom operators: without the guard, the matrix products inside one would be cast to the low
+precision, including float32 accumulation.
 """
 
 import functools
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def is_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for tensors of this device; false for devices that it does not know, as `meta`."""
+    """Whether autocast is on for tensors of this device; false for devices that it does not know, such as `meta`."""
     return _is_known(device.type) and torch.is_autocast_enabled(device.type)
 
 
@@ -26,7 +26,7 @@ def _is_known(device_type: str) -> bool:
 
 
 def cast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype where autocast is on. Float64 stays as it is, as elsewhere in PyTorch."""
+    """The tensors in the autocast dtype if autocast is on. Float64 stays, as elsewhere in PyTorch."""
     if not is_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
@@ -36,8 +36,8 @@ def cast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast x as the last operation of an autograd Function's forward; use it instead of `x.to` there.
 
-    If an operation returns the tensor that it was given, as an in-place one or a cast that changes nothing does, and
-    the forward returns it too, torch.compile in PyTorch 2.11 silently drops the gradient of the Function.
+    If an operation returns its own input (an in-place operation, or a cast that changes nothing) and the forward
+    returns that too, torch.compile in PyTorch 2.11 silently drops the gradient of the Function.
     """
     return x if x.dtype == dtype else x.to(dtype)
 

@@ -21,14 +21,14 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> N
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """Raises: InputError: the tensor's dtype is none of `allowed`."""
+    """Raises: InputError: the tensor's dtype is not among `allowed`."""
     if tensor.dtype not in allowed:
         wanted = " or ".join(str(dtype) for dtype in allowed)
         raise InputError(f"{name} must be {wanted}, but it is {tensor.dtype}")
 
 
 def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Raises: InputError: one of the other tensors has another dtype or device than the reference tensor."""
+    """Raises: InputError: the dtype or device of one of the other tensors differs from the reference tensor's."""
     for name, tensor in others.items():
         if tensor is None:
             continue

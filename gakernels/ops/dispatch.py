@@ -1,10 +1,9 @@
-"""One rule that picks the implementation of an operation.
+"""The rule that picks the implementation of an operation.
 
-`GAKERNELS_BACKEND` forces a backend, and is an error where that one can't run. Otherwise every call on an NVIDIA GPU
-goes to a hand-written kernel that supports it, on GPUs where the kernels were checked: those of a capability out of
-VERIFIED, and those where `gakernels calibrate` found them right. Measurements (`measured/`) decide which of the
-kernels, and for `eager` only where that was clearly faster. Everywhere else `eager` runs. docs/architecture.md says
-why.
+`GAKERNELS_BACKEND` forces a backend; if that can't run, it is an error. Otherwise every call on an NVIDIA GPU goes to a
+hand-written kernel that supports it, on GPUs where the kernels were checked: those with a capability in VERIFIED, and
+those where `gakernels calibrate` found the kernels correct. Measurements (`measured/`) decide between the kernels, and
+choose `eager` only where it was clearly faster. Everywhere else `eager` runs. docs/architecture.md explains why.
 """
 
 import functools
@@ -42,8 +41,8 @@ class Choice:
     Attributes:
         backend: one of BACKENDS.
         reason: in words; empty while torch.compile traces.
-        gemm_share: the rate of the forward that the measurements let expect, over that of a large GEMM; None where
-            nothing was measured.
+        gemm_share: the rate of the forward expected from the measurements, over that of a large GEMM; None if nothing
+            was measured.
     """
 
     backend: str
@@ -59,7 +58,8 @@ def choose(operation: str, *arguments: Any) -> Choice:
         arguments: those of its public function, the first of them a tensor.
 
     Raises:
-        BackendError: the environment variable names no backend, or one that can't run these arguments here.
+        BackendError: the environment variable does not name a backend, or names one that can't run these arguments
+            here.
     """
     choice = _choose(operation, arguments)
     if _listener is not None:
@@ -72,7 +72,7 @@ _listener: Listener | None = None
 
 
 def exchange_listener(listener: Listener | None) -> Listener | None:
-    """Have a function told of every call and what runs it, None for nobody; returns the one before."""
+    """Set the function that is told of every call and its backend (None for no function); returns the previous one."""
     global _listener
     _listener, before = listener, _listener
     return before
@@ -80,7 +80,7 @@ def exchange_listener(listener: Listener | None) -> Listener | None:
 
 @contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """A backend for the calls within the block, as `GAKERNELS_BACKEND` does it."""
+    """Force a backend for the calls within the block, like `GAKERNELS_BACKEND`."""
     before = os.environ.get(ENVIRONMENT_VARIABLE)
     os.environ[ENVIRONMENT_VARIABLE] = backend
     try:
@@ -132,7 +132,7 @@ def _obstacle(operation: str, kernel: str, arguments: tuple[Any, ...]) -> str | 
 
 
 def _obstacles(operation: str, arguments: tuple[Any, ...]) -> str:
-    """Why none of the kernels that an operation has runs a call."""
+    """Why none of the kernels of an operation runs a call."""
     there = [kernel for kernel in KERNELS if importlib.util.find_spec(_name(operation, kernel)) is not None]
     return "; ".join(f"{kernel}: {_obstacle(operation, kernel, arguments)}" for kernel in there)
 
@@ -145,7 +145,7 @@ def _on_gpu(kind: str) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _untrusted(kind: str, index: int | None, operation: str, kernel: str) -> str | None:
-    """Why a kernel is not to run by default on a kind of GPU, or None if it is."""
+    """Why a kernel does not run by default on a kind of GPU, or None if it does."""
     return _distrust(gpus.gpu_of(kind, index), operation, kernel)
 
 
@@ -167,7 +167,7 @@ def _fastest(
     able: tuple[str, ...],
     training: bool,
 ) -> str:
-    """The backend that the nearest measurement lets expect to be the fastest; a kernel, unless eager is clearly faster.
+    """The fastest backend by the nearest measurement; a kernel, unless eager is clearly faster.
 
     torch.compile traces this.
     """
@@ -226,7 +226,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def forget() -> None:
-    """Ask files and records anew from now on, as after a calibration."""
+    """Read files and records again from now on, as after a calibration."""
     measured.forget()
     _distrust.cache_clear()
     _explained.cache_clear()
@@ -254,7 +254,7 @@ def module(operation: str, backend: str) -> Any:
     """The module with `forward` and `backward` of a backend.
 
     Raises:
-        BackendError: it is not there.
+        BackendError: there is none.
     """
     obstacle = missing(operation, backend)
     if obstacle is not None:
@@ -264,7 +264,7 @@ def module(operation: str, backend: str) -> Any:
 
 @functools.cache
 def _load_kernels() -> None:
-    """Import all at once: torch.compile looks at `sys.modules` once, and does not see what is imported after that."""
+    """Import all at once: torch.compile reads `sys.modules` once, and does not see later imports."""
     for operation in OPERATIONS:
         for kernel in KERNELS:
             _load(operation, kernel)

@@ -1,4 +1,4 @@
-"""What the rules ask of a GPU, also of one that is not there: its name, compute capability and shared memory."""
+"""The properties of a GPU that the rules need, also if it is not installed: name, compute capability, shared memory."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ class Gpu:
     """A kind of GPU.
 
     Attributes:
-        name: as the driver gives it, `NVIDIA H200`.
+        name: as the driver reports it, `NVIDIA H200`.
         capability: its compute capability, (9, 0).
         shared_memory: bytes of shared memory that one program may use.
     """
@@ -63,7 +63,7 @@ def known(name: str) -> Gpu:
 
 @contextmanager
 def pretend(gpu: Gpu) -> Iterator[None]:
-    """Within it every tensor counts as being on that GPU: to ask what would run there, with tensors without data."""
+    """Treat every tensor within the block as on that GPU, to find what would run there with tensors without data."""
     global _stand_in
     before, _stand_in = _stand_in, gpu
     try:
@@ -75,7 +75,7 @@ def pretend(gpu: Gpu) -> Iterator[None]:
 # torch.compile takes what the driver says for constant.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def gpu_of(kind: str, index: int | None) -> Gpu | None:
-    """The GPU of a device by its type and number, None for a device that is no NVIDIA GPU."""
+    """The GPU of a device by its type and number; None if the device is not an NVIDIA GPU."""
     if _stand_in is not None:
         return _stand_in
     if kind != "cuda":

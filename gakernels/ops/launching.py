@@ -29,18 +29,18 @@ def obstacle(device: torch.device) -> str | None:
         return f"Triton kernels need compute capability 8.0, but this GPU has {gpu.architecture}"
     if gpu.shared_memory < LEAST_SHARED_MEMORY:
         return (
-            f"Triton kernels need {LEAST_SHARED_MEMORY:,} bytes of shared memory a program, but this GPU has "
+            f"Triton kernels need {LEAST_SHARED_MEMORY:,} bytes of shared memory per program, but this GPU has "
             f"{gpu.shared_memory:,}"
         )
     return None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start a Triton kernel. Every launch of the library goes through here, so that tools can see what is launched.
+    """Start a Triton kernel. Every launch of the library goes through here, so that tools can observe it.
 
     Args:
         kernel: a function decorated with `triton.jit`.
-        grid: programs in each direction; none is started where one of them is 0.
+        grid: programs in each direction; nothing is started if one of them is 0.
         arguments: its tensors and numbers.
         options: its `constexpr` arguments, `num_warps` and `num_stages`.
     """
@@ -59,7 +59,7 @@ _launcher: Launcher = _start
 
 
 def exchange_launcher(launcher: Launcher) -> Launcher:
-    """Have every launch go to another function, as one that only compiles; returns the one before."""
+    """Send every launch to another function, such as one that only compiles; returns the previous one."""
     global _launcher
     _launcher, before = launcher, _launcher
     return before

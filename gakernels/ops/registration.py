@@ -16,17 +16,17 @@ _PLAIN = (Tensor, nn.Parameter)
 def operator(
     operation: str, part: str = "forward", convert: Callable[..., Sequence[Any]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Turn a fake, a function that returns empty tensors of the right shapes and dtypes, into a custom operator.
+    """Turn a fake (a function that returns empty tensors of the right shapes and dtypes) into a custom operator.
 
     The operator has the signature of the fake, whose last argument names the implementation. It calls the
     implementation's `forward` or `backward` with the other arguments, and is opaque to tracing. A named tuple among the
     results is flattened; None becomes an empty tensor in the dtype of the first argument. A call that nothing observes
-    goes straight to the implementation: the way through PyTorch's dispatcher takes longer than a small product.
+    goes straight to the implementation, because PyTorch's dispatcher takes longer than a small product.
 
     Args:
         operation: the operator is `gakernels::operation`, or `gakernels::operation_backward`.
         part: `forward` or `backward`.
-        convert: turns the arguments into those of the implementation, where no schema can describe these.
+        convert: turns the arguments into the implementation's, if a schema can't describe these.
     """
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ class AdapterCache:
             if size < 0:
                 raise InputError(f"{name} must be at least 0, but it is {size}")
         if disk_bytes and folder is None:
-            raise InputError("folder must be given where disk_bytes is above 0")
+            raise InputError("folder must be given if disk_bytes is above 0")
         self.device = torch.device(device)
         on_device = 0 if self.device.type == "cpu" else gpu_bytes
         self.tiers = {"gpu": Tier(on_device), "cpu": Tier(cpu_bytes), "disk": Tier(disk_bytes)}

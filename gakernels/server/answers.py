@@ -1,4 +1,4 @@
-"""What an answer consists of, and the forms that it takes in the OpenAI interface."""
+"""The parts of an answer, and its forms in the OpenAI interface."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _LEFT_OVER = re.compile(rf"\.{IDENTIFIER}\.safetensors\.[0-9a-f-]+\.tmp")
 
 @dataclass(frozen=True)
 class Context:
-    """What is known about a context, apart from its states.
+    """The details of a context, apart from its states.
 
     Attributes:
         id: `ctx-` and 32 hexadecimal digits, drawn at random; the `model` of requests. For a context that requests
@@ -78,7 +78,7 @@ class ContextStore:
     """The contexts in a folder, used by one process at a time. Thread-safe.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
         base_fingerprint: of the base model that the states belong to.
         generator_fingerprint: of the generator that made them.
 
@@ -164,7 +164,7 @@ class ContextStore:
         if found != context:
             mine = found.owner == context.owner and self._fingerprints.items() <= description.items()
             self._take_over(context, found if mine else None)
-            raise StaleError(f"context {context.id} is not of revision {context.revision} any more")
+            raise StaleError(f"context {context.id} no longer has revision {context.revision}")
         return {name: state[None] for name, state in tensors.items()}
 
     def commit(self, context: Context, states: Mapping[str, Tensor], tokens: int) -> Context:
@@ -177,7 +177,7 @@ class ContextStore:
             OSError: they could not be written; the context is unchanged.
         """
         if self.get(context.id, context.owner) != context:
-            raise StaleError(f"context {context.id} has been deleted or is not of revision {context.revision} any more")
+            raise StaleError(f"context {context.id} has been deleted or no longer has revision {context.revision}")
         self._check_folder()
         new = replace(context, revision=context.revision + 1, tokens_seen=context.tokens_seen + tokens)
         self._write(new, states)

@@ -206,7 +206,7 @@ class Contexts:
             while self._full(owner):
                 oldest = self._texts.dispensable(self.store.of(owner))
                 if oldest is None:
-                    message = "there are as many contexts as there may be; delete one first"
+                    message = "the limit of contexts is reached; delete one first"
                     raise ApiError(409, message, "too_many_contexts")
                 await self._dispense(oldest)
             with _storage("the context could not be written"):
@@ -245,7 +245,7 @@ class Contexts:
         async with self._lock(identifier):
             context = self.get(identifier, owner)
             if revision is not None and revision != context.revision:
-                raise ApiError(409, f"the context is of revision {context.revision}, not {revision}", "wrong_revision")
+                raise ApiError(409, f"the context has revision {context.revision}, not {revision}", "wrong_revision")
             tokens = await self._encode(more, first=context.tokens_seen == 0)
             self._check_length(context.tokens_seen + len(tokens))
             try:
@@ -323,7 +323,7 @@ class Contexts:
     def _changed(self, identifier: str, owner: str) -> ApiError:
         """Somebody has changed a context's file. Raises: ApiError: it is gone."""
         now = self.get(identifier, owner)
-        return ApiError(409, f"the context is of revision {now.revision}", "wrong_revision")
+        return ApiError(409, f"the context has revision {now.revision}", "wrong_revision")
 
     def _bring(self, context: Context, outcome: Future[CompactAdapter]) -> None:
         """The adapter goes into `outcome`. Methods: functions that name each other are a cycle, which would hold it."""
@@ -467,7 +467,7 @@ def context_routes(contexts: Contexts, metrics: Metrics, owner: Dependency) -> A
 
     @router.get("/{identifier}", responses=NOT_FOUND)
     async def read(identifier: str, owner: Annotated[str, owner]) -> ContextInfo:
-        """What is known about a context."""
+        """The details of a context."""
         return info(contexts.get(identifier, owner))
 
     @router.post("/{identifier}", responses=NOT_FOUND | CONFLICT)

@@ -63,12 +63,12 @@ def openai_routes(
         return context
 
     async def answer(body: R, owner: str, compute: Callable[[R, Source], Coroutine[Any, Any, Answer]]) -> Answer:
-        """The answer with the context that the request names or brings; that one is kept as long as it is needed."""
+        """The answer with the context that the request names or brings, which is kept as long as it is needed."""
         context, texts = chosen(body.model, owner), body.texts()
         if not texts:
             return await compute(body, Source(context))
         if context is not None:
-            raise bad_request("model must be the base model where there is a context, but it is one itself", "context")
+            raise bad_request("model must be the base model if there is a context, but it names one itself", "context")
         context, read = await contexts.of_texts(owner, texts)
         metrics.context_tokens.inc(read)
         with ExitStack() as stack:
@@ -108,7 +108,7 @@ def openai_routes(
 
 
 async def _response(request: Request, work: Coroutine[Any, Any, Answer]) -> Response:
-    """The answer, as soon as it is there. Raises: ApiError: the client hung up first; the work is then cancelled."""
+    """The answer, once it is ready. Raises: ApiError: the client disconnected first; the work is then cancelled."""
     answering, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(request))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -135,7 +135,7 @@ async def _hang_up(request: Request) -> None:
 
 
 class _Events(StreamingResponse):
-    """A stream that is always closed, even if the client hangs up before the first event."""
+    """A stream that is always closed, even if the client disconnects before the first event."""
 
     def __init__(self, stream: EventStream) -> None:
         super().__init__(stream.events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

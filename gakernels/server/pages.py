@@ -1,4 +1,4 @@
-"""The pages for people: `/` to try a server out, `/docs` for its interface. Plain files, nothing from elsewhere."""
+"""The web pages: `/` to try the server, `/docs` for its interface. Plain files, nothing from other servers."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ HEADERS = {
 
 
 def page_routes() -> APIRouter:
-    """The routes of the pages and of their files. They need no key: they hold nothing of a user."""
+    """The routes of the pages and of their files. They need no key, because they hold no user data."""
     router = APIRouter(include_in_schema=False)
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in _TYPES}
 

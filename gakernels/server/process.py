@@ -1,4 +1,4 @@
-"""What a server asks of its process: open files for its connections, and memory that does not grow with its threads."""
+"""What a server needs of its process: files for its connections, and memory that does not grow with its threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _M_ARENA_MAX, _ARENAS = -8, 2  # malloc.h
 
 
 def allow_files(connections: int) -> None:
-    """Let this process open as many connections, and files besides, as the system allows."""
+    """Let this process open as many connections and other files as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _FILES
     if hard != resource.RLIM_INFINITY:
@@ -22,10 +22,10 @@ def allow_files(connections: int) -> None:
 
 
 def share_arenas() -> None:
-    """Have all threads take memory from the same few places, where the C library is glibc.
+    """Make all threads share a few memory arenas, if the C library is glibc.
 
-    By default each thread gets one of its own, and what one thread has freed there no other can use: a server that was
-    busy for hours holds a multiple of what it needs. Settings of the user in the environment take precedence.
+    By default each thread gets its own, and no other thread can use what it has freed there, so a server that was busy
+    for hours holds a multiple of what it needs. Settings of the user in the environment take precedence.
     """
     if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
         return

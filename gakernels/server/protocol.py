@@ -38,13 +38,13 @@ Text = Annotated[str, AfterValidator(_whole)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
-Unused = Annotated[Any, Field(exclude=True, description="accepted, and changes nothing")]
-Idle = Annotated[Any, Field(exclude=True, description="accepted only if it asks for nothing")]
+Unused = Annotated[Any, Field(exclude=True, description="accepted without effect")]
+Idle = Annotated[Any, Field(exclude=True, description="accepted only with values that have no effect")]
 StopText = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 def _only(*harmless: object, why: str) -> AfterValidator:
-    """Accept values that ask for nothing, and refuse all others with the reason."""
+    """Accept values without effect, and refuse all others with the reason."""
 
     def checked(value: Any) -> Any:
         if value not in harmless:
@@ -93,7 +93,7 @@ class CreateContext(Request):
     """A new context, optionally with a label for people and a first text."""
 
     label: Text = Field("", max_length=200)
-    text: Text | None = Field(None, description="read at once, as an append would")
+    text: Text | None = Field(None, description="read at once, like an append")
 
 
 class AppendText(Request):
@@ -102,12 +102,12 @@ class AppendText(Request):
     text: Text | None = None
     tokens: list[Token] | None = None
     revision: int | None = Field(
-        None, ge=0, description="refuse the append if the context is not of this revision: for a retry without harm"
+        None, ge=0, description="refuse the append unless the context has this revision: for safe retries"
     )
 
 
 class RenameContext(Request):
-    """Another label."""
+    """A new label."""
 
     label: Text = Field(max_length=200)
 
@@ -116,9 +116,7 @@ class ComposeContexts(Request):
     """A new context from several others."""
 
     label: Text = Field("", max_length=200)
-    contexts: list[Text] = Field(
-        min_length=1, max_length=MAX_PARTS, description="ids; one that is given twice counts twice"
-    )
+    contexts: list[Text] = Field(min_length=1, max_length=MAX_PARTS, description="ids; an id given twice counts twice")
 
 
 class ContextInfo(BaseModel):
@@ -171,7 +169,7 @@ class ModelList(BaseModel):
 class StreamOptions(Request):
     """How to stream."""
 
-    include_usage: bool = Field(False, description="send the numbers of tokens in a last event")
+    include_usage: bool = Field(False, description="send the token counts in a last event")
     include_obfuscation: Unused = None
 
 
@@ -185,20 +183,24 @@ class SamplingRequest(Request):
     temperature: Number = Field(1.0, ge=0, le=100)
     top_p: Number = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31, description="0 for all")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="of the first answer; each further one adds 1")
-    presence_penalty: Penalty = Field(0.0, description="taken once from the logit of each token of the answer so far")
-    frequency_penalty: Penalty = Field(0.0, description="taken as often as the answer so far has the token")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="of the first answer; each further answer adds 1")
+    presence_penalty: Penalty = Field(
+        0.0, description="subtracted once from the logit of each token in the answer so far"
+    )
+    frequency_penalty: Penalty = Field(
+        0.0, description="subtracted once per occurrence of the token in the answer so far"
+    )
     logit_bias: dict[Token, Annotated[Number, Field(ge=-100, le=100)]] = Field(
         default_factory=dict, max_length=MAX_BIASES, description="numbers added to logits, by token id"
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
-        None, description="texts in front of which the answer ends; special tokens may be part of them"
+        None, description="the answer ends before any of these texts; they may contain special tokens"
     )
     stop_token_ids: list[Token] | None = Field(None, description="tokens that end the answer, besides the model's own")
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, lt=2**31, description="number of answers to each prompt")
+    n: int = Field(1, ge=1, lt=2**31, description="number of answers per prompt")
     context: Texts | None = Field(
         None,
         exclude=True,
@@ -219,7 +221,7 @@ class SamplingRequest(Request):
 
     @property
     def most_likely(self) -> int | None:
-        """How many of the most likely tokens to tell beside each token of the answer; None for no log-probabilities."""
+        """How many of the most likely tokens to return with each token of the answer; None for no log-probabilities."""
         raise NotImplementedError
 
     def stops(self) -> tuple[str, ...]:
@@ -228,7 +230,7 @@ class SamplingRequest(Request):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -243,7 +245,7 @@ class CompletionRequest(SamplingRequest):
     )
     max_tokens: int = Field(16, ge=1, lt=2**31)
     logprobs: int | None = Field(
-        None, ge=0, le=MOST_LIKELY, description="log-probabilities of the tokens and of so many most likely ones"
+        None, ge=0, le=MOST_LIKELY, description="log-probabilities of the tokens and of this many most likely ones"
     )
     echo: bool = Field(False, description="begin the text with the prompt")
     best_of: int | None = Field(None, ge=1, exclude=True, description="1, or as many as n")
@@ -253,7 +255,7 @@ class CompletionRequest(SamplingRequest):
     def _best_of_all(self) -> CompletionRequest:
         if self.best_of not in (None, 1, self.n):
             raise PydanticCustomError(
-                "not_supported", "best_of must be 1 or n: this server returns all that it generates"
+                "not_supported", "best_of must be 1 or n: this server returns every answer it generates"
             )
         return self
 
@@ -331,7 +333,7 @@ class ChatRequest(SamplingRequest):
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = Field(False, description="log-probabilities of the answer's tokens")
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY, description="and of so many most likely ones")
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY, description="and of this many most likely ones")
     reasoning_effort: Unused = None
     verbosity: Unused = None
     prediction: Unused = None
@@ -345,8 +347,8 @@ class ChatRequest(SamplingRequest):
     )
     modalities: Annotated[Idle, _only([], ["text"], why="this server's answers are text")] = None
     audio: Annotated[Idle, _only(why="this server's answers are text")] = None
-    moderation: Annotated[Idle, _only(why="this server moderates nothing")] = None
-    web_search_options: Annotated[Idle, _only(why="this server searches nothing")] = None
+    moderation: Annotated[Idle, _only(why="this server has no moderation")] = None
+    web_search_options: Annotated[Idle, _only(why="this server has no web search")] = None
 
     @model_validator(mode="after")
     def _contexts_apart(self) -> ChatRequest:
@@ -370,7 +372,7 @@ class ChatRequest(SamplingRequest):
 
 
 class Usage(BaseModel):
-    """Numbers of tokens. A prompt counts once, however many answers it gets."""
+    """Token counts. A prompt counts once, however many answers it gets."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -381,7 +383,7 @@ class UsageWithContext(Usage):
     """The same for a request that brought a context, whose tokens are not part of the total."""
 
     context_tokens: int = Field(description="tokens of the context")
-    context_cached: bool = Field(description="whether it was found instead of being read")
+    context_cached: bool = Field(description="whether the context was cached and not read")
 
 
 FinishReason = Literal["stop", "length"]
@@ -490,4 +492,4 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
     model: str
     contexts: int
-    damaged_contexts: int = Field(description="files that could not be read at the start, and were left alone")
+    damaged_contexts: int = Field(description="files that could not be read at startup and were left alone")

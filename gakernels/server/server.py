@@ -252,14 +252,14 @@ def _watch(parts: Parts) -> None:
     metrics, cache, store = parts.metrics, parts.contexts.cache, parts.contexts.store
     metrics.watch("gakernels_contexts", "Contexts on disk.", lambda: len(store))
     metrics.watch("gakernels_rows_running", "Prompts in the decoding batch.", lambda: parts.engine.running)
-    metrics.watch("gakernels_waiting", "Prompts and appends that wait.", lambda: parts.engine.waiting)
+    metrics.watch("gakernels_waiting", "Waiting prompts and appends.", lambda: parts.engine.waiting)
     metrics.watch("gakernels_adapter_misses_total", "Adapters made from states.", lambda: cache.misses)
     for name, what in (
         ("used_bytes", "Bytes of cached adapters"),
-        ("limit_bytes", "Bound of cached adapters in bytes"),
+        ("limit_bytes", "Limit of cached adapters in bytes"),
         ("entries", "Cached adapters"),
         ("hits_total", "Adapters found in the cache"),
-        ("evictions_total", "Adapters pushed out of a tier"),
+        ("evictions_total", "Adapters evicted from a tier"),
     ):
         read = partial(_by_tier, cache, name.removesuffix("_total"))
         metrics.watch(f"gakernels_adapter_cache_{name}", f"{what}, by tier.", read, "tier")

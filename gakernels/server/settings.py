@@ -1,4 +1,4 @@
-"""How a server is set up: what it accepts, and who may use it. Needs no web framework."""
+"""The settings of a server: what it accepts, and who may use it. Needs no web framework."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which contexts that requests bring with them are in use, and which of the others may make room for new ones."""
+"""Which contexts brought by requests are in use, and which of the others may be removed for new ones."""
 
 from __future__ import annotations
 

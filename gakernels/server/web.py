@@ -92,7 +92,7 @@ def no_such_model(name: str) -> ApiError:
 
 
 def no_such_route(request: Request) -> ApiError:
-    """Nothing here has that path, such as the parts of OpenAI's interface that are not about continuing text."""
+    """No route has that path; this includes the parts of OpenAI's interface that do not continue text."""
     there = "/v1/chat/completions, /v1/completions, /v1/models and /v1/contexts"
     what = f"{request.method} {request.url.path[:100]}"
     return ApiError(404, f"this server has no {what}, but {there}", "unknown_url")
@@ -120,7 +120,7 @@ def from_failure(error: Exception, model: str) -> ApiError:
     if isinstance(error, OSError):
         return storage_error(error, "the adapter could not be read or written")
     logger.error("a request failed", exc_info=error)
-    return ApiError(500, "the server could not do it; its log says why", "internal_error")
+    return ApiError(500, "internal error: see the server's log", "internal_error")
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -151,7 +151,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the server could not do it; its log says why", "internal_error").response()
+        return ApiError(500, "internal error: see the server's log", "internal_error").response()
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -344,7 +344,7 @@ class PatientProtocol(H11Protocol):
     def _give_up(self) -> None:
         begun = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         if begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse(ApiError(408, f"the request must be there within {self._patience:g} seconds", "timeout"))
+            self._refuse(ApiError(408, f"the request must arrive within {self._patience:g} seconds", "timeout"))
         else:
             self.transport.abort()
 

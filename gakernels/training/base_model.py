@@ -128,7 +128,8 @@ def base_shape(config: BaseConfig) -> ModelShape:
 
 
 def base_dtype(config: BaseConfig) -> torch.dtype:
-    """The dtype of the weights, without loading them; of a model that only has a shape bfloat16, as most are published.
+    """The dtype of the weights, without loading them; bfloat16 for a model that only has a shape, as most are
+    published.
 
     Raises:
         InputError: the configuration can't be read.

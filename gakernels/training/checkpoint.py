@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: everything that is needed to resume exactly, with any number of processes.
+"""Checkpoints of a training run: everything needed to resume exactly, with any number of processes.
 
 A checkpoint is a folder of safetensors files (every process writes its part, by PyTorch's distributed checkpoint), and
 `manifest.json` with the settings of the run and a checksum of every file. It gets its name once all of it is on

@@ -1,4 +1,4 @@
-"""The quantities in the logs of training runs, step by step, and curves of them."""
+"""The quantities in the logs of training runs, step by step, and their curves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +158,7 @@ def _panels(runs: Sequence[RunSeries]) -> list[Panel]:
     quantities = list(dict.fromkeys(name for run in runs for name in run.series))
     losses = [name for name in quantities if name.startswith("loss/")]
     panels: list[Panel] = [
-        (f"{name.removeprefix('loss/')} loss, nats a token (pale: as logged)", _losses(runs, name)) for name in losses
+        (f"{name.removeprefix('loss/')} loss, nats per token (pale: as logged)", _losses(runs, name)) for name in losses
     ]
     for task in TASKS:
         if any(name.startswith(f"evaluation/{task}/perplexity/") for name in quantities):

@@ -1,5 +1,7 @@
-"""Context distillation: the model with the generated adapter learns what the base model says with the context in its
-prompt (arXiv:2209.15189)."""
+"""Context distillation (arXiv:2209.15189).
+
+The model with the generated adapter learns to predict what the base model predicts with the context in its prompt.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +11,9 @@ from torch import Tensor
 
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.model.divergence import divergences
 from gakernels.model.positions import position_limit
 from gakernels.model.window_losses import Loss, WindowBatch, at_places, predicting, to_device, token_losses
-from gakernels.nn.token_loss import by_autograd, loss_in_blocks, wide
 from gakernels.settings import Count, Positive, settings
 
 NAME = "distillation"
@@ -27,7 +29,7 @@ class Distillation:
 
     Attributes:
         of: names of the losses whose target tokens are distilled.
-        top_k: so many of the teacher's most likely tokens count separately, and the rest as one; from the size of the
+        top_k: this many of the teacher's most likely tokens count separately, and the rest as one; from the size of the
             vocabulary on, the divergence is exact; below, it is a lower bound.
         temperature: both distributions are softmax(logits / temperature).
 
@@ -67,37 +69,10 @@ class Distillation:
         others = {name: target for name, target in batch.targets.items() if name != NAME}
         losses = token_losses(model, hidden, batch.input_ids, others) if others else {}
         places = predicting(batch.targets[NAME]).nonzero()[:, 0]
-        divergences = self.divergences(model, at_places(hidden.flatten(0, -2), places), teacher)
-        count = torch.full((), len(places), device=divergences.device)
-        return {**losses, NAME: Loss(divergences.sum(), count)}
-
-    def divergences(self, model: GenerativeAdapter, student: Tensor, teacher: Tensor) -> Tensor:
-        """Divergence of each token (N,), from last hidden states (N, d_h), in blocks; the teacher's get no gradient."""
-
-        def loss(ours: Tensor, theirs: Tensor) -> Tensor:
-            with torch.no_grad():
-                wanted = wide(model.logits(theirs))
-            return divergence(wide(model.logits(ours)), wanted, self.top_k, self.temperature)
-
-        vocabulary = model.base.config.get_text_config().vocab_size
-        return loss_in_blocks(student, teacher, by_autograd(loss), 2 * vocabulary)
-
-
-def divergence(student: Tensor, teacher: Tensor, top_k: int, temperature: float = 1.0) -> Tensor:
-    """temperature^2 KL(teacher || student) (n,) of softmax(logits / temperature), from logits (n, vocabulary).
-
-    With top_k below the vocabulary the tokens that are not among the teacher's top_k count as a single outcome.
-    """
-    log_p, log_q = ((logits / temperature).log_softmax(-1) for logits in (teacher, student))
-    if top_k < log_p.shape[-1]:
-        top = log_p.topk(top_k).indices
-        log_p, log_q = (torch.cat([each.gather(-1, top), _rest(each, top)], dim=-1) for each in (log_p, log_q))
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _rest(log_probabilities: Tensor, top: Tensor) -> Tensor:
-    """The logarithm (n, 1) of the total probability of all tokens but those given."""
-    return log_probabilities.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+        student = at_places(hidden.flatten(0, -2), places)
+        found = divergences(model, student, teacher, self.top_k, self.temperature)
+        count = torch.full((), len(places), device=found.device)
+        return {**losses, NAME: Loss(found.sum(), count)}
 
 
 @dataclass(frozen=True)

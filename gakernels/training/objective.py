@@ -12,10 +12,10 @@ Batch = TypeVar("Batch")
 
 
 class Objective(Protocol[Batch]):
-    """A run's objective; the result of a step must follow from its number (and seed, rank and world size) alone.
+    """A run's objective; the result of a step must depend only on its number (and seed, rank and world size).
 
     The loss of a step is, for each name, the sum of `Loss.total` over all its micro-batches on all processes over the
-    sum of their target tokens. So the number of processes and of micro-batches changes nothing but rounding.
+    sum of their target tokens. So the number of processes and micro-batches changes only rounding.
     """
 
     def batches(self, step: int) -> Sequence[Batch]:
@@ -82,5 +82,5 @@ class StepFunction:
 
 
 def as_objective(objective: Objective[Any] | Callable[[int], Mapping[str, Loss]]) -> Objective[Any]:
-    """An objective as it is, a function as a `StepFunction`."""
+    """The objective itself, or a function as a `StepFunction`."""
     return StepFunction(objective) if callable(objective) else objective

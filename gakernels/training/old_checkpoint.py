@@ -54,7 +54,7 @@ def _convert(path: Path) -> None:
     tensors = {}
     for name, entry in entries.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise FormatError(f"{path} is damaged: {name} is no tensor")
+            raise FormatError(f"{path} is damaged: {name} is not a tensor")
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     load(tensors, storage_reader=reader, no_dist=True)
     before = path.with_name(path.name + ".converted")

@@ -60,7 +60,7 @@ class RunPlan:
     operations: float
 
     def seconds(self, tflops: float) -> float:
-        """The time of the run if each process computes so many 10^12 operations per second."""
+        """The time of the run if each process computes this many 10^12 operations per second."""
         return self.steps * self.operations / (tflops * 1e12 * self.processes)
 
 
@@ -75,8 +75,8 @@ class PretrainingPlan(RunPlan):
         windows: windows of a segment, context and reconstruction together.
         flops: the operations of a step, by their kind.
         memory: of one process.
-        fits: by size of a GPU in 10^9 bytes, what must be recomputed for a step to fit one such GPU a process; None if
-            it does not fit.
+        fits: by size of a GPU in 10^9 bytes, what must be recomputed for a step to fit, with one such GPU per process;
+            None if it does not fit.
     """
 
     segments: int

@@ -1,7 +1,7 @@
 """The calls of the operations that a model makes, and their backends: found by running the library without data.
 
-The base model has its true widths and one decoder layer, all tensors are PyTorch fakes, and every question to
-`dispatch.choose` is recorded. So no list of shapes can get out of step with the code.
+The base model has its true widths and one decoder layer, all tensors are PyTorch fakes, and every call of
+`dispatch.choose` is recorded. So there is no list of shapes that could disagree with the code.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ class PlannedCalls:
             self._model.to_empty(device="cpu")
 
     def training(self, segments: int, chunks: int, slices: int = 1) -> list[Call]:
-        """A pretraining step: segments of so many chunks, each with its reconstruction windows."""
+        """A pretraining step: segments of this many chunks, each with its reconstruction windows."""
         tokens = torch.zeros(segments, chunks * self.chunk_size, dtype=torch.int64)
         batch = pretraining_windows(tokens, chunks, torch.Generator().manual_seed(0), slices=slices)
         return self._recorded(lambda: self._encode(batch), self._autocast())
 
     def instructions(self, contexts: int, tokens: int, answers: int, window: int) -> list[Call]:
-        """A step of instruction tuning: contexts of so many tokens, each with one conversation of `answers` tokens."""
+        """A step of instruction tuning: contexts of `tokens` tokens, each with one conversation of `answers` tokens."""
         said = EncodedConversation(np.zeros(answers, np.int32), np.arange(answers) > 0)
         batch = instruction_batch([[0] * tokens] * contexts, [[said]] * contexts, self.chunk_size, max(window, answers))
 
@@ -115,7 +115,7 @@ class PlannedCalls:
         return self._recorded(torch.no_grad()(run))
 
     def decoding(self, users: int, tokens: int = 1) -> list[Call]:
-        """One step for users with one adapter each; of several tokens for reading a prompt."""
+        """One step for users with one adapter each; several tokens for reading a prompt."""
         return self._recorded(torch.no_grad()(lambda: self._decode(users, tokens)))
 
     def _encode(self, batch: WindowBatch) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def pretrain(
         recipe: everything else.
         folder: of the run.
         progress: show progress bars.
-        ranks: of a process group that is running; one process if not given.
+        ranks: of a running process group; one process if not given.
 
     Returns:
         Perplexities of the held-out contexts.
@@ -236,7 +236,7 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
 def segment_windows(segment: Tensor, windows: WindowsConfig, single: bool, generator: torch.Generator) -> WindowBatch:
     """The windows of a segment (T * M,), or of each chunk as a segment if `single`, under the losses of the recipe.
 
-    Every step has the same losses; a loss without targets in a step counts nothing.
+    Every step has the same losses; a loss without targets in a step contributes nothing.
     """
     rows, chunks = (segment.view(windows.chunks, -1), 1) if single else (segment[None], windows.chunks)
     batch = pretraining_windows(rows, chunks, generator, windows.reconstruction, windows.slices)

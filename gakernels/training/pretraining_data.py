@@ -204,7 +204,7 @@ def _only(segments: Segments, kept: "np.ndarray[tuple[int], np.dtype[np.bool_]]"
 
 
 def _contexts(parts: Sequence[Segments], count: int) -> HeldOutContexts:
-    """So many contexts, evenly spread over the held-out text, with continuations and, if known, their documents."""
+    """This many contexts, evenly spread over the held-out text, with continuations and, if known, their documents."""
     joined = JoinedSegments(parts)
     if len(joined) < count:
         raise InputError(

@@ -25,8 +25,8 @@ class WindowsConfig:
         reconstruction: see `window_losses.pretraining_windows`.
         slices: reconstruction windows for each adapter; 0 for completion alone.
         batch_size: segments in a step, over all processes.
-        single_share: in that share of the steps, at the start, every chunk is its own segment (T = 1, as many
-            tokens in a step): the content of one chunk is learned before how to keep many apart.
+        single_share: for this share of the steps, at the start, every chunk is its own segment (T = 1, as many tokens
+            per step), so the model learns the content of one chunk before it learns to keep several apart.
         plain: the first chunk, which has no context, carries a loss too, named `plain`; it teaches the static term.
         segments_at_once: segments that go through the model together on one process; gradients of several groups are
             added. None: a process's whole share of the batch.
@@ -102,8 +102,9 @@ class PretrainingRecipe:
         evaluation: what is scored.
         seed: of the order of the segments and of the slices.
         parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
-        distillation: also distil from the base model that sees the context (docs/training.md); None turns it off.
-        memory_budget: of a GPU, as `80GB`: as many layers as needed to stay below recompute gate and up, or
+        distillation: also learn from the base model with the context in its prompt (docs/training.md); None turns it
+            off.
+        memory_budget: of a GPU, such as `80GB`: as many layers as needed to stay below it recompute gate and up, or
             everything, in the backward; None for no limit.
         overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
             not with `shards`.

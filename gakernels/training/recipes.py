@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
         if twice is not None:
-            raise InputError(f"the key {twice!r} stands twice in one section (line {node.start_mark.line + 1})")
+            raise InputError(f"the key {twice!r} occurs twice in one section (line {node.start_mark.line + 1})")
         return super().construct_mapping(node, deep)
 
     def construct_yaml_timestamp(self, node: yaml.ScalarNode) -> str:
@@ -103,13 +103,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = read_user_text(path)
     except InputError as error:
-        raise InputError(f"config: {path} is no YAML: {error}") from error
+        raise InputError(f"config: {path} is not YAML: {error}") from error
     try:
         values = yaml.load(text, _Loader)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2024-13-01
-        raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
         raise InputError(f"config: {path} must be a mapping of sections, but it is {shown(values)}")
     return values or {}

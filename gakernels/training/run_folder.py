@@ -36,8 +36,8 @@ def only_run(folder: Path, ranks: Ranks) -> Iterator[None]:
 def only_process(lock: Path, taken: str, instead: str) -> Iterator[None]:
     """Keep out all other processes that use the same lock: a file that is created for it and removed at the end.
 
-    The operating system holds the lock, so it ends with its process, however that ends: a leftover file
-    means nothing. On network file systems it works if they support locks (NFS from version 4).
+    The operating system holds the lock and releases it when the process ends, for whatever reason, so a leftover file
+    means nothing. Network file systems must support locks (NFS from version 4).
 
     Args:
         lock: the file.
@@ -68,7 +68,7 @@ def _locked(path: Path, taken: str, instead: str) -> IO[str]:
             with file:
                 file.seek(0)
                 holder = file.read().strip() or "process unknown"
-            raise InputError(f"{taken} ({holder}); wait for its end, or {instead}") from error
+            raise InputError(f"{taken} ({holder}); wait until it ends, or {instead}") from error
         except OSError as error:
             file.close()
             raise OSError(error.errno, error.strerror, str(path)) from error

@@ -26,8 +26,8 @@ class Shards(Parallel):
 
     Args:
         ranks: of a running process group.
-        model: the same on every process; sharded in place. It may be on the host: each layer moves to the device when
-            its turn comes, so that no device ever holds all of them.
+        model: the same on every process; sharded in place. It may be on the host: each layer moves to the device in
+            turn, so no device ever holds all of them.
         device: of this process; by default that of the model.
     """
 

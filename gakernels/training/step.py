@@ -267,7 +267,7 @@ def learning_rate_factor(schedule: str, step: int, warmup_steps: int, total_step
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed the global generators, so that the draws of a step depend only on these three numbers."""
+    """Seed the global generators, so that the random numbers of a step depend only on these three numbers."""
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
     random.seed(number)
     np.random.seed(number)

@@ -38,8 +38,8 @@ class Trainer:
         config: how to optimise.
         parameters: what to train, by name.
         objective: see `Objective`; or a function that takes the number of a step, counted from 0, and returns the
-            losses of its batch. Its result must follow from that number (and seed, rank and number of processes)
-            alone, so that a resumed run equals an uninterrupted one.
+            losses of its batch. Its result must depend only on that number (and seed, rank and number of processes), so
+            that a resumed run equals an uninterrupted one.
         folder: receives `log.jsonl` and `checkpoints/`; None writes nothing.
         settings: what else the run depends on (data, seed, ...), in JSON types; a checkpoint is resumed only by a run
             with equal settings.
@@ -97,7 +97,7 @@ class Trainer:
             FormatError: all checkpoints are damaged, or the newest belongs to a run with other settings.
             OSError: the log or a checkpoint could not be written.
             FloatingPointError: too many steps in a row were skipped, or a parameter is not finite.
-            TrainingStopped: SIGTERM or SIGINT came; the present step is finished and in a checkpoint.
+            TrainingStopped: SIGTERM or SIGINT arrived; the current step is finished and in a checkpoint.
         """
         first = self._resume()
         log = RunLog(self.folder if self._leads else None, first, self.config.reports, self.settings)
@@ -271,7 +271,7 @@ class Trainer:
             except FormatError as error:
                 refusal = str(error)
             for text in damage:
-                tqdm.write(f"{self.config.label}: {text}; going on from an earlier one", file=sys.stderr)
+                tqdm.write(f"{self.config.label}: {text}; resuming from an earlier one", file=sys.stderr)
         path, refusal = self.parallel.broadcast((path, refusal))
         if refusal:
             raise FormatError(refusal)

@@ -31,10 +31,11 @@ class TrainerConfig:
         weight_decay: of AdamW, on parameters with two or more dimensions.
         clip: largest norm of the gradient.
         betas: of AdamW.
-        loss_weights: factor of each loss by name; 1 for those that are not named, and 0 leaves a loss out.
+        loss_weights: factor of each loss by name; 1 for losses that are not named; 0 leaves a loss out.
         precision: `bfloat16` runs forward and backward under autocast; parameters and optimizer keep their dtype.
-        spike_factor: a step whose loss is above so many times the median of recent losses is skipped; infinity: never.
-        most_skipped: so many skipped steps in a row end the run.
+        spike_factor: a step whose loss is above this many times the median of recent losses is skipped; infinity:
+            never.
+        most_skipped: this many skipped steps in a row end the run.
         seed: of the draws of an objective from the global random generators.
         log_every: steps between lines of the log.
         evaluate_every: steps between evaluations, if there are any; None: never.

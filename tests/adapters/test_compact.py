@@ -95,9 +95,9 @@ def test_an_empty_stream_has_none() -> None:
 def test_only_the_generator_that_made_it_expands_it() -> None:
     model = make_model()
     compact = model.stream().append(random_context(9)).compact()
-    with pytest.raises(FormatError, match="belongs to a base model of fingerprint"):
+    with pytest.raises(FormatError, match="belongs to a base model with fingerprint"):
         make_model().expand(compact)
-    with pytest.raises(FormatError, match="belongs to a generator of fingerprint"):
+    with pytest.raises(FormatError, match="belongs to a generator with fingerprint"):
         make_trained(GenerativeAdapter(plain_copy(model), make_config(seed=1))).expand(compact)
     settings = vars(compact)
     for changed in (

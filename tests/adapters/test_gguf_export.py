@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter.gguf"
     adapter = make_model().adapt([random_context(9)])[0]
     for config, message in (
-        ({}, "does not say what its base model is"),
+        ({}, "does not name its base model"),
         ({"model_type": "flux"}, "does not know flux models"),
     ):
         other = Adapter(**{**vars(adapter), "base_config": config})

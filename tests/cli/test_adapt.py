@@ -138,7 +138,7 @@ def test_a_state_of_another_generator_is_refused(
     options = ["--document", document, "--state", tmp_path / "state", "--output", tmp_path / "a"]
     assert run("adapt", "--generator", files.other_generator, *options).code == 0
     before = (tmp_path / "state").read_bytes()
-    assert "was made with a base of fingerprint" in refused("adapt", *files.model, *options)
+    assert "was made with a base with fingerprint" in refused("adapt", *files.model, *options)
     assert (tmp_path / "state").read_bytes() == before
 
 

@@ -210,7 +210,7 @@ def test_a_cache_that_can_not_be_written_is_told_before_anything_is_measured(
 def test_a_record_that_can_not_be_read_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     path = calibration.path_of(GPU)
     path.mkdir(parents=True)  # which no one can read as a file
-    with pytest.warns(UserWarning, match=f"{path} can't be read .*; kernels are chosen as if it were not there"):
+    with pytest.warns(UserWarning, match=f"{path} can't be read .*; it is ignored"):
         assert calibration.read(GPU) is None
 
 

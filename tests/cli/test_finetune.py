@@ -187,7 +187,7 @@ def test_limits_and_broken_files_stop_a_run_too(run: Callable[..., Any], options
     data.rename(folder / "a.jsonl")
     (folder / "b.json").write_text("[")
     options[options.index(data)] = folder
-    assert f"data: {folder} can't be read whole: 1 x file that is not JSON" in stopped(run("finetune", *options))
+    assert f"data: {folder} can't be read to its end: 1 x file that is not JSON" in stopped(run("finetune", *options))
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-finetuning", "llama2-7b-finetuning", "cpu-small-finetuning"])

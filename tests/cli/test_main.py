@@ -12,7 +12,7 @@ from limits import files_of_at_most
 
 from gakernels import __version__
 
-COMMANDS = ("demo", "adapt", "ask", "pretrain", "export", "info")
+COMMANDS = ("demo", "adapt", "ask", "pretrain", "export", "data", "reproduce", "info")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -242,7 +242,7 @@ def test_a_plan_needs_no_weights_and_writes_nothing(
     assert f"{sum(parameter.numel() for parameter in base.parameters()):,}" in outcome.out
     assert f"{trained:,}" in outcome.out
     assert "tokens of the run" in outcome.out
-    assert "at 0.001 TFLOP/s a process" in outcome.out
+    assert "at 0.001 TFLOP/s per process" in outcome.out
     assert "fits a GPU of 24 GB" in outcome.out
     assert not (tmp_path / "out").exists()
 

@@ -92,7 +92,7 @@ def test_a_generator_goes_to_the_hub_and_back(run: Callable[..., Any], files: An
         "| read with | reconstruction | completion |",
         "| base model alone | 12.50 | 20.00 |",
         "| adapter of its own context | 2.25 | 18.12 |",
-        "| static LoRA, trained alike | 9.75 |  |",
+        "| static LoRA, same training | 9.75 |  |",
     ):
         assert line in card.text.splitlines()
     everything = b"".join(path.read_bytes() for path in (hub / NAME).iterdir())
@@ -154,4 +154,4 @@ def test_what_cannot_be_sent_or_fetched_is_refused(
     api = create_autospec(HfApi, instance=True)
     api.create_repo.side_effect = OSError("401: log in first")
     monkeypatch.setattr("gakernels.model.hub.HfApi", lambda: api)
-    assert f"the hub did not take {NAME}: 401: log in first" in refused(*sent, NAME, "--base", BASE)
+    assert f"the hub did not accept {NAME}: 401: log in first" in refused(*sent, NAME, "--base", BASE)

@@ -131,9 +131,7 @@ def test_a_changed_source_is_read_again_in_the_automatic_folder_and_refused_in_a
     again = made(source)
     assert tokens_of(again) == [token for text in [*texts, "w5 w6"] for token in token_ids(text)]
     assert len(list(again.folder.glob("*.tokens"))) == len(list(again.folder.glob("*.documents"))) == 1
-    with pytest.raises(
-        InputError, match=r"the token cache .*cache is not of .*data as it is now: c\.txt is new; remove"
-    ):
+    with pytest.raises(InputError, match=r"the token cache .*cache no longer matches .*data: c\.txt is new; remove"):
         made(source, tmp_path / "cache")
     assert files_of(tmp_path / "cache") == before
 
@@ -145,7 +143,7 @@ def test_a_cache_of_another_tokenizer_is_refused_with_both_names(tmp_path: Path,
     other.name_or_path = "some/model"
     with pytest.raises(
         InputError,
-        match=r"is of another tokenizer: of no name \(64 tokens, .*\), but the model has some/model \(64 tok",
+        match=r"was made with another tokenizer: no name \(64 tokens, .*\), but the model has some/model \(64 tok",
     ):
         token_cache(source, other, tmp_path / "cache", progress=False)
     assert files_of(tmp_path / "cache") == before

@@ -10,7 +10,7 @@ import torch
 from worlds import make, run, scenario
 
 from gakernels import InputError
-from gakernels.evaluation.methods import PassageSearch, passages
+from gakernels.evaluation.retrieval import PassageSearch, passages
 
 pytest.importorskip("bm25s")
 

@@ -10,7 +10,8 @@ from worlds import answer_of, contexts, make, merged, run, scenario, text
 
 from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
 from gakernels.evaluation.datasets import EvaluationContext, Question
-from gakernels.evaluation.methods import MethodSettings, PassageSearch, Prepared, passages
+from gakernels.evaluation.methods import MethodSettings, Prepared
+from gakernels.evaluation.retrieval import PassageSearch, passages
 from gakernels.evaluation.runner import METHODS
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario, parts
 from gakernels.evaluation.tuned_methods import TuningExample
@@ -49,6 +50,15 @@ def found(text: str, query: str, count: int) -> str:
 PLAIN: dict[str, Callable[[GenerativeAdapter, Scenario, EvaluationCase, str], tuple[Adapter | None, str]]] = {
     "closed_book": lambda model, asked, case, question: (None, question),
     "prompt": lambda model, asked, case, question: (None, f"{case.context.text}\n\n{question}"),
+    "prompt_cached": lambda model, asked, case, question: (None, f"{case.context.text}\n\n{question}"),
+    "prompt_truncated_first": lambda model, asked, case, question: (
+        None,
+        f"{' '.join(case.context.text.split()[:4])}\n\n{question}",
+    ),
+    "prompt_truncated_last": lambda model, asked, case, question: (
+        None,
+        f"{' '.join(case.context.text.split()[-4:])}\n\n{question}",
+    ),
     "retrieval": lambda model, asked, case, question: (None, f"{found(case.context.text, question, 2)}\n\n{question}"),
     "adapter": lambda model, asked, case, question: (of_context(model, case.context.text), question),
     "adapter_merged": lambda model, asked, case, question: (of_context(model, case.context.text), question),
@@ -70,7 +80,7 @@ def test_answers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("bm25s")
     monkeypatch.setattr(decoding, "LEAST_SHARED", 5)  # the starts of these prompts are short
     model, asked = make(), scenario(4)
-    runner = run(model, asked, name, passages=2, passage_words=4)
+    runner = run(model, asked, name, passages=2, passage_words=4, truncate_to=4)
     assert runner.log.answers(name) == expected(
         model, asked, lambda case, question: PLAIN[name](model, asked, case, question)
     )

@@ -170,7 +170,7 @@ def test_only_what_was_added_can_be_removed() -> None:
     before = stream.states()
     part.append(random_context(3))  # no longer the same state
     for other in (part, model.stream().append(random_context(9))):
-        with pytest.raises(InputError, match="must have been added, in just this state"):
+        with pytest.raises(InputError, match="must have been added in exactly this state"):
             stream.remove(other)
     assert same(stream.states(), before)
     assert stream.tokens_seen == 18

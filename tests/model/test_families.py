@@ -137,7 +137,7 @@ def test_a_linear_layer_with_its_own_forward_keeps_it() -> None:
     adapter = model.adapters(model.states([random_context(9)]), [9])[0]
     with model.adapted(adapter):
         adapted = logits_of(model.base, ids)
-    with pytest.raises(InputError, match="nor into layers that compute in a way of their own"):
+    with pytest.raises(InputError, match="nor into layers with a forward of their own"):
         model.merge(adapter)
     base = model.detach()
     for name in adapter.lora_a:

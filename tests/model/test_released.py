@@ -257,6 +257,7 @@ def test_own_generators_are_exported_where_the_released_code_can_follow(tmp_path
         ({"sketch_side": "output", "power_iterations": 2}, "power_iterations=1"),
         ({"sketch_side": "output", "layers": (0, 2)}, "adapts all decoder layers"),
         ({"sketch_side": "output", "static_rank": 2}, "no static term"),
+        ({"sketch_side": "output", "gated": True}, "no weights of tokens"),
     ],
 )
 def test_what_the_released_code_can_not_compute_is_not_exported(
@@ -307,7 +308,7 @@ def test_a_hub_that_can_not_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) 
         raise FileNotFoundError(f"no way to {name}\nand more lines")
 
     monkeypatch.setattr("gakernels.model.hub.snapshot_download", snapshot)
-    with pytest.raises(InputError, match=r"no folder some/name, and the hub did not give one: no way to some/name$"):
+    with pytest.raises(InputError, match=r"no folder some/name, and the hub did not provide one: no way to some/name$"):
         GenerativeAdapter.from_pretrained("some/name")
     for name in ("/nowhere/at/all", "one", "../up/there", "a/b/c"):
         with pytest.raises(InputError, match=f"there is no folder {name}$"):

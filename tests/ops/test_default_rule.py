@@ -144,7 +144,7 @@ def test_other_gpus_wait_for_their_check(gpu: str) -> None:
 def test_too_little_shared_memory() -> None:
     small = Gpu("Some GPU", (8, 6), 65_536)
     assert (
-        "need 101,376 bytes of shared memory a program, but this GPU has 65,536"
+        "need 101,376 bytes of shared memory per program, but this GPU has 65,536"
         in choose("low_rank_polar", small, torch.float32, batch=1, state=64, rank=16).reason
     )
     old = Gpu("Some GPU", (7, 5), 65_536)

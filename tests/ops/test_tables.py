@@ -64,7 +64,7 @@ def test_an_own_table_that_is_not_there(table: Path) -> None:
 )
 def test_a_damaged_table(table: Path, text: str) -> None:
     table.write_text(text)
-    with pytest.raises(FormatError, match="is no table of launch settings"):
+    with pytest.raises(FormatError, match="is not a table of launch settings"):
         tuned.settings("k", CPU, torch.float32)
 
 

@@ -75,7 +75,7 @@ def test_a_request_that_does_not_come_to_an_end(start: Callable[..., httpx2.Clie
     if sent:
         assert error(b"HTTP/1.1" + answer.rpartition(b"HTTP/1.1")[2]) == (
             408,
-            "the request must be there within 0.6 seconds",
+            "the request must arrive within 0.6 seconds",
         )
         assert answer.count(b"200 OK") == sent.count(BODY)
     else:

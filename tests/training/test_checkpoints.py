@@ -64,7 +64,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_b
     message = capsys.readouterr().err
     assert "step-00000020 is damaged: " in message
     assert name in message
-    assert "going on from an earlier one" in message
+    assert "resuming from an earlier one" in message
     assert problem.steps_taken == list(range(15, 20))
     assert all(a.equal(b) for a, b in zip(whole.values(), problem.values(), strict=True))
     assert log_of(tmp_path) == log

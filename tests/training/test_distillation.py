@@ -8,11 +8,12 @@ from tiny import VOCABULARY, make_model, plain_copy, random_context, random_ids
 from torch import Generator, Tensor
 
 from gakernels import GenerativeAdapter, InputError
+from gakernels.model.divergence import divergence
 from gakernels.model.window_losses import WindowBatch, count_targets, pretraining_windows, window_losses
 from gakernels.model.windows import pad_windows
 from gakernels.nn import token_loss
 from gakernels.training import distillation as module
-from gakernels.training.distillation import Distillation, divergence, teacher_states
+from gakernels.training.distillation import Distillation, teacher_states
 
 LENGTH = 5
 

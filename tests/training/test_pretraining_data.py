@@ -143,5 +143,5 @@ def test_text_is_read_through_a_token_cache(tmp_path: Path) -> None:
     assert cached_segments(config, make_tokenizer(), LENGTH) == 302 // LENGTH
     with pytest.raises(InputError, match=r"document 1 of .*a\.txt has the token 'w\d+' \(\d+\), but .* has 5 rows"):
         load_data(config, make_tokenizer(), 5, LENGTH, HeldOutSize(4, LENGTH), progress=False)
-    with pytest.raises(InputError, match="is of another tokenizer"):
+    with pytest.raises(InputError, match="was made with another tokenizer"):
         load_data(config, make_tokenizer(bos=False), 64, LENGTH, HeldOutSize(4, LENGTH), progress=False)

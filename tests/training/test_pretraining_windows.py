@@ -114,7 +114,7 @@ def test_each_adapter_can_have_several_slices_or_none() -> None:
     [
         (2, "copy", 2, "slices must be 0 or 1, or more with reconstruction 'random_slice', but it is 2 with 'copy'"),
         (2, "random_slice", -1, "slices must be 0 or 1, or more with"),
-        (1, "copy", 0, "chunks must be at least 2 where completion is all that is trained on, but it is 1"),
+        (1, "copy", 0, "chunks must be at least 2 if completion is the only loss, but it is 1"),
     ],
 )
 def test_slices_that_make_no_sense_are_refused(chunks: int, reconstruction: str, slices: int, message: str) -> None:

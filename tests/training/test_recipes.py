@@ -145,10 +145,10 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
         ("linears: {a: b}", [], r"^linears must be a list, but it is a section$"),
         ("layers: [0, a]", [], r"^layers\[1\] must be an integer, but it is 'a'$"),
         ("- a", [], r"^config: .*recipe\.yaml must be a mapping of sections, but it is a list$"),
-        ("a: [", [], r"^config: .*recipe\.yaml is no YAML: "),
-        ("name: 2024-13-01", [], r"^config: .*recipe\.yaml is no YAML: month must be in 1"),
+        ("a: [", [], r"^config: .*recipe\.yaml is not YAML: "),
+        ("name: 2024-13-01", [], r"^config: .*recipe\.yaml is not YAML: month must be in 1"),
         ("", ["optimiser.steps=2024-13-01"], r"^optimiser\.steps must be an integer, but it is '2024-13-01'$"),
-        ("name: a\nname: b", [], r"^the key 'name' stands twice in one section \(line 1\)$"),
+        ("name: a\nname: b", [], r"^the key 'name' occurs twice in one section \(line 1\)$"),
         ("", ["optimiser.steps"], r"must be of the form section\.name=value, but it is 'optimiser\.steps'$"),
         ("", ["=3"], r"must be of the form section\.name=value, but it is '=3'$"),
     ],
@@ -163,7 +163,7 @@ def test_a_mistake_is_named_by_its_key(tmp_path: Path, text: str, overrides: lis
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00name")
-    with pytest.raises(InputError, match=r"recipe\.yaml is no YAML"):
+    with pytest.raises(InputError, match=r"recipe\.yaml is not YAML"):
         load_recipe(Whole, tmp_path / "recipe.yaml")
 
 

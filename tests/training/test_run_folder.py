@@ -30,7 +30,7 @@ def test_a_second_run_is_refused_until_the_first_one_ends(tmp_path: Path) -> Non
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        words = rf"another run writes to {re.escape(str(folder))} \(process {holder.pid} on .+\); wait for its end"
+        words = rf"another run writes to {re.escape(str(folder))} \(process {holder.pid} on .+\); wait until it ends"
         with pytest.raises(InputError, match=words), only_run(folder, Ranks()):
             pass
         with only_run(tmp_path / "other", Ranks()):

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from gakernels.cli.common import add_model_options, load_generator, output_file
+from gakernels.cli.common import add_command, add_model_options, load_generator, output_file
 from gakernels.distributed import Ranks, process_group
 from gakernels.errors import InputError
 from gakernels.evaluation import paper
@@ -25,7 +25,7 @@ from gakernels.evaluation.scenarios import AskSettings, Scenario
 from gakernels.evaluation.tables import ReportTable, own_tables
 from gakernels.model import GenerativeAdapter
 from gakernels.model.static_lora import STATIC_LORA_FILE
-from gakernels.paths import user_path
+from gakernels.paths import expanded, user_path
 from gakernels.training.run_folder import only_process
 
 DEFAULT_METHODS = "closed_book,prompt,retrieval,adapter"
@@ -68,16 +68,25 @@ def add_run_options(
         "--epochs", type=int, help="most epochs for fine-tuned methods (default: see docs/evaluation.md)"
     )
     parser.add_argument(
+        "--truncate-to",
+        type=int,
+        help="tokens of a truncated prompt (default: as many as have keys and values of the size of an adapter)",
+    )
+    parser.add_argument(
         "--batch-tokens", type=int, default=16_384, help="rows x tokens per batch (default: %(default)s)"
     )
 
 
-def add_question_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of evaluations that ask questions."""
-    parser.add_argument(
-        "--train", type=user_path, help="questions of the same form to tune on, for the sft and cpt methods"
-    )
+def add_question_options(parser: argparse.ArgumentParser, training: bool = True) -> None:
+    """Add the options of evaluations that ask questions, for which there may be others to train on."""
+    if training:
+        parser.add_argument(
+            "--train", type=user_path, help="questions of the same form to tune on, for the sft and cpt methods"
+        )
     parser.add_argument("--passages", type=int, default=1, help="100-word passages to retrieve (default: %(default)s)")
+    parser.add_argument(
+        "--embedding-model", type=expanded, help="folder or hub name of the model for retrieval_embedding"
+    )
     parser.add_argument("--new-tokens", type=int, help="most tokens per answer (default: the paper's)")
     parser.add_argument(
         "--chat", action="store_true", help="ask with the tokenizer's chat template, as in instruction tuning"
@@ -98,6 +107,7 @@ def add_paper_option(parser: argparse.ArgumentParser, task: str) -> None:
     )
 
 
+_TOLD = ("seed", "passages", "truncate_to", "chat", "learning_rate", "epochs")  # of the methods, in a report
 _NOT_THE_PAPERS = ("limit", "part", "style", "adapted_style", "chat", "new_tokens")
 
 
@@ -139,37 +149,64 @@ def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
             raise InputError(f"--methods: {name} can't be used in {options.task}: {why}")
 
 
-def evaluate(options: argparse.Namespace, files: Sequence[Path], make: Callable[[GenerativeAdapter], Scenario]) -> int:
-    """Run an evaluation, print it and write its report. Returns the exit code.
+class Inputs(NamedTuple):
+    """What an evaluation reads and asks.
 
-    Args:
-        options: of the command line.
+    Attributes:
         files: data files that the answers depend on.
         make: reads them and makes the scenario; called once the model is there.
     """
+
+    files: Sequence[Path]
+    make: Callable[[GenerativeAdapter], Scenario]
+
+
+def add_task(
+    tasks: Any, name: str, inputs: Callable[[argparse.Namespace], Inputs], summary: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand that evaluates; `inputs` takes its options."""
+    parser = add_command(tasks, name, lambda options: evaluate(options, inputs(options)), summary, example)
+    parser.set_defaults(inputs=inputs)
+    return parser
+
+
+def evaluate(options: argparse.Namespace, inputs: Inputs) -> int:
+    """Run an evaluation, print it and write its report. Returns the exit code."""
     if options.json is not None and options.json.suffix != ".json":
         raise InputError(f"--json must be a file whose name ends in .json, but it is {options.json}")
-    paper_data = _paper_data(options)
-    for file in files:
-        if not file.exists():
-            raise InputError(f"there is no file {file}")
-    with process_group(options.device) as ranks, _only_evaluation(options.json, ranks):
-        model = load_generator(options)
-        names, static_lora, notes = _methods(options)
-        notes += _sampling(options)
-        scenario = make(model)
-        method_settings = _method_settings(options, static_lora)
-        settings = _settings(options, model, scenario, files, method_settings)
-        log = AnswerLog(options.json, settings, ranks.rank)
-        runner = Runner(model, scenario, names, log, method_settings, RunSettings(options.batch_tokens), ranks)
-        _run(runner, options.json)
+    check_inputs(options, inputs)
+    with process_group(options.device) as ranks, only_evaluation(options.json, ranks):
+        report = run_evaluation(options, inputs, load_generator(options), ranks)
         if ranks.rank == 0:
-            report = reports.build(runner, {**settings, "processes": ranks.world}, notes, paper_data)
             _finish(report, options.json)
     return 0
 
 
-def _only_evaluation(report: Path | None, ranks: Ranks) -> AbstractContextManager[None]:
+def check_inputs(options: argparse.Namespace, inputs: Inputs) -> None:
+    """Raises: InputError: a file is missing, or --paper-data does not go with the other options."""
+    _paper_data(options)
+    for file in inputs.files:
+        if not file.exists():
+            raise InputError(f"there is no file {file}")
+
+
+def run_evaluation(
+    options: argparse.Namespace, inputs: Inputs, model: GenerativeAdapter, ranks: Ranks
+) -> dict[str, Any]:
+    """Run what is left of an evaluation; its report, see `report.build`. Call it in all processes."""
+    names, static_lora, notes = _methods(options)
+    notes += _sampling(options)
+    scenario = inputs.make(model)
+    method_settings = _method_settings(options, static_lora)
+    settings = _settings(options, model, scenario, inputs.files, method_settings)
+    log = AnswerLog(options.json, settings, ranks.rank)
+    runner = Runner(model, scenario, names, log, method_settings, RunSettings(options.batch_tokens), ranks)
+    _run(runner, options.json)
+    return reports.build(runner, {**settings, "processes": ranks.world}, notes, _paper_data(options))
+
+
+def only_evaluation(report: Path | None, ranks: Ranks) -> AbstractContextManager[None]:
+    """Keep out other evaluations that would write the same report."""
     if report is None or ranks.rank > 0:
         return nullcontext()
     return only_process(report.with_suffix(".lock"), f"another evaluation writes to {report}", "choose another --json")
@@ -215,11 +252,17 @@ def _settings(
         "new_tokens": scenario.new_tokens,
         "limit": options.limit,
         "sample_seed": options.sample_seed,
-        **{name: getattr(settings, name) for name in ("seed", "passages", "chat", "learning_rate", "epochs")},
+        **{name: getattr(settings, name) for name in _TOLD},
+        "embedding_model": _embedding_model(settings.embedding_model),
         "static_lora": None if settings.static_lora is None else reports.data_hash(settings.static_lora),
         "data": {name: reports.data_hash(file) for name, file in _names(files).items()},
         **reports.describe_model(model),
     }
+
+
+def _embedding_model(name: str | None) -> str | None:
+    """Its name on the hub, or what is in its folder."""
+    return name if name is None or not Path(name).exists() else reports.data_hash(Path(name))
 
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:
@@ -231,6 +274,8 @@ def _names(files: Sequence[Path]) -> dict[str, Path]:
 def _method_settings(options: argparse.Namespace, static_lora: Path | None) -> MethodSettings:
     return MethodSettings(
         passages=getattr(options, "passages", 1),
+        embedding_model=getattr(options, "embedding_model", None),
+        truncate_to=options.truncate_to,
         chat=getattr(options, "chat", False),
         static_lora=static_lora,
         learning_rate=options.learning_rate,
@@ -252,23 +297,25 @@ def _run(runner: Runner, report: Path | None) -> None:
 def _finish(report: Mapping[str, Any], path: Path | None) -> None:
     console = Console()
     for table in own_tables(report):
-        console.print(_rich(table))
+        console.print(rich_table(table))
     for note in report["notes"]:
         console.print(note, highlight=False)
     if path is not None:
-        for file in reports.write(report, path, _plots(report)):
+        for file in reports.write(report, path, drawn(plots, report)):
             print(file)
 
 
-def _plots(report: Mapping[str, Any]) -> dict[str, str]:
+def drawn(draw: Callable[[Mapping[str, Any]], dict[str, str]], report: Mapping[str, Any]) -> dict[str, str]:
+    """The plots of a report; none, with a message, without matplotlib."""
     try:
-        return plots(report)
+        return draw(report)
     except ImportError:
         print("no plots: matplotlib is not installed (pip install 'gakernels[plots]')", file=sys.stderr)
         return {}
 
 
-def _rich(table: ReportTable) -> Table:
+def rich_table(table: ReportTable) -> Table:
+    """A table for the terminal."""
     shown = Table(title=table.title, caption=table.note or None)
     for place, heading in enumerate(table.headings):
         shown.add_column(heading, justify="right" if place else "left", no_wrap=not place)

@@ -1,4 +1,4 @@
-"""`gakernels eval docqa | dialog | icl | perplexity | recall`: the evaluations on a model."""
+"""`gakernels eval docqa | dialog | icl | perplexity | recall | haystack`: the evaluations on a model."""
 
 import argparse
 from contextlib import nullcontext
@@ -10,9 +10,11 @@ from typing import Any
 from gakernels.cli.common import add_command
 from gakernels.cli.demo_people import one_thread
 from gakernels.cli.eval.running import (
+    Inputs,
     add_paper_option,
     add_question_options,
     add_run_options,
+    add_task,
     ask_settings,
     evaluate,
     numbers,
@@ -31,6 +33,7 @@ from gakernels.evaluation.datasets import (
     read_task,
     task_file,
 )
+from gakernels.evaluation.haystack import HaystackSettings, haystack
 from gakernels.evaluation.icl import SEEDS, SHOTS, TEST_TASKS, TaskData, icl
 from gakernels.evaluation.perplexity import cut_documents, perplexity
 from gakernels.evaluation.recall import FORMS, TESTS, RecallSettings, recall
@@ -42,10 +45,10 @@ from gakernels.paths import expanded, user_path
 
 def add_docqa(tasks: Any) -> None:
     """Add the task `docqa`."""
-    parser = add_command(
+    parser = add_task(
         tasks,
         "docqa",
-        run_docqa,
+        docqa_inputs,
         "Questions about documents, grouped into contexts of given lengths: F1 and exact match.",
         "  gakernels eval docqa --generator my-generator --data dev-v1.1.json --lengths 512,2048 \\\n"
         "      --methods closed_book,prompt,adapter --limit 500 --json results.json",
@@ -67,8 +70,8 @@ def add_docqa(tasks: Any) -> None:
     add_paper_option(parser, "docqa")
 
 
-def run_docqa(options: argparse.Namespace) -> int:
-    """Run the evaluation `docqa`."""
+def docqa_inputs(options: argparse.Namespace) -> Inputs:
+    """What the evaluation `docqa` reads and asks."""
     lengths = None if options.lengths == "own" else numbers(options.lengths, "--lengths")
     training = None if options.train is None else str(options.train)
     files = [Path(name) for name in (options.data, training) if name and not name.startswith(HUB)]
@@ -85,7 +88,7 @@ def run_docqa(options: argparse.Namespace) -> int:
             ask_settings(options),
         )
 
-    return evaluate(options, files, make)
+    return Inputs(files, make)
 
 
 DIALOG_QUESTIONS = tuple(dict.fromkeys((*MSC_QUESTIONS, *PERSONA_CHAT_QUESTIONS)))
@@ -93,10 +96,10 @@ DIALOG_QUESTIONS = tuple(dict.fromkeys((*MSC_QUESTIONS, *PERSONA_CHAT_QUESTIONS)
 
 def add_dialog(tasks: Any) -> None:
     """Add the task `dialog`."""
-    parser = add_command(
+    parser = add_task(
         tasks,
         "dialog",
-        run_dialog,
+        dialog_inputs,
         "Questions about what was said in earlier conversations: F1 and exact match.",
         "  gakernels eval dialog --generator my-generator --data msc_self_instruct.jsonl --json results.json",
     )
@@ -116,15 +119,15 @@ def add_dialog(tasks: Any) -> None:
     add_paper_option(parser, "dialog")
 
 
-def run_dialog(options: argparse.Namespace) -> int:
-    """Run the evaluation `dialog`."""
+def dialog_inputs(options: argparse.Namespace) -> Inputs:
+    """What the evaluation `dialog` reads and asks."""
 
     def make(_: GenerativeAdapter) -> Scenario:
         data, questions = read_conversations(options.data, options.questions)
         training = read_conversations(options.train, options.questions)[0].contexts if options.train else ()
         return dialog(data, questions, options.protocol, training, ask_settings(options))
 
-    return evaluate(options, [options.data, *([options.train] if options.train else [])], make)
+    return Inputs([options.data, *([options.train] if options.train else [])], make)
 
 
 def read_conversations(path: Path, questions: str | None) -> tuple[Dataset, str]:
@@ -146,10 +149,10 @@ def read_conversations(path: Path, questions: str | None) -> tuple[Dataset, str]
 
 def add_icl(tasks: Any) -> None:
     """Add the task `icl`."""
-    parser = add_command(
+    parser = add_task(
         tasks,
         "icl",
-        run_icl,
+        icl_inputs,
         "Tasks from demonstrations: generated answers that match, and options ranked by their loss.",
         "  gakernels eval icl --generator my-generator --data MetaICL/data --shots 1,16 --json results.json\n"
         "  gakernels eval icl --generator my-generator --data test.jsonl --train train.jsonl",
@@ -171,8 +174,8 @@ def add_icl(tasks: Any) -> None:
     add_paper_option(parser, "icl")
 
 
-def run_icl(options: argparse.Namespace) -> int:
-    """Run the evaluation `icl`."""
+def icl_inputs(options: argparse.Namespace) -> Inputs:
+    """What the evaluation `icl` reads and asks."""
     refuse(
         options,
         ("mean_context", "sft_lora", "sft_full"),
@@ -189,7 +192,7 @@ def run_icl(options: argparse.Namespace) -> int:
         ]
         return icl(tasks, shots, options.protocol, ask_settings(options))
 
-    return evaluate(options, list(dict.fromkeys(path for paths in files.values() for path in paths)), make)
+    return Inputs(list(dict.fromkeys(path for paths in files.values() for path in paths)), make)
 
 
 def _icl_files(options: argparse.Namespace, seeds: list[int]) -> dict[tuple[str, int], list[Path]]:
@@ -215,7 +218,9 @@ def _icl_files(options: argparse.Namespace, seeds: list[int]) -> dict[tuple[str,
 ONLY_FOR_QUESTIONS = (
     "mean_context",
     "retrieval",
+    "retrieval_embedding",
     "adapter_retrieval",
+    "context_distillation",
     "sft_lora",
     "sft_full",
     "few_shot_lora",
@@ -225,10 +230,10 @@ ONLY_FOR_QUESTIONS = (
 
 def add_perplexity(tasks: Any) -> None:
     """Add the task `perplexity`."""
-    parser = add_command(
+    parser = add_task(
         tasks,
         "perplexity",
-        run_perplexity,
+        perplexity_inputs,
         "Perplexity of a context (reconstruction) and of the text after it (completion).",
         "  gakernels eval perplexity --generator my-generator --data validation.jsonl --json results.json",
     )
@@ -245,8 +250,8 @@ def add_perplexity(tasks: Any) -> None:
     add_paper_option(parser, "perplexity")
 
 
-def run_perplexity(options: argparse.Namespace) -> int:
-    """Run the evaluation `perplexity`."""
+def perplexity_inputs(options: argparse.Namespace) -> Inputs:
+    """What the evaluation `perplexity` reads and asks."""
     refuse(options, ONLY_FOR_QUESTIONS, "it has no questions")
 
     def make(model: GenerativeAdapter) -> Scenario:
@@ -255,7 +260,7 @@ def run_perplexity(options: argparse.Namespace) -> int:
         scenario = perplexity(documents, min(options.tokens, model.config.chunk_size), options.protocol)
         return replace(scenario, settings={"tokens": options.tokens}, skipped=skipped)
 
-    return evaluate(options, [options.data], make)
+    return Inputs([options.data], make)
 
 
 WITH_TRAINING_QUESTIONS = ("mean_context", "sft_lora", "sft_full", "few_shot_lora", "few_shot_full")
@@ -334,4 +339,41 @@ def run_recall(options: argparse.Namespace) -> int:
         return recall(settings, lambda text: len(decoder.encode(text)) - begin)
 
     with one_thread() if embedded else nullcontext():
-        return evaluate(options, [], make)
+        return evaluate(options, Inputs([], make))
+
+
+def add_haystack(tasks: Any) -> None:
+    """Add the task `haystack`."""
+    parser = add_task(
+        tasks,
+        "haystack",
+        haystack_inputs,
+        "A needle in a haystack: one number, drawn by --seed, in a text of so many tokens that says nothing else.",
+        "  gakernels eval haystack --generator my-generator --lengths 1024,8192,32768 --json results.json",
+    )
+    parser.add_argument(
+        "--lengths",
+        default="1024,2048,4096,8192",
+        help="tokens per context, separated by commas (default: %(default)s)",
+    )
+    usual = HaystackSettings.contexts
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        default=usual,
+        help="per length, the needle in each tenth of the text equally often (default: %(default)s)",
+    )
+    add_run_options(parser, "closed_book,prompt,adapter")
+    add_question_options(parser, training=False)
+
+
+def haystack_inputs(options: argparse.Namespace) -> Inputs:
+    """What the evaluation `haystack` asks."""
+    refuse(options, WITH_TRAINING_QUESTIONS, "it has no training questions")
+    drawn = HaystackSettings(tuple(numbers(options.lengths, "--lengths")), options.contexts, options.seed)
+
+    def make(model: GenerativeAdapter) -> Scenario:
+        decoder = Decoder(model)
+        return haystack(drawn, lambda text: len(decoder.encode(text)), options.protocol, ask_settings(options))
+
+    return Inputs([], make)

@@ -24,16 +24,16 @@ def low_rank_polar(
 ) -> tuple[Tensor, Tensor]:
     """Low-rank polar factor of each state: with f the damped polar factor, u = f(S f(S^T f(S Omega))), v = f(S^T u).
 
-    Smooth in S for damping > 0, whatever the rank; zero for a zero state; unchanged when S is scaled. The mathematics,
+    Smooth in S for damping > 0, for every rank; zero for a zero state; unchanged when S is scaled. The mathematics,
     its backward and the choice of the default damping are in docs/numerics.md.
 
     Args:
         states: (..., d_r, d_r), float32 or float64.
         sketch: (d_r, r), the fixed matrix Omega; it gets no gradient.
         power_iterations: passes of S S^T over the sketch, as `niter` of `torch.svd_lowrank`.
-        damping: tau. 0 gives the exact polar factor (the SVD form), which is undefined, and here not finite or noise,
-            for states of rank below r. Under 1e-3 float32 states are computed in float64 throughout, at its cost. On a
-            GPU plain PyTorch and the CUDA kernels take it as 2^-25 at least, so that the result is finite.
+        damping: tau. 0 gives the exact polar factor (the SVD form), which is undefined (in practice not finite, or
+            noise) for states of rank below r. Under 1e-3 float32 states are computed in float64 throughout, at its
+            cost. On a GPU, plain PyTorch and the CUDA kernels use at least 2^-25, so that the result is finite.
 
     Returns:
         u, v: (..., d_r, r) each. Only the product u v^T is defined, not the basis.

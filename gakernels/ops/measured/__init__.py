@@ -1,4 +1,4 @@
-"""Times of the operations on GPUs: committed measurements, and those that `gakernels calibrate` made on this machine.
+"""Times of the operations on GPUs: committed measurements, and those of `gakernels calibrate` on this machine.
 
 `<gpu>.json` is written by `python -m benchmarks.rows defaults` from committed result rows; don't edit it by hand. A
 GPU without a file uses those of its compute capability.
@@ -27,10 +27,10 @@ class Measurement:
     Attributes:
         gpu: its name.
         operation, dtype, sizes: the call.
-        backends: what it was measured with. (In tuples: torch.compile can't guard a dictionary that is a constant.)
+        backends: the measured ones. (In tuples: torch.compile can't guard a dictionary that is a constant.)
         forward_ms, backward_ms: the median time of each of them.
-        gemm_flops: rate of a large GEMM of that dtype on that GPU, operations a second; 0 if it was not measured.
-        copy_bytes: bandwidth of a copy there, bytes a second, counting what is read and what is written.
+        gemm_flops: rate of a large GEMM of that dtype on that GPU, operations per second; 0 if it was not measured.
+        copy_bytes: bandwidth of a copy there, bytes per second, counting reads and writes.
         calibrated: whether this machine measured it.
     """
 
@@ -49,9 +49,9 @@ class Measurement:
 def nearest(
     rows: Sequence[Measurement], operation: str, dtype: torch.dtype, sizes: Mapping[str, int], backends: Sequence[str]
 ) -> tuple[Measurement, float] | None:
-    """The measurement that says most about a call, and how far away it is (see `distance`); None if there is none.
+    """The most relevant measurement for a call, and its `distance`; None if there is none.
 
-    One that has all the backends comes first, then one of this very machine, then the nearest sizes, then the first.
+    Measurements with all the backends come first, then those of this machine, then the nearest sizes, then the first.
     """
     best, best_rank = None, None
     for row in rows:
@@ -83,7 +83,7 @@ def _like(dtype: torch.dtype) -> tuple[str, ...]:
 
 @functools.cache
 def rows_of(gpu: Gpu) -> tuple[Measurement, ...]:
-    """What goes for a GPU: measurements of this machine, of that GPU, and of others of its capability, in this order.
+    """The measurements for a GPU: of this machine, of that GPU, and of others of its capability, in this order.
 
     Raises:
         FormatError: the record of this machine is damaged.
@@ -107,7 +107,7 @@ def _committed(folder: Path) -> tuple[tuple[tuple[int, int], tuple[Measurement, 
 
 
 def measurements(document: Mapping[str, Any], calibrated: bool = False) -> tuple[Measurement, ...]:
-    """The measurements of a file. Raises: KeyError, TypeError: it is none."""
+    """The measurements of a file. Raises: KeyError, TypeError: it has none."""
     return tuple(
         Measurement(
             gpu=document["gpu"],
@@ -126,6 +126,6 @@ def measurements(document: Mapping[str, Any], calibrated: bool = False) -> tuple
 
 
 def forget() -> None:
-    """Read all files again when they are next asked for."""
+    """Read all files again at the next query."""
     rows_of.cache_clear()
     _committed.cache_clear()

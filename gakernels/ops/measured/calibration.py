@@ -55,9 +55,7 @@ def stored(gpu: Gpu) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        warnings.warn(
-            f"{path} can't be read ({error.strerror}); kernels are chosen as if it were not there", stacklevel=2
-        )
+        warnings.warn(f"{path} can't be read ({error.strerror}); it is ignored", stacklevel=2)
         return None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path} must be a calibration record, but it is not; run `{COMMAND}` again") from error
@@ -74,13 +72,13 @@ def _check(record: Any) -> None:
     from gakernels.ops.measured import costs, measurements
 
     if record["kind"] != KIND or not isinstance(record["versions"], dict):
-        raise ValueError("its kind is another")
+        raise ValueError("its kind differs")
     if not all(type(verdict) is str for verdict in record["checks"].values()):
-        raise TypeError("its checks are others")
+        raise TypeError("its checks differ")
     for row in measurements(record, calibrated=True):
         times = min(*row.forward_ms, *row.backward_ms, row.gemm_flops)
         if not (times >= 0 and min(row.copy_bytes, costs.operations(row.operation, row.sizes)) > 0):
-            raise ValueError("its rows are others")
+            raise ValueError("its rows differ")
 
 
 def obstacle(gpu: Gpu, operation: str, backend: str, verified: bool) -> str | None:

@@ -1,9 +1,9 @@
-"""Tile sizes and other launch settings of the kernels, from tables that are part of the library.
+"""Tile sizes and other launch settings of the kernels, from tables that come with the library.
 
-`default.json` holds settings for every kernel that are right anywhere and counted out for a Hopper GPU; `small.json`
-those for GPUs with less shared memory than they need; `<gpu>.json`, if there is one, what measured best on that GPU
-(written by `python -m benchmarks.tune`). Nothing is tuned at run time. `GAKERNELS_TUNED` names one more table, which is
-looked at first.
+`default.json` holds settings for every kernel that are valid everywhere and chosen by counts for a Hopper GPU;
+`small.json` those for GPUs with less shared memory; `<gpu>.json`, if there is one, the fastest measured ones for that
+GPU (written by `python -m benchmarks.tune`). Nothing is tuned at run time. `GAKERNELS_TUNED` names one more table,
+which is searched first.
 """
 
 import functools
@@ -30,11 +30,11 @@ def settings(kernel: str, device: torch.device, dtype: torch.dtype, **sizes: int
         kernel: its name in the tables, `operation.kernel`.
         device: where it will run.
         dtype: of its inputs.
-        sizes: what the entries may ask for, as `hidden=4096`.
+        sizes: the sizes that entries may match, as `hidden=4096`.
 
     Raises:
         InputError: `GAKERNELS_TUNED` names no file.
-        FormatError: it names one that is no such table.
+        FormatError: the file is not such a table.
     """
     name = str(dtype).removeprefix("torch.")
     for path in _tables(device):
@@ -68,7 +68,7 @@ def _entries(path: Path) -> dict[str, list[dict[str, Any]]]:
         kernels = json.loads(path.read_text())["kernels"]
         return {str(name): [_checked(entry) for entry in entries] for name, entries in kernels.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path} is no table of launch settings: {error!r}") from error
+        raise FormatError(f"{path} is not a table of launch settings: {error!r}") from error
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def encode_windows(model: GenerativeAdapter, batch: InstructionBatch, factors: M
 
 
 def can_pack(model: GenerativeAdapter) -> bool:
-    """Whether several conversations in a window stay separate; not every kind of attention does that."""
+    """Whether attention keeps several conversations in a window separate; not every implementation does."""
     return model.base.config.get_text_config()._attn_implementation in PACKED_ATTENTION
 
 

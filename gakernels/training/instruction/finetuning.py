@@ -182,7 +182,7 @@ class _Finetuning(GeneratorRun[FinetuningRecipe]):
             if before["tokens"] == now["tokens"] or not changed:
                 settings["data"] = {**before, "weights": now["weights"]}
             else:
-                refusal = f"{self.folder} holds a run on other data: {'; '.join(changed)}. Use another folder"
+                refusal = f"{self.folder} holds a run with other data: {'; '.join(changed)}. Use another folder"
         if refusal := Parallel(self.ranks).broadcast(refusal):
             raise FormatError(refusal)
         return settings

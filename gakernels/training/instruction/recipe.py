@@ -126,7 +126,7 @@ class FinetuningRecipe:
 
     def __post_init__(self) -> None:
         if self.start is None and self.model is None:
-            raise InputError("model.name is needed where there is no generator to start from (start)")
+            raise InputError("model.name is needed if there is no generator to start from (start)")
         if self.start is not None and self.generator is not None:
             raise InputError("generator must not be given with start: its settings are those of the generator there")
 

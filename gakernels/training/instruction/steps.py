@@ -27,11 +27,12 @@ class BatchConfig:
 
     Attributes:
         batch_size: contexts in a step, over all processes.
-        conversations: most conversations about each context in a step; later rounds take the next ones.
-        group_size: contexts of similar size that go together; divides batch_size and is a multiple of the number
-            of processes, each of which gets its share of every group. None for the greatest common divisor of
+        conversations: maximum number of conversations about each context in a step; later rounds take the next ones.
+        group_size: contexts of similar size that are processed together; divides batch_size and is a multiple of the
+            number of processes, each of which gets its share of every group. None for the greatest common divisor of
             batch_size and 8.
-        positions: tokens, with padding, that go through the model at once, about; larger groups are divided.
+        positions: approximate number of tokens, with padding, that go through the model at once; larger groups are
+            divided.
         window: largest number of tokens in a conversation; None for the chunk size. A window of several conversations
             may have four times as many.
         losses: `answers`, and `reconstruction` and `completion` to train them too.
@@ -83,7 +84,7 @@ class StepLoad:
 class InstructionSteps:
     """The batches of each step.
 
-    The draws follow from the number of a step and the seed, and are the same for any number of processes.
+    The draws depend only on the number of a step and the seed, and are the same for any number of processes.
     Contexts are drawn many steps ahead (a pool of at most 128 steps, not more than there are contexts) and grouped by
     size; the groups come in random order.
 

@@ -95,7 +95,7 @@ def load_tuning_data(
         vocabulary: rows of the base model's embedding.
         window: longest conversation, in tokens.
         held_out: number of contexts to hold out.
-        seed: of how the items of tasks are combined.
+        seed: of the grouping of task items.
         progress: show bars.
         clock: see `ChatEncoder`.
 
@@ -168,7 +168,7 @@ def _refusals(path: str, bad: BadRecords, encoded: float) -> Iterator[str]:
     lost = 1 - (1 - bad.share) * encoded
     broken = any(kind in bad.counts for kind in FILE_FAULTS)
     if broken or lost > MOST_LOST:
-        what = f"{path} can't be read whole" if broken else f"{lost:.1%} of the rows of {path} can't be used"
+        what = f"{path} can't be read to its end" if broken else f"{lost:.1%} of the rows of {path} can't be used"
         yield f"{what}: {bad}. With --allow-skipped (data.allow_skipped) a run trains on the rest"
 
 

@@ -280,7 +280,7 @@ def test_what_has_changed_in_the_data_is_named(people: Path, tmp_path: Path) -> 
             finetune(model, recipe, out, progress=False)
 
     told(
-        r"out holds a run on other data: clock was '2030-01-01T00:00:00' and is '2031-01-02T00:00:00'\. Use",
+        r"out holds a run with other data: clock was '2030-01-01T00:00:00' and is '2031-01-02T00:00:00'\. Use",
         replace(recipe, clock="2031-01-02"),
     )
     told("other data: chat template was '[0-9a-f]+' and is '[0-9a-f]+'", template=DATED.replace("Answer", "It is"))
@@ -434,7 +434,7 @@ def test_data_that_can_not_be_used_is_told_before_the_first_step(people: Path, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, r"model\.name is needed where there is no generator to start from"),
+        ({"model": None}, r"model\.name is needed if there is no generator to start from"),
         ({"start": "x"}, "generator must not be given with start"),
         ({"epochs": 0.0}, "epochs must be finite and above 0, but it is 0.0"),
         ({"seed": -1}, r"seed must be between 0 and 4294967295, but it is -1"),

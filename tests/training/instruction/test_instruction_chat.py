@@ -178,10 +178,10 @@ def test_what_a_template_refuses_or_hides_is_told() -> None:
     assert told == "conversation that the chat template refuses (roles must alternate)"
     shouting = "{% for m in messages %}{{ m.content | replace('w', 'W') }} {% endfor %}"
     told = ChatEncoder(word_tokenizer(shouting)).encode(two)
-    assert told == "conversation whose answers the chat template does not show as they are"
+    assert told == "conversation whose answers the chat template changes"
     silent = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     told = ChatEncoder(word_tokenizer(silent)).encode(two)
-    assert told == "conversation whose answers the chat template does not show as they are"
+    assert told == "conversation whose answers the chat template changes"
 
 
 def test_a_tokenizer_that_can_not_tell_characters_is_refused() -> None:
