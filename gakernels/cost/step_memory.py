@@ -277,10 +277,8 @@ class StepMemory:
     def _kept_by_states(self, layer: int) -> int:
         size = 0
         for tokens in self.context_tokens:  # the normalised hidden states, P | Q, and both projections
-            weighed = self.h * self.config.gated
-            size += (
-                tokens * (self.h + weighed + 2 * self.config.state_size) + 2 * self.config.state_size * self.h
-            ) * self.c
+            kept = (1 + self.config.gated) * self.h + 2 * self.config.state_size
+            size += (tokens * kept + 2 * self.config.state_size * self.h) * self.c
         if self.has_graph(layer, ATTENTION):  # the norm: a number per token, and its input if that is a wide copy
             size += self.context_tokens[-1] * (4 + (self.h * max(self.p, 4) if self.c != self.a else 0))
         return size

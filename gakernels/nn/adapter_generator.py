@@ -36,8 +36,8 @@ class AdapterGenerator(nn.Module):
         sketch_seed: seed of the fixed Gaussian sketch Omega, a buffer that is stored with the generator.
         sketch_side: what the sketch multiplies: S (`input`), or S^T (`output`), as in the authors' released code.
         static_rank: of the static term; 0 for none, as in the paper.
-        gated: whether the tokens have learned weights: S = A2 (sum w h h^T) B1 with w = sigmoid(g . h). At start all are
-            equal.
+        gated: whether the tokens have learned weights: S = A2 (sum w h h^T) B1 with w = sigmoid(g . h), all equal at
+            the start.
         eps: of the RMSNorm before the projections.
 
     Raises:
