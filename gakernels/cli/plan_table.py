@@ -38,9 +38,9 @@ def print_finetuning_plan(plan: FinetuningPlan, tflops: float | None) -> None:
         ("steps", f"{plan.steps:,} of {plan.contexts} contexts: {plan.rounds:,.2f} rounds"),
         ("tokens in a step", f"{load.tokens:,.0f} on average, {load.padding:.1%} of the positions are padding"),
         ("passes in a step", f"{load.batches:,.1f} on each of {plan.processes} process(es)"),
-        ("operations of a step, at most about", _operations(plan.operations)),
+        ("operations of a step, at most", _operations(plan.operations)),
         *[
-            (f"time at {rate:,g} TFLOP/s per process, at most about", _duration(plan.seconds(rate)))
+            (f"time at {rate:,g} TFLOP/s per process, at most", _duration(plan.seconds(rate)))
             for rate in _rates(tflops)
         ],
     ]

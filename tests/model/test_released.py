@@ -267,7 +267,7 @@ def test_what_the_released_code_can_not_compute_is_not_exported(
     with pytest.raises(InputError, match=message):
         save_released(model, tmp_path / "out")
     other = GenerativeAdapter(make_base("gpt_neox"), make_config("gpt_neox", sketch_side="output"))
-    with pytest.raises(InputError, match=r"named model\.layers, but here is gpt_neox\.layers\.0"):
+    with pytest.raises(InputError, match=r"named model\.layers, but this model has gpt_neox\.layers\.0"):
         save_released(other, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,7 @@ import torch
 from invented import make_tokenizer, random_text
 from regression import InterruptionError, log_of
 from tiny import make_base, make_config
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
@@ -20,6 +21,7 @@ from gakernels.cost.shapes import ModelShape
 from gakernels.model.attachment import decoder_layers
 from gakernels.model.compilation import compile_layers
 from gakernels.nn import GatedMLP
+from gakernels.nn.recomputed_forward import RecomputedForward
 from gakernels.training import pretraining
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
@@ -206,20 +208,21 @@ def test_a_memory_budget_makes_layers_compute_again_or_refuses(data: Path, tmp_p
     one, two, three = (start(base) for base in copies(make_base(), 3))
     recipe = make_recipe(data, trainer={"steps": 2, "log_every": 1})
     pretrain(one, recipe, tmp_path / "free", progress=False)
-    assert not any(part.recompute for part in gated_parts(one))
     step = StepShape.pretraining(4, CHUNK, CHUNKS)
     shape = ModelShape.from_config(two.base.config)
     free = estimate_memory(shape, two.config, step, step_setting(recipe, 1, "cpu", torch.float32))
     tight = replace(recipe, memory_budget=str(free.total - 1))
     pretrain(two, tight, tmp_path / "tight", progress=False)
-    assert any(part.recompute for part in gated_parts(two))
+    assert [recomputes(layer) for layer in decoder_layers(one.base)[1]] == [False] * 3
+    assert [recomputes(layer) for layer in decoder_layers(two.base)[1]] == [True, False, False]
     assert losses_of(tmp_path / "tight") == losses_of(tmp_path / "free")
     with pytest.raises(InputError, match="memory_budget must be at least"):
         pretrain(three, replace(recipe, memory_budget="1KB"), tmp_path / "none", progress=False)
 
 
-def gated_parts(model: GenerativeAdapter) -> list[GatedMLP]:
-    return [module for module in model.base.modules() if isinstance(module, GatedMLP)]
+def recomputes(layer: nn.Module) -> bool:
+    parts = [part.recompute for part in layer.modules() if isinstance(part, GatedMLP)]
+    return any(parts) or isinstance(vars(layer).get("forward"), RecomputedForward)
 
 
 def test_the_windows_of_a_segment_and_of_its_chunks() -> None:
