@@ -8,7 +8,7 @@ from pydantic import Field
 from gakernels.errors import InputError
 from gakernels.nn.adapter_generator import NORMS, SKETCH_SIDES
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
-from gakernels.settings import AtLeastZero, Count, Finite, Int, Weight, one_of, settings
+from gakernels.settings import AtLeastZero, Count, Finite, Flag, Int, Weight, one_of, settings
 
 
 @settings
@@ -29,6 +29,7 @@ class GeneratorConfig:
         seed: seed of the initial parameters and the sketches.
         sketch_side: the sketch multiplies S (`input`) or S^T (`output`, as in the authors' released generators).
         static_rank: rank of a learned term that is the same for every context (`AdapterGenerator`); 0 for none.
+        gated: whether the tokens of a context have learned weights (`AdapterGenerator`).
 
     Raises:
         InputError: a value is out of range.
@@ -46,6 +47,7 @@ class GeneratorConfig:
     seed: Int = 0
     sketch_side: Annotated[str, one_of(SKETCH_SIDES)] = "input"
     static_rank: AtLeastZero = 0
+    gated: Flag = False
 
     def __post_init__(self) -> None:
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
@@ -60,7 +62,10 @@ class GeneratorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
-        return asdict(self)
+        values = asdict(self)
+        if not self.gated:
+            del values["gated"]  # as earlier versions wrote it
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GeneratorConfig":

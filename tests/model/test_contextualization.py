@@ -1,5 +1,7 @@
 """A context pass against a slow one, chunk by chunk with merged weights and plain sums; equivalences between passes."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -87,10 +89,12 @@ class SlowPass:
     def _sum(self, name: str) -> Tensor:
         generator = self.model.generator(name)
         number = next(int(part) for part in name.split(".") if part.isdigit())
-        hidden = rms_norm(self.layer_inputs[number][0], generator.norm_weight, 1e-6)
+        normed = rms_norm(self.layer_inputs[number][0], torch.ones(()), 1e-6)
         total = torch.zeros(16, 16, dtype=torch.float64)
-        for token in hidden:
-            total += torch.outer(generator.value_projection @ token, generator.key_projection.T @ token)
+        for token in normed:
+            weight = 1.0 if generator.gate is None else torch.sigmoid(generator.gate @ token)
+            token = token * generator.norm_weight
+            total += weight * torch.outer(generator.value_projection @ token, generator.key_projection.T @ token)
         return total
 
 
@@ -100,10 +104,10 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(((left[name] - right[name]).abs().max() / right[name].abs().max()).item() for name in left)
 
 
-@pytest.mark.parametrize("static_rank", [0, 2])
+@pytest.mark.parametrize("settings", [{}, {"static_rank": 2}, {"gated": True}])
 @pytest.mark.parametrize("family", [*WITH_FLOAT64_NORMS, "llama_bias", "llama_tied"])
-def test_a_pass_equals_the_slow_definition(family: str, static_rank: int) -> None:
-    model = float64_model(family, static_rank=static_rank)
+def test_a_pass_equals_the_slow_definition(family: str, settings: dict[str, Any]) -> None:
+    model = float64_model(family, **settings)
     slow = SlowPass(model)
     windows = [random_context(length) for length in (6, 5, 6, 3, 6, 1)]
     expected = [slow.read(window) for window in windows]

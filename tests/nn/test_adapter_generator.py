@@ -222,3 +222,31 @@ def test_under_autocast_no_wide_copy_of_the_hidden_states_is_kept(generator: Gen
     assert not any(tensor.shape == hidden.shape and tensor.dtype == torch.float32 for tensor in kept)
     exact = copy.deepcopy(module).double().states(hidden.detach().double())
     assert (states - exact).norm() <= 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
+
+
+def test_a_gated_state_weighs_its_tokens(generator: Generator) -> None:
+    module = trained(generator, gated=True)
+    hidden = draw_hidden(generator, 2, 3, 5)
+    mask = torch.rand(2, 3, 5, generator=generator) < 0.7
+    states = module.states(hidden, mask)
+    normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    weight = torch.sigmoid(normed @ module.gate) * mask
+    weighed = normed * module.norm_weight
+    moments = torch.einsum("btm,btmi,btmj->btij", weight, weighed, weighed).cumsum(1)
+    wanted = module.value_projection @ moments @ module.key_projection
+    torch.testing.assert_close(states, wanted, rtol=1e-10, atol=1e-10 * wanted.abs().max().item())
+
+
+def test_an_untrained_gate_changes_no_adapter_and_learns(generator: Generator) -> None:
+    hidden = draw_hidden(generator, 1, 2, 20).float()
+    plain, gated = build(), build(gated=True)
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        for module in (plain, gated):
+            module.output_map.copy_(torch.eye(14, 8))
+    (a, b, _), (c, d, _) = plain(hidden), gated(hidden)
+    torch.testing.assert_close(b @ a, d @ c, rtol=1e-4, atol=1e-5)
+    (d @ c).square().sum().backward()
+    assert gated.gate.grad.abs().max() > 0
+    assert plain.gate is None
+    assert "gated" in repr(gated)

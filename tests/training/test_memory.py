@@ -84,9 +84,22 @@ def measured_peak(model: GenerativeAdapter, preset: Preset, rows: int, generator
         ({"dtype": torch.bfloat16}, {"linears": ("q_proj", "gate_proj")}, 1),
         ({}, {"linears": ("down_proj",), "layers": (1, 2)}, 1),
         ({}, {"static_rank": 8}, 1),
+        ({}, {"gated": True}, 1),
         ({}, {"norm": "frobenius", "state_size": 64, "rank": 8}, 1),
     ],
-    ids=["small", "bf16", "wide", "states", "one chunk", "two linears", "inputs", "some layers", "static", "frobenius"],
+    ids=[
+        "small",
+        "bf16",
+        "wide",
+        "states",
+        "one chunk",
+        "two linears",
+        "inputs",
+        "some layers",
+        "static",
+        "gated",
+        "frobenius",
+    ],
 )
 @pytest.mark.parametrize("recompute", ["nothing", "gated", "whole", "both"])
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(

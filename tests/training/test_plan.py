@@ -37,7 +37,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"linears": ("q_proj", "up_proj"), "layers": (0, 2)}, {"static_rank": 3}, {"norm": "frobenius"}]
+    "settings",
+    [
+        {},
+        {"linears": ("q_proj", "up_proj"), "layers": (0, 2)},
+        {"static_rank": 3},
+        {"gated": True},
+        {"norm": "frobenius"},
+    ],
 )
 def test_parameters_are_those_of_the_model(folder: Path, settings: dict[str, Any]) -> None:
     config = make_config(**settings)
