@@ -38,14 +38,14 @@ class Variant:
         norm: of the generated adapter.
         scale: of the generated adapter.
         linears: adapted layers.
-        gated: whether the tokens of a context have learned weights.
+        token_weights: whether the tokens of a context have learned weights.
     """
 
     loss_weights: tuple[tuple[str, float], ...] = BOTH
     norm: str = "polar"
     scale: float = 1.0
     linears: tuple[str, ...] = ("o_proj", "down_proj")
-    gated: bool = False
+    token_weights: bool = False
 
 
 STATE_SIZE, RANK = 128, 32
@@ -56,7 +56,7 @@ VARIANTS = {
     "frobenius": Variant(norm="frobenius"),
     "frobenius_equal_norm": Variant(norm="frobenius", scale=RANK**0.5),
     "attention_only": Variant(linears=("o_proj",)),
-    "gated": Variant(gated=True),
+    "token_weights": Variant(token_weights=True),
 }
 
 
@@ -128,7 +128,7 @@ def build(base: Path, variant: Variant, seed: int) -> GenerativeAdapter:
         chunk_size=128,
         norm=variant.norm,
         seed=seed,
-        gated=variant.gated,
+        token_weights=variant.token_weights,
     )
     language_model, tokenizer = load_base(str(base), dtype=torch.float32)
     return GenerativeAdapter(language_model, config, tokenizer)

@@ -277,7 +277,7 @@ class StepMemory:
     def _kept_by_states(self, layer: int) -> int:
         size = 0
         for tokens in self.context_tokens:  # the normalised hidden states, P | Q, and both projections
-            kept = (1 + self.config.gated) * self.h + 2 * self.config.state_size
+            kept = (1 + self.config.token_weights) * self.h + 2 * self.config.state_size
             size += (tokens * kept + 2 * self.config.state_size * self.h) * self.c
         if self.has_graph(layer, ATTENTION):  # the norm: a number per token, and its input if that is a wide copy
             size += self.context_tokens[-1] * (4 + (self.h * max(self.p, 4) if self.c != self.a else 0))
@@ -392,4 +392,4 @@ class StepMemory:
 def generator_parameters(config: GeneratorConfig, hidden: int, linear: LinearShape) -> int:
     """Number of parameters of the generator of one linear layer."""
     widths = linear.inputs + linear.outputs
-    return config.state_size * (2 * hidden + widths) + hidden * (1 + config.gated) + config.static_rank * widths
+    return config.state_size * (2 * hidden + widths) + hidden * (1 + config.token_weights) + config.static_rank * widths

@@ -114,7 +114,7 @@ class AttachedGenerators(nn.Module):
                     sketch_seed=self.config.seed * 1000 + number,
                     sketch_side=self.config.sketch_side,
                     static_rank=self.config.static_rank,
-                    gated=self.config.gated,
+                    token_weights=self.config.token_weights,
                 )
                 self.generators[_key(site.name)] = generator.to(execution_device(site.linear), dtype)
         layers = decoder_layers(self.base)[1]

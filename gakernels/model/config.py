@@ -29,7 +29,7 @@ class GeneratorConfig:
         seed: seed of the initial parameters and the sketches.
         sketch_side: the sketch multiplies S (`input`) or S^T (`output`, as in the authors' released generators).
         static_rank: rank of a learned term that is the same for every context (`AdapterGenerator`); 0 for none.
-        gated: whether the tokens of a context have learned weights (`AdapterGenerator`).
+        token_weights: whether the tokens of a context have learned weights (`AdapterGenerator`).
 
     Raises:
         InputError: a value is out of range.
@@ -47,7 +47,7 @@ class GeneratorConfig:
     seed: Int = 0
     sketch_side: Annotated[str, one_of(SKETCH_SIDES)] = "input"
     static_rank: AtLeastZero = 0
-    gated: Flag = False
+    token_weights: Flag = False
 
     def __post_init__(self) -> None:
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
@@ -63,8 +63,8 @@ class GeneratorConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
         values = asdict(self)
-        if not self.gated:
-            del values["gated"]  # as earlier versions wrote it
+        if not self.token_weights:
+            del values["token_weights"]  # as earlier versions wrote it
         return values
 
     @classmethod

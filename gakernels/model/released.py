@@ -215,8 +215,8 @@ def _check_expressible(model: AttachedGenerators) -> None:
         )
     if config.static_rank:
         raise InputError(f"the released code has no static term, but static_rank is {config.static_rank}")
-    if config.gated:
-        raise InputError("the released code has no weights of tokens, but the generators are gated")
+    if config.token_weights:
+        raise InputError("the released code has no token weights, but these generators have")
 
 
 def _split(name: str) -> tuple[str, int, str]:

@@ -36,8 +36,8 @@ class AdapterGenerator(nn.Module):
         sketch_seed: seed of the fixed Gaussian sketch Omega, a buffer that is stored with the generator.
         sketch_side: what the sketch multiplies: S (`input`), or S^T (`output`), as in the authors' released code.
         static_rank: of the static term; 0 for none, as in the paper.
-        gated: whether the tokens have learned weights: S = A2 (sum w h h^T) B1 with w = sigmoid(g . h), all equal at
-            the start.
+        token_weights: whether each token has a learned weight: S = A2 (sum w h h^T) B1 with w = sigmoid(g . h); all are
+            equal at the start.
         eps: of the RMSNorm before the projections.
 
     Raises:
@@ -47,7 +47,7 @@ class AdapterGenerator(nn.Module):
     sketch: Tensor
     static_lora_a: nn.Parameter | None
     static_lora_b: nn.Parameter | None
-    gate: nn.Parameter | None
+    token_gate: nn.Parameter | None
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class AdapterGenerator(nn.Module):
         sketch_seed: int = 0,
         sketch_side: str = "input",
         static_rank: int = 0,
-        gated: bool = False,
+        token_weights: bool = False,
         eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -87,7 +87,7 @@ class AdapterGenerator(nn.Module):
         self.input_map = empty(state_size, in_features)  # B2
         self.static_lora_a = empty(static_rank, in_features) if static_rank else None  # A_s
         self.static_lora_b = empty(out_features, static_rank) if static_rank else None  # B_s
-        self.gate = empty(hidden_size) if gated else None  # g
+        self.token_gate = empty(hidden_size) if token_weights else None  # g
         self.register_buffer("sketch", _gaussian(state_size, rank, sketch_seed).to(self.norm_weight))
         self.reset_parameters()
 
@@ -96,8 +96,8 @@ class AdapterGenerator(nn.Module):
         with torch.no_grad():
             self.norm_weight.fill_(1)
             self.output_map.zero_()
-            if self.gate is not None:
-                self.gate.zero_()  # all tokens weigh the same
+            if self.token_gate is not None:
+                self.token_gate.zero_()  # all tokens weigh the same
             maps = [
                 (self.value_projection, self.value_projection.shape[1]),
                 (self.key_projection, self.key_projection.shape[0]),
@@ -124,9 +124,9 @@ class AdapterGenerator(nn.Module):
 
     def _weighed(self, normed: Tensor) -> Tensor:
         """The tokens h_i (..., d_h) times sqrt(w_i): the state is of second degree in them."""
-        if self.gate is None:
+        if self.token_gate is None:
             return normed
-        logits = normed @ self.gate.to(normed.dtype)
+        logits = normed @ self.token_gate.to(normed.dtype)
         weight = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         return normed * weight.sqrt().to(normed.dtype)[..., None]
 
@@ -196,8 +196,8 @@ class AdapterGenerator(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"hidden={self.norm_weight.shape[0]}, in={self.input_map.shape[1]}, out={self.output_map.shape[0]}"
         static = f", static_rank={self.static_rank}" if self.static_rank else ""
-        gated = "" if self.gate is None else ", gated"
-        return f"{sizes}, state={self.sketch.shape[0]}, rank={self.sketch.shape[1]}, norm={self.norm}{static}{gated}"
+        weights = "" if self.token_gate is None else ", token_weights"
+        return f"{sizes}, state={self.sketch.shape[0]}, rank={self.sketch.shape[1]}, norm={self.norm}{static}{weights}"
 
 
 def _frobenius(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ class SlowPass:
         normed = rms_norm(self.layer_inputs[number][0], torch.ones(()), 1e-6)
         total = torch.zeros(16, 16, dtype=torch.float64)
         for token in normed:
-            weight = 1.0 if generator.gate is None else torch.sigmoid(generator.gate @ token)
+            weight = 1.0 if generator.token_gate is None else torch.sigmoid(generator.token_gate @ token)
             token = token * generator.norm_weight
             total += weight * torch.outer(generator.value_projection @ token, generator.key_projection.T @ token)
         return total
@@ -104,7 +104,7 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(((left[name] - right[name]).abs().max() / right[name].abs().max()).item() for name in left)
 
 
-@pytest.mark.parametrize("settings", [{}, {"static_rank": 2}, {"gated": True}])
+@pytest.mark.parametrize("settings", [{}, {"static_rank": 2}, {"token_weights": True}])
 @pytest.mark.parametrize("family", [*WITH_FLOAT64_NORMS, "llama_bias", "llama_tied"])
 def test_a_pass_equals_the_slow_definition(family: str, settings: dict[str, Any]) -> None:
     model = float64_model(family, **settings)

@@ -224,29 +224,29 @@ def test_under_autocast_no_wide_copy_of_the_hidden_states_is_kept(generator: Gen
     assert (states - exact).norm() <= 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
 
 
-def test_a_gated_state_weighs_its_tokens(generator: Generator) -> None:
-    module = trained(generator, gated=True)
+def test_token_weights_are_those_of_the_sum(generator: Generator) -> None:
+    module = trained(generator, token_weights=True)
     hidden = draw_hidden(generator, 2, 3, 5)
     mask = torch.rand(2, 3, 5, generator=generator) < 0.7
     states = module.states(hidden, mask)
     normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    weight = torch.sigmoid(normed @ module.gate) * mask
+    weight = torch.sigmoid(normed @ module.token_gate) * mask
     weighed = normed * module.norm_weight
     moments = torch.einsum("btm,btmi,btmj->btij", weight, weighed, weighed).cumsum(1)
     wanted = module.value_projection @ moments @ module.key_projection
     torch.testing.assert_close(states, wanted, rtol=1e-10, atol=1e-10 * wanted.abs().max().item())
 
 
-def test_an_untrained_gate_changes_no_adapter_and_learns(generator: Generator) -> None:
+def test_untrained_token_weights_change_no_adapter_and_learn(generator: Generator) -> None:
     hidden = draw_hidden(generator, 1, 2, 20).float()
-    plain, gated = build(), build(gated=True)
-    gated.load_state_dict(plain.state_dict(), strict=False)
+    plain, weighed = build(), build(token_weights=True)
+    weighed.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
-        for module in (plain, gated):
+        for module in (plain, weighed):
             module.output_map.copy_(torch.eye(14, 8))
-    (a, b, _), (c, d, _) = plain(hidden), gated(hidden)
+    (a, b, _), (c, d, _) = plain(hidden), weighed(hidden)
     torch.testing.assert_close(b @ a, d @ c, rtol=1e-4, atol=1e-5)
     (d @ c).square().sum().backward()
-    assert gated.gate.grad.abs().max() > 0
-    assert plain.gate is None
-    assert "gated" in repr(gated)
+    assert weighed.token_gate.grad.abs().max() > 0
+    assert plain.token_gate is None
+    assert "token_weights" in repr(weighed)

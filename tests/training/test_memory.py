@@ -84,7 +84,7 @@ def measured_peak(model: GenerativeAdapter, preset: Preset, rows: int, generator
         ({"dtype": torch.bfloat16}, {"linears": ("q_proj", "gate_proj")}, 1),
         ({}, {"linears": ("down_proj",), "layers": (1, 2)}, 1),
         ({}, {"static_rank": 8}, 1),
-        ({}, {"gated": True}, 1),
+        ({}, {"token_weights": True}, 1),
         ({}, {"norm": "frobenius", "state_size": 64, "rank": 8}, 1),
     ],
     ids=[

@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
         {},
         {"linears": ("q_proj", "up_proj"), "layers": (0, 2)},
         {"static_rank": 3},
-        {"gated": True},
+        {"token_weights": True},
         {"norm": "frobenius"},
     ],
 )
