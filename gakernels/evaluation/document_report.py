@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import transformers
 
 from gakernels.evaluation.document_reading import PAGE_BYTES, KeptBytes, ReadingCost
 from gakernels.evaluation.document_sets import METRICS, OWN, SINGLE, SetScore, SetScores
 from gakernels.evaluation.metrics import PERPLEXITY, Estimate
+from gakernels.evaluation.report import describe_run
 from gakernels.evaluation.tables import FRACTION, ReportTable, interval_text, short_seconds
 from gakernels.model import GenerativeAdapter
-from gakernels.version import __version__
 
 KIND = "gakernels documents"
 LABELS = {
@@ -39,15 +37,9 @@ def build(
     """The report in JSON types."""
     return {
         "kind": KIND,
+        **describe_run(model),
         "settings": dict(settings),
         "generator": model.config.to_dict(),
-        "versions": {
-            "gakernels": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "reading": [asdict(cost) for cost in costs],
         "kept": asdict(kept),
@@ -70,7 +62,7 @@ def markdown(report: Mapping[str, Any], shown: Sequence[ReportTable]) -> str:
     """The report as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    facts = f"- {settings}\n- {versions}; {report['device']}, {report['threads']} threads\n"
+    facts = f"- {report['model']}, {settings}\n- {versions}; {report['device']}, {report['threads']} threads\n"
     return "\n".join(["# Documents\n", facts, *(table.markdown() for table in shown)])
 
 

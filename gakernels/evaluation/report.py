@@ -68,9 +68,10 @@ def describe_model(model: GenerativeAdapter) -> dict[str, Any]:
 
 
 def describe_run(model: GenerativeAdapter) -> dict[str, Any]:
-    """The names of the base model and the device, and the versions."""
+    """The names of the base model (of a folder or file without the path to it) and of the device, and the versions."""
+    name = model.base.config.name_or_path
     return {
-        "model": model.base.config.name_or_path,
+        "model": Path(name).name if Path(name).exists() else name,
         "versions": {
             "gakernels": __version__,
             "torch": torch.__version__,

@@ -122,6 +122,7 @@ class Trainer:
                     stop = self._asked_to_stop(request)
                     self._save_if_due(done, bool(stop))
                     if stop and done < self.config.steps:
+                        self._checkpoints.wait()  # before the message promises that the run can be resumed
                         raise self._stopped(stop, done)
         finally:
             log.close()

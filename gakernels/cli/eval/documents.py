@@ -74,7 +74,6 @@ def run_documents(options: argparse.Namespace) -> int:
     costs, kept = measure_reading(model, [context.text for context in contexts], sizes)
     sets = measure_sets(model, contexts, counts, options.seed, options.new_tokens)
     settings = {
-        "model": Path(model.base.config.name_or_path).name,
         "data": options.data if options.data.startswith(HUB) else Path(options.data).name,
         **{name: getattr(options, name) for name in ("sizes", "counts", "new_tokens", "seed")},
         **reports.describe_model(model),
