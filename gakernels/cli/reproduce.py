@@ -34,9 +34,9 @@ def add_parser(commands: Any) -> None:
         commands,
         "reproduce",
         run,
-        "Run what a published table has, row by row, and write it as Markdown, CSV, JSON, plots and one HTML page. "
-        "Rows without data say which file is missing and where it comes from. The same command goes on where it "
-        "stopped (docs/evaluation.md).",
+        "Run a published table row by row, and write it as Markdown, CSV, JSON, plots and one HTML page. "
+        "Rows without data name the missing file and its source. The same command resumes an interrupted run "
+        "(docs/evaluation.md).",
         "  gakernels reproduce table5 --generator my-generator --data data --limit 20   # a try\n"
         "  gakernels reproduce table5 --generator my-generator --data data --paper-data",
     )
@@ -50,11 +50,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="released", help="see docs/evaluation.md (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=int, help="only try it: at most so many questions or documents in each row")
+    parser.add_argument("--limit", type=int, help="for a quick try: the most questions or documents in each row")
     parser.add_argument(
         "--paper-data",
         action="store_true",
-        help="say that the files are those of the paper, in its split, to see published values beside",
+        help="declare that the files are the paper's, in its split, to see the published values beside ours",
     )
     parser.add_argument(
         "--setting",

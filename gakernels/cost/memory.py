@@ -44,7 +44,7 @@ class MemoryEstimate:
     Attributes:
         parts: bytes by name; they add up to `total`.
         moment: the moment of the peak.
-        recomputed: what is computed again in the backward.
+        recomputed: what is recomputed in the backward.
     """
 
     parts: Mapping[str, int]
@@ -81,7 +81,7 @@ def estimate_memory(
     layers = recomputable_layers(shape, config)
     for number in (*recomputed.gated, *recomputed.whole):
         if number not in layers:
-            raise InputError(f"recomputed must have layers out of {list(layers)}, but has {number}")
+            raise InputError(f"recomputed must name layers out of {list(layers)}, but names {number}")
     count = StepMemory(shape, config, step, setting or StepSetting(), recomputed)
     moment, parts = max(count.moments(), key=lambda item: sum(item[1].values()))
     return MemoryEstimate(parts, moment, recomputed)
@@ -165,11 +165,11 @@ def set_recomputation(model: GenerativeAdapter, recomputed: Recomputation) -> No
     for number in recomputed.gated:
         if not 0 <= number < len(layers) or not gated[number]:
             raise InputError(
-                f"gated must have decoder layers with a gated feed-forward part of the usual kind, but has {number}"
+                f"gated must name decoder layers with a gated feed-forward part of the usual kind, but names {number}"
             )
     for number in recomputed.whole:
         if not 0 <= number < len(layers) or not isinstance(_forward(layers[number]), RecomputedForward | NoneType):
-            raise InputError(f"whole must have decoder layers that are not compiled, but has {number}")
+            raise InputError(f"whole must name decoder layers that are not compiled, but names {number}")
     for number, layer in enumerate(layers):
         for part in gated[number]:
             part.recompute = number in recomputed.gated

@@ -74,10 +74,10 @@ class StepSetting:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What is not kept for the backward but computed again in it; every layer is in one of the two at most.
+    """What is recomputed in the backward instead of kept; a layer is in at most one of the two.
 
     Attributes:
-        gated: the decoder layers that compute gate and up again.
+        gated: the decoder layers that recompute gate and up.
         whole: the decoder layers that keep only their input.
     """
 

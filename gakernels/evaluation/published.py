@@ -117,6 +117,9 @@ MS_MARCO = DataFile(
 )
 
 
+_METHODS = "closed_book,prompt,adapter"
+
+
 def _table_1() -> Table:
     ours = {"Closed-book": "closed_book", "Full-conversation Prompting": "prompt", "Generative Adapter": "adapter"}
     published = tuple(
@@ -134,7 +137,6 @@ def _table_1() -> Table:
     )
 
 
-_METHODS = "closed_book,prompt,adapter"
 # The generators of table 2: what to change in the recipe of the default one.
 SETTINGS = {
     "Reconstruction Only": "--set trainer.loss_weights.completion=0",

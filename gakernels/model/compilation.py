@@ -29,7 +29,7 @@ def compile_layers(base: PreTrainedModel, **options: Any) -> None:
     """
     layers = decoder_layers(base)[1]
     if any(isinstance(vars(layer).get("forward"), RecomputedForward) for layer in layers):
-        raise InputError("layers that are recomputed as a whole can't be compiled; a larger memory_budget needs none")
+        raise InputError("layers that are recomputed as a whole can't be compiled; a larger memory_budget avoids that")
     for layer in layers:
         plain: Any = type(layer).forward.__get__(layer)
         linears = [module for module in layer.modules() if isinstance(module, AdaptedLinear)]

@@ -60,7 +60,7 @@ def test_a_layer_is_compiled_or_recomputed_as_a_whole_but_not_both() -> None:
         compile_layers(model.base, backend="aot_eager")
     set_recomputation(model, Recomputation())
     compile_layers(model.base, backend="aot_eager")
-    with pytest.raises(InputError, match="whole must have decoder layers that are not compiled, but has 1"):
+    with pytest.raises(InputError, match="whole must name decoder layers that are not compiled, but names 1"):
         set_recomputation(model, Recomputation(whole=(1,)))
 
 

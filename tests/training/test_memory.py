@@ -167,7 +167,7 @@ def test_only_layers_behind_the_first_adapter_are_recomputed() -> None:
     assert layers("o_proj") == layers("gate_proj") == list(range(32))
     assert layers("down_proj") == list(range(1, 32))
     assert layers("o_proj", numbers=(30,)) == [30, 31]
-    with pytest.raises(InputError, match="recomputed must have layers out of"):
+    with pytest.raises(InputError, match="recomputed must name layers out of"):
         estimate_memory(MISTRAL, GeneratorConfig(layers=(30,)), SEGMENT, recomputed=Recomputation(whole=(3,)))
 
 
