@@ -55,6 +55,17 @@ def settings(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**{**given, **changes})
 
 
+def close(trainer: Trainer) -> None:
+    """Closes the process group, whose threads may outlive a rank that just exits.
+
+    DDP's wrapper goes first. If it held the last reference to the group, it would join Gloo's threads under Python's
+    lock, which they need to release their tensors.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
 def main(folder: Path, output: Path, fsdp: bool) -> None:
     torch.set_num_threads(1)
     options: dict[str, Any] = {"per_device_train_batch_size": BATCH // int(os.environ.get("WORLD_SIZE", 1))}
@@ -72,7 +83,7 @@ def main(folder: Path, output: Path, fsdp: bool) -> None:
     if fsdp:  # the default of newer transformers
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    trainer.accelerator.end_training()  # closes the process group: its threads may outlive a rank that just exits
+    close(trainer)
 
 
 if __name__ == "__main__":
