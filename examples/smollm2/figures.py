@@ -1,6 +1,6 @@
 """Figures of a generator for SmolLM2: questions about passages, and perplexity of text after a context.
 
-    python figures.py --data data --confiqa confiqa.jsonl --books books/held-out --output results
+    python figures.py --data data --confiqa confiqa.jsonl --books validation.jsonl --output results
 
 It runs `gakernels eval` for each file and context length, one report each, and writes all of them as one table. Run it
 again to continue where it stopped.
@@ -19,15 +19,20 @@ from gakernels.demo import smollm2
 
 QUESTIONS = {"squad": "SQuAD", "nq_swap": "NQ-Swap", "confiqa": "ConFiQA"}
 TEXTS = {"books": "books", "wikitext": "WikiText-2"}
-LENGTHS = (256, 1024, 4096)
+PIECES = {256: 200, 1024: 200, 4096: 50}  # of a text, by tokens of context
 METHODS = {
     "closed_book": "closed book",
     "prompt": "text in the prompt",
+    "prompt_cached": "keys and values of the text",
+    "prompt_truncated_first": "start of the text in the prompt",
+    "prompt_truncated_last": "end of the text in the prompt",
+    "retrieval": "100 words of the text (BM25) in the prompt",
     "adapter": "adapter of the text",
     "other_adapter": "adapter of another text",
     "mean_context": "adapter of the mean of 256 texts",
     "static_lora": "static LoRA tuned on the same questions",
 }
+READ_METHODS = ("closed_book", "prompt_cached", "adapter", "other_adapter")
 
 
 def main() -> None:
@@ -36,11 +41,10 @@ def main() -> None:
     parser.add_argument("--generator", type=Path, default=smollm2.GENERATOR)
     parser.add_argument("--data", type=Path, required=True, help="what make_data.py wrote")
     parser.add_argument("--confiqa", type=Path, help="flat rows of ConFiQA")
-    parser.add_argument("--books", type=Path, help="held-out books")
+    parser.add_argument("--books", type=Path, help="held-out books, as JSON lines")
     parser.add_argument("--wikitext", type=Path, help="text of WikiText-2")
     parser.add_argument("--static-lora", type=Path, help="what static_lora.py wrote")
     parser.add_argument("--questions", type=int, default=300, help="of each data set (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=32, help="of each kind of text (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reports")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -50,7 +54,7 @@ def main() -> None:
             ask(options, name, path)
     for name in TEXTS:
         if getattr(options, name) is not None:
-            for length in LENGTHS:
+            for length in PIECES:
                 read(options, name, length)
     (options.output / "README.md").write_text("\n".join(table(options.output)) + "\n")
 
@@ -68,9 +72,11 @@ def ask(options: argparse.Namespace, name: str, path: Path) -> None:
 
 def read(options: argparse.Namespace, name: str, length: int) -> None:
     """Perplexity of documents after contexts of a length."""
-    methods = "closed_book,prompt,adapter,other_adapter"
-    arguments = ["perplexity", "--data", getattr(options, name), "--tokens", length, "--methods", methods]
-    evaluate(options, [*arguments, "--limit", options.documents], f"{name}-{length}")
+    data, pieces = getattr(options, name), PIECES[length]
+    arguments = ["perplexity", "--data", data, "--tokens", length, "--methods", ",".join(READ_METHODS)]
+    if ".jsonl" in data.suffixes:  # plain text gives all its pieces anyway
+        arguments += ["--pieces", pieces]
+    evaluate(options, [*arguments, "--limit", pieces], f"{name}-{length}")
 
 
 def evaluate(options: argparse.Namespace, arguments: Sequence[object], name: str) -> None:
@@ -93,12 +99,12 @@ def table(folder: Path) -> Iterator[str]:
         ]
         yield f"| {label} | " + " | ".join(cells) + " |"
     yield ""
-    yield "| perplexity of the text after | closed book | in the prompt | adapter | another's | own / another's |"
+    yield "| perplexity of the text after | closed book | its keys and values | adapter | another's | own / another's |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    for name, length in ((name, length) for name in TEXTS for length in LENGTHS):
+    for name, length in ((name, length) for name in TEXTS for length in PIECES):
         report = reports.get(f"{name}-{length}")
         if report:
-            shown = [cell(report, method, "completion_perplexity") for method in list(METHODS)[:4]]
+            shown = [cell(report, method, "completion_perplexity") for method in READ_METHODS]
             ratio = cell({"results": report["comparisons"]}, "other_adapter", "completion_perplexity", "against")
             yield f"| {length:,} tokens of {TEXTS[name]} | " + " | ".join([*shown, ratio]) + " |"
 

@@ -1,6 +1,6 @@
 """Scenario: perplexity of the context itself (reconstruction) and of the text after it (completion).
 
-This is the metric of the paper's ablation. A document's first n tokens are the context, as text; its windows and those
+This is the metric of the paper's ablation. n tokens of a document are the context, as text; their windows and those
 of the next n tokens are scored. The first token of a window is never predicted, whatever precedes it, so that
 all methods score the same tokens.
 """
@@ -8,7 +8,7 @@ all methods score the same tokens.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
 from operator import itemgetter
@@ -40,56 +40,74 @@ NAMES = {part: f"{part}_perplexity" for part in PARTS}
 
 @dataclass(frozen=True)
 class CutDocument:
-    """The start of a document.
+    """A piece of a document.
 
     Attributes:
         name: its origin.
         text: the context.
         context: its token ids.
         following: those of the text that follows.
+        document: name of the document, if other pieces of it may be scored too.
     """
 
     name: str
     text: str
     context: tuple[int, ...]
     following: tuple[int, ...]
+    document: str | None = None
 
 
 def cut_documents(
-    path: Path, tokenizer: PreTrainedTokenizerBase, tokens: int, limit: int | None = None, seed: int = 0
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    limit: int | None = None,
+    seed: int = 0,
+    pieces: int = 1,
 ) -> tuple[list[CutDocument], BadRecords]:
-    """The first 2 n tokens of documents: n of context, then n that follow.
+    """Pieces of 2 n tokens of documents: n of context, then n that follow.
 
     Args:
         path: JSON lines (`.jsonl`), each a document with a `text`; or plain text, which is cut into pieces of
             2 n consecutive tokens. May be compressed (`.gz`, `.xz`, `.bz2`, `.zst`).
         tokenizer: of the model.
         tokens: n, at least 2.
-        limit: most documents, drawn at random from all; None for all.
-        seed: of the draw, which depends on it and on the texts alone.
+        limit: most pieces, drawn at random from all; None for all.
+        seed: of the draws, which depend on it and on the texts alone.
+        pieces: most pieces of a document in JSON lines: with 1 its start, with more pieces drawn at random.
 
     Returns:
-        The documents, and what was left out: records without text, documents that are too short (with a limit some of
+        The pieces, and what was left out: records without text, documents that are too short (with a limit some of
         these are not noticed).
 
     Raises:
-        InputError: n is below 2 or the limit below 1; the file is missing, not text, or has no document that is long
-            enough.
+        InputError: n is below 2, the limit or the number of pieces below 1, or there are to be several pieces of a
+            document but the file is plain text; the file is missing, not text, or has no document that is long enough.
     """
-    for name, value, least in (("tokens", tokens, 2), ("limit", limit, 1)):
+    for name, value, least in (("tokens", tokens, 2), ("limit", limit, 1), ("pieces", pieces, 1)):
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, but it is {value}")
     plain, order = _is_plain(path), count()
+    if plain and pieces > 1:
+        raise InputError(f"pieces must be 1 for plain text, of which all pieces are scored, but it is {pieces}")
     drawn: list[tuple[int, int, CutDocument]] = []  # a heap; the one with the highest rank comes first
     skipped = BadRecords()
     for name, text in document_texts(path, skipped):
-        if not plain and len(drawn) == limit and draw_rank(seed, text) > -drawn[0][0]:
+        starts = not plain and pieces == 1
+        if starts and len(drawn) == limit and draw_rank(seed, text) > -drawn[0][0]:
             continue  # before it is cut into tokens
-        pieces = _pieces(name, text, tokenizer, tokens)
-        if not pieces:
+        found = [
+            (draw_rank(seed, text if starts else each.text), each) for each in _pieces(name, text, tokenizer, tokens)
+        ]
+        if not found:
             skipped.add(f"document of fewer than {2 * tokens} tokens", name)
-        for piece in pieces if plain else pieces[:1]:
-            heappush(drawn, (-draw_rank(seed, piece.text if plain else text), next(order), piece))
+        if starts:
+            found = found[:1]
+        elif not plain:
+            chosen = sorted(rank for rank, _ in found)[:pieces]
+            found = [(rank, replace(each, document=name)) for rank, each in found if rank in chosen]
+        for rank, piece in found:
+            heappush(drawn, (-rank, next(order), piece))
             if limit is not None and len(drawn) > limit:
                 heappop(drawn)
     documents = [document for _, _, document in sorted(drawn, key=itemgetter(1))]
@@ -152,7 +170,7 @@ def perplexity(documents: Sequence[CutDocument], window_size: int, protocol: str
     """The scenario.
 
     Args:
-        documents: with at least two tokens of context and of what follows it.
+        documents: with at least two tokens of context and of what follows it. Intervals resample documents, whole.
         window_size: most tokens scored together.
         protocol: `official`: all tokens count equally; `released`: all documents do.
 
@@ -184,16 +202,23 @@ def perplexity(documents: Sequence[CutDocument], window_size: int, protocol: str
             if len(piece) > 1
         ]
 
-    return Scenario("perplexity", protocol, tuple(cases), ask, _measure, 1)
+    names = [document.document or number for number, document in enumerate(documents)]
+    clusters = [names.index(name) for name in names]
+
+    def measure(scenario: Scenario, answers: Answers) -> Measurements:
+        return _measure(scenario, answers, clusters)
+
+    resampled = "documents" if any(document.document for document in documents) else "contexts"
+    return Scenario("perplexity", protocol, tuple(cases), ask, measure, 1, resampled=lambda cell: resampled)
 
 
-def _measure(scenario: Scenario, answers: Answers) -> Measurements:
+def _measure(scenario: Scenario, answers: Answers, clusters: Sequence[int]) -> Measurements:
     """The losses of the windows of each part; under the released protocol a document counts once, with its mean."""
     found: dict[tuple[Cell, str], dict[Hashable, Sample]] = {}
     for (case, place, _), answer in sorted(answers.items()):
         if not isinstance(answer, str):
             part = scenario.cases[case].context.questions[place].text
-            found.setdefault(((), NAMES[part]), {})[case, place] = Sample(case, *answer)
+            found.setdefault(((), NAMES[part]), {})[case, place] = Sample(clusters[case], *answer)
     return {key: _documents(samples) if scenario.protocol == "released" else samples for key, samples in found.items()}
 
 

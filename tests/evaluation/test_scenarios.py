@@ -430,6 +430,17 @@ def test_perplexities_are_those_of_a_plain_model(protocol: str) -> None:
             assert score(metric, measured[name][(), metric]).value == pytest.approx(math.exp(mean), rel=1e-5)
 
 
+def test_pieces_of_a_document_are_resampled_together() -> None:
+    context, following = tuple(random_context(8)), tuple(random_context(11))
+    pieces = [CutDocument(f"p{n}", f"w{n + 3}", context, following, name) for n, name in enumerate("abca")]
+    scenario = perplexity(pieces, 20)
+    answers = {(case, place, 0): (float(case), 1) for case in range(4) for place in range(2)}
+    for samples in scenario.measure(scenario, answers).values():
+        assert [sample.cluster for sample in samples.values()] == [0, 1, 2, 0]
+        assert [sample.total for sample in samples.values()] == [0, 1, 2, 3]
+    assert scenario.resampled(()) == "documents"
+
+
 def test_documents_that_are_too_short_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least two tokens of context"):
         perplexity([CutDocument("d", "w3", (3,), (4, 5))], 6)

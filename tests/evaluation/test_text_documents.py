@@ -67,6 +67,24 @@ def test_a_draw_of_documents_depends_on_the_seed_and_not_on_their_order(tmp_path
     assert chosen == [1, 40, 40]
 
 
+def test_several_pieces_of_a_document(tmp_path: Path) -> None:
+    texts = [random_text(107), random_text(30), random_text(9)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    everything, skipped = cut_documents(path, TOKENIZER, 10, pieces=9)
+    assert [token for piece in everything[:5] for token in piece.context + piece.following] == ids(texts[0])[:100]
+    assert [piece.document for piece in everything] == [f"{path.name}:1"] * 5 + [f"{path.name}:2"]
+    assert skipped.counts == {"document of fewer than 20 tokens": 1}
+    starts = set()
+    for seed in range(20):
+        drawn = cut_documents(path, TOKENIZER, 10, seed=seed, pieces=2)[0]
+        assert drawn == [piece for piece in everything if piece in drawn]  # in their order
+        assert [piece.document for piece in drawn] == [f"{path.name}:1"] * 2 + [f"{path.name}:2"]
+        assert len(cut_documents(path, TOKENIZER, 10, 2, seed, 2)[0]) == 2
+        starts |= {piece.name for piece in drawn}
+    assert starts == {piece.name for piece in everything}
+
+
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no file"):
         cut_documents(tmp_path / "none.txt", TOKENIZER, 4)
@@ -74,6 +92,10 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         cut_documents(tmp_path / "none.txt", TOKENIZER, 1)
     with pytest.raises(InputError, match="limit must be at least 1"):
         cut_documents(tmp_path / "none.txt", TOKENIZER, 4, limit=0)
+    with pytest.raises(InputError, match="pieces must be at least 1, but it is 0"):
+        cut_documents(tmp_path / "none.jsonl", TOKENIZER, 4, pieces=0)
+    with pytest.raises(InputError, match="pieces must be 1 for plain text"):
+        cut_documents(tmp_path / "none.txt", TOKENIZER, 4, pieces=2)
     short = tmp_path / "short.txt"
     short.write_text("w3 w4")
     with pytest.raises(InputError, match="has no document of 8 tokens: 1 x document of fewer than 8 tokens"):

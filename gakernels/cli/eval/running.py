@@ -108,7 +108,7 @@ def add_paper_option(parser: argparse.ArgumentParser, task: str) -> None:
 
 
 _TOLD = ("seed", "passages", "truncate_to", "chat", "learning_rate", "epochs")  # of the methods, in a report
-_NOT_THE_PAPERS = ("limit", "part", "style", "adapted_style", "chat", "new_tokens")
+_NOT_THE_PAPERS = ("limit", "pieces", "part", "style", "adapted_style", "chat", "new_tokens")
 
 
 def _paper_data(options: argparse.Namespace) -> str | None:

@@ -246,6 +246,11 @@ def add_perplexity(tasks: Any) -> None:
         default=1024,
         help="tokens of the context, and of the text after it (default: %(default)s)",
     )
+    parser.add_argument(
+        "--pieces",
+        type=int,
+        help="most pieces of a document in JSON lines, drawn at random (default: one, its start)",
+    )
     add_run_options(parser, "closed_book,prompt,adapter")
     add_paper_option(parser, "perplexity")
 
@@ -256,9 +261,12 @@ def perplexity_inputs(options: argparse.Namespace) -> Inputs:
 
     def make(model: GenerativeAdapter) -> Scenario:
         tokenizer = Decoder(model).tokenizer
-        documents, skipped = cut_documents(options.data, tokenizer, options.tokens, options.limit, options.sample_seed)
+        pieces = 1 if options.pieces is None else options.pieces
+        documents, skipped = cut_documents(
+            options.data, tokenizer, options.tokens, options.limit, options.sample_seed, pieces
+        )
         scenario = perplexity(documents, min(options.tokens, model.config.chunk_size), options.protocol)
-        return replace(scenario, settings={"tokens": options.tokens}, skipped=skipped)
+        return replace(scenario, settings={"tokens": options.tokens, "pieces": pieces}, skipped=skipped)
 
     return Inputs([options.data], make)
 
