@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gakernels.demo import smollm2
@@ -26,12 +26,20 @@ METHODS = {
     "prompt_cached": "keys and values of the text",
     "prompt_truncated_first": "start of the text in the prompt",
     "prompt_truncated_last": "end of the text in the prompt",
-    "retrieval": "100 words of the text (BM25) in the prompt",
+    "retrieval": "100 words of the text in the prompt, by BM25",
+    "retrieval_embedding": "the same, by embeddings",
     "adapter": "adapter of the text",
     "other_adapter": "adapter of another text",
     "mean_context": "adapter of the mean of 256 texts",
     "static_lora": "static LoRA tuned on the same questions",
 }
+TUNED = {
+    "prompt": METHODS["prompt"],
+    "adapter": METHODS["adapter"],
+    **{f"context_lora_{steps}": f"LoRA of {steps} steps on the text" for steps in (1, 3, 10, 30, 100)},
+    "context_distillation": "LoRA distilled from the prompt",
+}
+FLAGS = {"static_lora": "--static-lora", "retrieval_embedding": "--embedding-model"}
 READ_METHODS = ("closed_book", "prompt_cached", "adapter", "other_adapter")
 
 
@@ -44,6 +52,8 @@ def main() -> None:
     parser.add_argument("--books", type=Path, help="held-out books, as JSON lines")
     parser.add_argument("--wikitext", type=Path, help="text of WikiText-2")
     parser.add_argument("--static-lora", type=Path, help="what static_lora.py wrote")
+    parser.add_argument("--embedding-model", help="folder or hub name, for retrieval by embeddings")
+    parser.add_argument("--tuned", type=int, default=40, help="questions for tuned LoRAs (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=300, help="of each data set (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reports")
     options = parser.parse_args()
@@ -52,6 +62,7 @@ def main() -> None:
         path = options.confiqa if name == "confiqa" else options.data / "held-out" / f"{name}.jsonl"
         if path is not None:
             ask(options, name, path)
+    tune(options)
     for name in TEXTS:
         if getattr(options, name) is not None:
             for length in PIECES:
@@ -61,13 +72,23 @@ def main() -> None:
 
 def ask(options: argparse.Namespace, name: str, path: Path) -> None:
     """Questions about the passages of a file."""
-    methods = [method for method in METHODS if method != "static_lora" or options.static_lora]
+    needed = {"static_lora": options.static_lora, "retrieval_embedding": options.embedding_model}
+    methods = [method for method in METHODS if needed.get(method, True)]
+    arguments = [part for each in needed if needed[each] for part in (FLAGS[each], needed[each])]
+    evaluate(options, [*questions(options, path, options.questions, methods), *arguments], name)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """The same of SQuAD against LoRAs tuned on each text, which take minutes a text: fewer questions."""
+    path = options.data / "held-out" / "squad.jsonl"
+    evaluate(options, questions(options, path, options.tuned, TUNED), "squad-tuned")
+
+
+def questions(options: argparse.Namespace, path: Path, limit: int, methods: Iterable[str]) -> list[object]:
+    """The arguments of an evaluation with so many questions of a file."""
     arguments = ["docqa", "--data", path, "--train", options.data / "long" / "squad.jsonl"]
     arguments += ["--lengths", "own", "--part", "all", "--style", "paper", "--adapted-style", "plain"]
-    arguments += ["--new-tokens", 16, "--limit", options.questions, "--methods", ",".join(methods)]
-    if options.static_lora:
-        arguments += ["--static-lora", options.static_lora]
-    evaluate(options, arguments, name)
+    return [*arguments, "--new-tokens", 16, "--limit", limit, "--methods", ",".join(methods)]
 
 
 def read(options: argparse.Namespace, name: str, length: int) -> None:
@@ -90,15 +111,10 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[object], name: str
 def table(folder: Path) -> Iterator[str]:
     """The reports of a folder as Markdown."""
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    asked = [name for name in QUESTIONS if name in reports]
-    yield "| F1 / exact match, % | " + " | ".join(QUESTIONS[name] for name in asked) + " |"
-    yield "| --- |" + " --- |" * len(asked)
-    for method, label in METHODS.items():
-        cells = [
-            f"{cell(reports[name], method, 'f1')} / {cell(reports[name], method, 'exact_match')}" for name in asked
-        ]
-        yield f"| {label} | " + " | ".join(cells) + " |"
-    yield ""
+    asked = {name: label for name, label in QUESTIONS.items() if name in reports}
+    yield from scores(reports, asked, METHODS)
+    if "squad-tuned" in reports:
+        yield from scores(reports, {"squad-tuned": "SQuAD, fewer questions"}, TUNED)
     yield "| perplexity of the text after | closed book | its keys and values | adapter | another's | own / another's |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, length in ((name, length) for name in TEXTS for length in PIECES):
@@ -107,6 +123,16 @@ def table(folder: Path) -> Iterator[str]:
             shown = [cell(report, method, "completion_perplexity") for method in READ_METHODS]
             ratio = cell({"results": report["comparisons"]}, "other_adapter", "completion_perplexity", "against")
             yield f"| {length:,} tokens of {TEXTS[name]} | " + " | ".join([*shown, ratio]) + " |"
+
+
+def scores(reports: dict[str, dict], asked: dict[str, str], methods: dict[str, str]) -> Iterator[str]:
+    """A table: methods by reports."""
+    yield "| F1 / exact match, % | " + " | ".join(asked.values()) + " |"
+    yield "| --- |" + " --- |" * len(asked)
+    for method, label in methods.items():
+        cells = [" / ".join(cell(reports[name], method, metric) for metric in ("f1", "exact_match")) for name in asked]
+        yield f"| {label} | " + " | ".join(cells) + " |"
+    yield ""
 
 
 def cell(report: dict, method: str, metric: str, by: str = "method") -> str:
