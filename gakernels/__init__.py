@@ -8,7 +8,7 @@ from gakernels.model import GenerativeAdapter
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.stream import ContextStream
 from gakernels.nn import AdaptedLinear, AdapterGenerator, LowRankFactors
-from gakernels.ops import context_state, low_rank_polar, lowrank_linear
+from gakernels.ops import context_state, delta_state, low_rank_polar, lowrank_linear
 from gakernels.version import __version__
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "LowRankFactors",
     "__version__",
     "context_state",
+    "delta_state",
     "get_generative_model",
     "low_rank_polar",
     "lowrank_linear",

@@ -39,6 +39,7 @@ class Variant:
         scale: of the generated adapter.
         linears: adapted layers.
         token_weights: whether the tokens of a context have learned weights.
+        delta_rule: whether a token replaces what the state says about its key.
     """
 
     loss_weights: tuple[tuple[str, float], ...] = BOTH
@@ -46,6 +47,7 @@ class Variant:
     scale: float = 1.0
     linears: tuple[str, ...] = ("o_proj", "down_proj")
     token_weights: bool = False
+    delta_rule: bool = False
 
 
 STATE_SIZE, RANK = 128, 32
@@ -57,6 +59,7 @@ VARIANTS = {
     "frobenius_equal_norm": Variant(norm="frobenius", scale=RANK**0.5),
     "attention_only": Variant(linears=("o_proj",)),
     "token_weights": Variant(token_weights=True),
+    "delta_rule": Variant(delta_rule=True),
 }
 
 
@@ -129,6 +132,7 @@ def build(base: Path, variant: Variant, seed: int) -> GenerativeAdapter:
         norm=variant.norm,
         seed=seed,
         token_weights=variant.token_weights,
+        delta_rule=variant.delta_rule,
     )
     language_model, tokenizer = load_base(str(base), dtype=torch.float32)
     return GenerativeAdapter(language_model, config, tokenizer)

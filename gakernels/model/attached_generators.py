@@ -115,6 +115,7 @@ class AttachedGenerators(nn.Module):
                     sketch_side=self.config.sketch_side,
                     static_rank=self.config.static_rank,
                     token_weights=self.config.token_weights,
+                    delta_rule=self.config.delta_rule,
                 )
                 self.generators[_key(site.name)] = generator.to(execution_device(site.linear), dtype)
         layers = decoder_layers(self.base)[1]

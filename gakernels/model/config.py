@@ -30,9 +30,11 @@ class GeneratorConfig:
         sketch_side: the sketch multiplies S (`input`) or S^T (`output`, as in the authors' released generators).
         static_rank: rank of a learned term that is the same for every context (`AdapterGenerator`); 0 for none.
         token_weights: whether the tokens of a context have learned weights (`AdapterGenerator`).
+        delta_rule: whether a token replaces what the state says about its key, instead of adding to it
+            (`gakernels.ops.delta_state`); not with token_weights.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: a value is out of range, or both token_weights and delta_rule are true.
     """
 
     linears: Annotated[tuple[str, ...], Field(min_length=1)] = ("o_proj",)
@@ -48,12 +50,15 @@ class GeneratorConfig:
     sketch_side: Annotated[str, one_of(SKETCH_SIDES)] = "input"
     static_rank: AtLeastZero = 0
     token_weights: Flag = False
+    delta_rule: Flag = False
 
     def __post_init__(self) -> None:
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise InputError(f"layers must be different numbers, at least one, but it is {self.layers}")
         if not 1 <= self.rank <= self.state_size:
             raise InputError(f"rank must be between 1 and state_size ({self.state_size}), but it is {self.rank}")
+        if self.token_weights and self.delta_rule:
+            raise InputError("token_weights must be false with delta_rule, under which tokens have weights anyway")
 
     @property
     def adapter_scale(self) -> float:
@@ -62,10 +67,8 @@ class GeneratorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
-        values = asdict(self)
-        if not self.token_weights:
-            del values["token_weights"]  # as earlier versions wrote it
-        return values
+        # Without what is off, as earlier versions wrote it.
+        return {name: value for name, value in asdict(self).items() if name not in ("token_weights", "delta_rule") or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GeneratorConfig":

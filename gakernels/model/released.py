@@ -215,8 +215,9 @@ def _check_expressible(model: AttachedGenerators) -> None:
         )
     if config.static_rank:
         raise InputError(f"the released code has no static term, but static_rank is {config.static_rank}")
-    if config.token_weights:
-        raise InputError("the released code has no token weights, but these generators have")
+    for name in ("token_weights", "delta_rule"):
+        if getattr(config, name):
+            raise InputError(f"the released code has no {name}, but these generators have")
 
 
 def _split(name: str) -> tuple[str, int, str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gakernels.errors import InputError
 from gakernels.nn.frozen_rms_norm import rms_norm
-from gakernels.ops import autocast, context_state, low_rank_polar
+from gakernels.ops import autocast, context_state, delta_state, low_rank_polar
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 
 NORMS = ("polar", "frobenius")
@@ -38,10 +38,13 @@ class AdapterGenerator(nn.Module):
         static_rank: of the static term; 0 for none, as in the paper.
         token_weights: whether each token has a learned weight: S = A2 (sum w h h^T) B1 with w = sigmoid(g . h); all are
             equal at the start.
+        delta_rule: whether a token replaces what the state says about its key, by the same weight, instead of adding to
+            it (`gakernels.ops.delta_state`).
         eps: of the RMSNorm before the projections.
 
     Raises:
-        InputError: rank > state_size, a size below 1, a negative static_rank, or an unknown norm or sketch side.
+        InputError: rank > state_size, a size below 1, a negative static_rank, an unknown norm or sketch side, or both
+            token_weights and delta_rule.
     """
 
     sketch: Tensor
@@ -64,6 +67,7 @@ class AdapterGenerator(nn.Module):
         sketch_side: str = "input",
         static_rank: int = 0,
         token_weights: bool = False,
+        delta_rule: bool = False,
         eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -75,7 +79,9 @@ class AdapterGenerator(nn.Module):
         self.norm, self.damping, self.power_iterations, self.eps = norm, damping, power_iterations, eps
         if static_rank < 0:
             raise InputError(f"static_rank must be at least 0, but it is {static_rank}")
-        self.sketch_side, self.static_rank = sketch_side, static_rank
+        if token_weights and delta_rule:
+            raise InputError("token_weights must be false with delta_rule, under which tokens have weights anyway")
+        self.sketch_side, self.static_rank, self.delta_rule = sketch_side, static_rank, delta_rule
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -87,7 +93,7 @@ class AdapterGenerator(nn.Module):
         self.input_map = empty(state_size, in_features)  # B2
         self.static_lora_a = empty(static_rank, in_features) if static_rank else None  # A_s
         self.static_lora_b = empty(out_features, static_rank) if static_rank else None  # B_s
-        self.token_gate = empty(hidden_size) if token_weights else None  # g
+        self.token_gate = empty(hidden_size) if token_weights or delta_rule else None  # g
         self.register_buffer("sketch", _gaussian(state_size, rank, sketch_seed).to(self.norm_weight))
         self.reset_parameters()
 
@@ -114,21 +120,19 @@ class AdapterGenerator(nn.Module):
 
         Computed in the dtype of the parameters; accumulated in float32 or wider. See `gakernels.ops.context_state`.
         """
-        normed = self._weighed(self._normalize(hidden))
+        normed = self._normalize(hidden)
         # The weight of the norm goes into the projections: they are much smaller than the hidden states.
         value_projection, key_projection = (
             self.value_projection * self.norm_weight,
             self.key_projection * self.norm_weight[:, None],
         )
+        if self.token_gate is not None:
+            logits = normed @ self.token_gate.to(normed.dtype)
+            weight = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            if self.delta_rule:
+                return delta_state(normed, value_projection, key_projection, weight, mask, initial_state)
+            normed = normed * weight.sqrt().to(normed.dtype)[..., None]  # the state is of second degree in them
         return context_state(normed, value_projection, key_projection, mask, initial_state)
-
-    def _weighed(self, normed: Tensor) -> Tensor:
-        """The tokens h_i (..., d_h) times sqrt(w_i): the state is of second degree in them."""
-        if self.token_gate is None:
-            return normed
-        logits = normed @ self.token_gate.to(normed.dtype)
-        weight = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        return normed * weight.sqrt().to(normed.dtype)[..., None]
 
     def _normalize(self, hidden: Tensor) -> Tensor:
         dtype = self.value_projection.dtype
@@ -196,7 +200,7 @@ class AdapterGenerator(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"hidden={self.norm_weight.shape[0]}, in={self.input_map.shape[1]}, out={self.output_map.shape[0]}"
         static = f", static_rank={self.static_rank}" if self.static_rank else ""
-        weights = "" if self.token_gate is None else ", token_weights"
+        weights = "" if self.token_gate is None else ", delta_rule" if self.delta_rule else ", token_weights"
         return f"{sizes}, state={self.sketch.shape[0]}, rank={self.sketch.shape[1]}, norm={self.norm}{static}{weights}"
 
 

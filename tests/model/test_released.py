@@ -257,7 +257,8 @@ def test_own_generators_are_exported_where_the_released_code_can_follow(tmp_path
         ({"sketch_side": "output", "power_iterations": 2}, "power_iterations=1"),
         ({"sketch_side": "output", "layers": (0, 2)}, "adapts all decoder layers"),
         ({"sketch_side": "output", "static_rank": 2}, "no static term"),
-        ({"sketch_side": "output", "token_weights": True}, "no token weights"),
+        ({"sketch_side": "output", "token_weights": True}, "no token_weights"),
+        ({"sketch_side": "output", "delta_rule": True}, "no delta_rule"),
     ],
 )
 def test_what_the_released_code_can_not_compute_is_not_exported(

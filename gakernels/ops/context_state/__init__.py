@@ -33,7 +33,7 @@ def context_state(
     Raises:
         InputError: a shape, dtype or device does not fit.
     """
-    _check(hidden, a2, b1, mask, initial_state)
+    check_arguments(hidden, a2, b1, mask, initial_state)
     hidden, a2, b1 = autocast.cast(hidden.device, hidden, a2, b1)
     backend = choose("context_state", hidden, a2, b1, mask, initial_state).backend
     if backend == "reference":
@@ -42,7 +42,10 @@ def context_state(
     return states
 
 
-def _check(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None) -> None:
+def check_arguments(
+    hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None
+) -> None:
+    """Raises: InputError: see `context_state`."""
     checks.check_shape("hidden", hidden, ("B", "T", "M", "d_h"))
     checks.check_dtype("hidden", hidden, checks.FLOATING)
     batch, chunks, tokens, hidden_size = hidden.shape

@@ -64,6 +64,18 @@ def backward(
     grad_projected = torch.cat([grad_values, grad_keys], dim=-1).to(hidden.dtype)
     if mask is not None:
         grad_projected = grad_projected.masked_fill(~mask[..., None], 0)
+    return *projection_gradients(grad_projected, hidden, a2, b1, mask, needs), suffix[:, 0]
+
+
+def projection_gradients(
+    grad_projected: Tensor,
+    hidden: Tensor,
+    a2: Tensor,
+    b1: Tensor,
+    mask: Tensor | None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, a2 and b1 (None where not needed) from those of the masked projections (B, T, M, 2 d_r)."""
     grad_hidden = grad_projected @ torch.cat([a2, b1.mT]) if needs[0] else None
     grad_a2 = grad_b1 = None
     if needs[1] or needs[2]:
@@ -71,4 +83,4 @@ def backward(
             hidden = hidden.masked_fill(~mask[..., None], 0)
         grad_stacked = grad_projected.flatten(0, 2).mT @ hidden.flatten(0, 2)
         grad_a2, grad_b1 = grad_stacked[: a2.shape[0]], grad_stacked[a2.shape[0] :].mT
-    return grad_hidden, grad_a2 if needs[1] else None, grad_b1 if needs[2] else None, suffix[:, 0]
+    return grad_hidden, grad_a2 if needs[1] else None, grad_b1 if needs[2] else None
