@@ -68,7 +68,9 @@ class GeneratorConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
         # Without what is off, as earlier versions wrote it.
-        return {name: value for name, value in asdict(self).items() if name not in ("token_weights", "delta_rule") or value}
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("token_weights", "delta_rule") or value
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GeneratorConfig":

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from gakernels import AdapterGenerator, BackendError, context_state, low_rank_polar, lowrank_linear
+from gakernels import AdapterGenerator, BackendError, context_state, delta_state, low_rank_polar, lowrank_linear
 from gakernels.ops.dispatch import choose
 
 
@@ -40,6 +40,20 @@ def context_state_call(generator: Generator, dtype: torch.dtype, variant: int) -
 
     arguments = (*inputs[:3], mask, inputs[3] if variant == 2 else None)
     return Call(function, inputs, torch.ops.gakernels.context_state.default, (*arguments, "eager"))
+
+
+def delta_state_call(generator: Generator, dtype: torch.dtype, variant: int) -> Call:
+    plain = context_state_call(generator, dtype, variant)
+    hidden, a2, b1, mask, initial, _ = plain.operator_arguments
+    strength = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
+    strength = strength.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def function(hidden: Tensor, a2: Tensor, b1: Tensor, strength: Tensor, initial: Tensor | None = None) -> Tensor:
+        return delta_state(hidden, a2, b1, strength, mask, initial)
+
+    arguments = (hidden, a2, b1, strength, mask, initial)
+    inputs = (*plain.inputs[:3], strength, *plain.inputs[3:])
+    return Call(function, inputs, torch.ops.gakernels.delta_state.default, (*arguments, "eager"))
 
 
 def low_rank_polar_call(generator: Generator, dtype: torch.dtype, variant: int) -> Call:
@@ -69,7 +83,7 @@ def lowrank_linear_call(generator: Generator, dtype: torch.dtype, variant: int) 
     return Call(function, inputs, torch.ops.gakernels.lowrank_linear.default, (*arguments, "eager"))
 
 
-OPERATIONS = [context_state_call, low_rank_polar_call, lowrank_linear_call]
+OPERATIONS = [context_state_call, delta_state_call, low_rank_polar_call, lowrank_linear_call]
 every_operation = pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__.removesuffix("_call"))
 every_variant = pytest.mark.parametrize("variant", [0, 1, 2])
 
@@ -221,7 +235,9 @@ def test_autocast(
     """Inputs are cast to bfloat16 once; what is inside keeps its own precision, forward and backward."""
     monkeypatch.setenv("GAKERNELS_BACKEND", backend)
     call = make(generator, torch.float32, variant)
-    keeps = {context_state_call: (3,), low_rank_polar_call: (0,), lowrank_linear_call: ()}[make]  # not cast
+    keeps = {context_state_call: (3,), delta_state_call: (3, 4), low_rank_polar_call: (0,), lowrank_linear_call: ()}[
+        make
+    ]  # not cast
     cast = tuple(value if i in keeps else value.bfloat16() for i, value in enumerate(call.inputs))
     wanted = call.function(*cast)
     upstream = draw(generator, *wanted.shape, dtype=wanted.dtype)

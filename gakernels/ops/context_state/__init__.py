@@ -42,9 +42,7 @@ def context_state(
     return states
 
 
-def check_arguments(
-    hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None
-) -> None:
+def check_arguments(hidden: Tensor, a2: Tensor, b1: Tensor, mask: Tensor | None, initial_state: Tensor | None) -> None:
     """Raises: InputError: see `context_state`."""
     checks.check_shape("hidden", hidden, ("B", "T", "M", "d_h"))
     checks.check_dtype("hidden", hidden, checks.FLOATING)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gakernels.ops import autocast, checks
@@ -24,8 +23,9 @@ def delta_state(
 ) -> Tensor:
     """States of a context: S_i = S_(i-1) + b_i (v_i - S_(i-1) k_i) k_i^T, token by token.
 
-    Here v = A2 h is the value of a token, and k = B1^T h / |B1^T h| its key. With a strength b of 1 the state then gives v_i for the key k_i, whatever it gave before; with 0 it stays as it is.
-    `context_state` adds v_i k_i^T instead. Schlag et al. 2021 (arXiv 2102.11174); in chunks as in Yang et al. 2024
+    Here v = A2 h is the value of a token, k = B1^T h / |B1^T h| its key, and b how much of what the state says about
+    the key is replaced: with 1 the state then gives v for k, whatever it gave before, and with 0 it stays as it is.
+    `context_state` adds v k^T instead. Schlag et al. 2021 (arXiv 2102.11174); in chunks as in Yang et al. 2024
     (arXiv 2406.06484).
 
     Args:

@@ -25,7 +25,7 @@ SMALLEST = 1e-12  # norm of a key below which it is not scaled up to 1, as in `t
 def forward(
     hidden: Tensor, a2: Tensor, b1: Tensor, strength: Tensor, mask: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns states (B, T, d_r, d_r) and the masked projections [V | B1^T h] (B, T, M, 2 d_r) that the backward needs."""
+    """Returns states (B, T, d_r, d_r) and the masked projections [V | B1^T h] (B, T, M, 2 d_r), for the backward."""
     projected = F.linear(hidden, torch.cat([a2, b1.mT]))
     if mask is not None:
         projected.masked_fill_(~mask[..., None], 0)
@@ -53,7 +53,7 @@ def backward(
     initial_state: Tensor | None,
     states: Tensor,
     projected: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of hidden, a2, b1, strength and the initial state.
 
     With G the gradient of the state after a chunk, X = (I + A)^-1 Y and Y = diag(b) E:
