@@ -27,6 +27,7 @@ BASE = Path(str(files("gakernels.demo") / "assets" / "base"))
 STATIC = "static_lora"
 BOTH = (("reconstruction", 1.0), ("completion", 1.0))
 MOST_FACTS = 16
+STATE_SIZE, RANK = 128, 32
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Variant:
         linears: adapted layers.
         token_weights: whether the tokens of a context have learned weights.
         delta_rule: whether a token replaces what the state says about its key.
+        rank: r.
     """
 
     loss_weights: tuple[tuple[str, float], ...] = BOTH
@@ -48,9 +50,9 @@ class Variant:
     linears: tuple[str, ...] = ("o_proj", "down_proj")
     token_weights: bool = False
     delta_rule: bool = False
+    rank: int = RANK
 
 
-STATE_SIZE, RANK = 128, 32
 VARIANTS = {
     "default": Variant(),
     "reconstruction_only": Variant((("reconstruction", 1.0), ("completion", 0.0))),
@@ -60,6 +62,10 @@ VARIANTS = {
     "attention_only": Variant(linears=("o_proj",)),
     "token_weights": Variant(token_weights=True),
     "delta_rule": Variant(delta_rule=True),
+    "rank_64": Variant(rank=64),
+    "rank_128": Variant(rank=128),
+    "delta_rule_rank_64": Variant(delta_rule=True, rank=64),
+    "delta_rule_rank_128": Variant(delta_rule=True, rank=128),
 }
 
 
@@ -126,7 +132,7 @@ def build(base: Path, variant: Variant, seed: int) -> GenerativeAdapter:
     config = GeneratorConfig(
         linears=variant.linears,
         state_size=STATE_SIZE,
-        rank=RANK,
+        rank=variant.rank,
         scale=variant.scale,
         chunk_size=128,
         norm=variant.norm,

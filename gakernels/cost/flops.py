@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from gakernels.cost.shapes import LinearShape, ModelShape
 from gakernels.errors import InputError
 from gakernels.model.config import GeneratorConfig
+from gakernels.ops.delta_state.eager import BLOCK
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,27 @@ def compact_products(shape: ModelShape, config: GeneratorConfig, tokens: int) ->
 
 
 def states(shape: ModelShape, config: GeneratorConfig, tokens: int) -> Flops:
-    """Both projections of the hidden states and the sum of their outer products, for every adapted linear layer."""
+    """Both projections of the hidden states and the sum of their outer products, for every adapted linear layer; the
+    weights of the tokens; under the delta rule, what the tokens of a chunk write (`gakernels.ops.delta_state`).
+    """
     size, sites = config.state_size, _sites(shape, config)
-    return Flops(generator=sites * (4 * shape.hidden * size + 2 * size * size) * tokens)
+    update = delta_products(size, tokens, 2, 2) if config.delta_rule else 2 * size * size * tokens
+    return Flops(generator=sites * (shape.hidden * (4 * size + 2 * has_gate(config)) * tokens + update))
+
+
+def has_gate(config: GeneratorConfig) -> bool:
+    """Whether tokens have learned weights."""
+    return config.token_weights or config.delta_rule
+
+
+def delta_products(size: int, tokens: int, with_state: int, with_tokens: int) -> int:
+    """That many products of M tokens with the state (M d_r^2) and with each other (M^2 d_r), and the inverse."""
+    padded = BLOCK
+    while padded < tokens:
+        padded *= 2
+    joined = (BLOCK << level for level in range((padded // BLOCK).bit_length() - 1))
+    inverse = sum(2 * padded * half**2 for half in joined)
+    return 2 * tokens * size * (with_state * size + with_tokens * tokens) + inverse
 
 
 def norm(shape: ModelShape, config: GeneratorConfig) -> Flops:

@@ -78,10 +78,13 @@ def _states_backward(shape: ModelShape, config: GeneratorConfig, chunks: int, to
     window without a graph."""
     layers, linears = flops.adapted_layers(shape, config), len(flops.adapted_linears(shape, config))
     size, hidden = config.state_size, shape.hidden
-    projection, outer = 4 * hidden * size * tokens, 2 * size * size * tokens
+    projection, gate = 4 * hidden * size * tokens, 2 * hidden * tokens * flops.has_gate(config)
+    update = flops.delta_products(size, tokens, 5, 5) if config.delta_rule else 4 * size * size * tokens
     windows = chunks - 1 if alone else chunks
     with_input = windows * sum(layer > layers[0] for layer in layers)
-    return linears * (len(layers) * chunks * (2 * outer + projection) + with_input * projection)
+    if config.token_weights:  # which multiply the hidden states
+        with_input = chunks * len(layers)
+    return linears * (len(layers) * chunks * (update + projection + gate) + with_input * projection)
 
 
 def _identity_gradients(shape: ModelShape, config: GeneratorConfig) -> int:

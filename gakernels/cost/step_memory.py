@@ -276,9 +276,9 @@ class StepMemory:
 
     def _kept_by_states(self, layer: int) -> int:
         size = 0
-        for tokens in self.context_tokens:  # the normalised hidden states, P | Q, and both projections
+        for tokens in self.context_tokens:  # the normalised hidden states, P | Q, and both projections; weights
             kept = (1 + self.config.token_weights) * self.h + 2 * self.config.state_size
-            size += (tokens * kept + 2 * self.config.state_size * self.h) * self.c
+            size += (tokens * kept + 2 * self.config.state_size * self.h) * self.c + 4 * tokens * self.config.delta_rule
         if self.has_graph(layer, ATTENTION):  # the norm: a number per token, and its input if that is a wide copy
             size += self.context_tokens[-1] * (4 + (self.h * max(self.p, 4) if self.c != self.a else 0))
         return size
@@ -339,6 +339,9 @@ class StepMemory:
         """During the backward of a linear layer's states, down to the hidden states."""
         d, tokens = self.config.state_size, self.context_tokens[-1]
         projected = tokens * 2 * d * (2 * self.s + self.c + (self.s if self.c < 4 else 0))
+        if self.config.delta_rule:  # what the tokens of all chunks write and are to each other
+            update = tokens * (10 * d + 5 * self.step.window_tokens) * self.s + 2 * self.states
+            projected = max(projected, update)
         rest = tokens * self.h * self.c + 2 * d * self.h * (2 * self.c + self.p)
         return 2 * self.tokens * self.h * self.a + 3 * self.states + projected + rest
 
@@ -392,4 +395,8 @@ class StepMemory:
 def generator_parameters(config: GeneratorConfig, hidden: int, linear: LinearShape) -> int:
     """Number of parameters of the generator of one linear layer."""
     widths = linear.inputs + linear.outputs
-    return config.state_size * (2 * hidden + widths) + hidden * (1 + config.token_weights) + config.static_rank * widths
+    return (
+        config.state_size * (2 * hidden + widths)
+        + hidden * (1 + (config.token_weights or config.delta_rule))
+        + config.static_rank * widths
+    )

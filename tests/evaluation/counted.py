@@ -62,6 +62,7 @@ MAPPING = {
     **PRODUCTS,
     aten.addmm_: added_product,  # PyTorch has rules for these only where they are not in place
     aten.baddbmm_: added_product,
+    aten.mv: lambda matrix, *_, **__: 2 * matrix.numel(),
     aten._scaled_dot_product_flash_attention_for_cpu: by_values(attention),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: by_values(attention_backward),
 }

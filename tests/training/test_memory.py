@@ -85,6 +85,8 @@ def measured_peak(model: GenerativeAdapter, preset: Preset, rows: int, generator
         ({}, {"linears": ("down_proj",), "layers": (1, 2)}, 1),
         ({}, {"static_rank": 8}, 1),
         ({}, {"token_weights": True}, 1),
+        ({}, {"delta_rule": True}, 1),
+        ({"state_size": 256, "rank": 64, "dtype": torch.bfloat16}, {"delta_rule": True}, 2),
         ({}, {"norm": "frobenius", "state_size": 64, "rank": 8}, 1),
     ],
     ids=[
@@ -97,7 +99,9 @@ def measured_peak(model: GenerativeAdapter, preset: Preset, rows: int, generator
         "inputs",
         "some layers",
         "static",
-        "gated",
+        "token weights",
+        "delta rule",
+        "delta rule, bf16",
         "frobenius",
     ],
 )

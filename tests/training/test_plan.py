@@ -43,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
         {"linears": ("q_proj", "up_proj"), "layers": (0, 2)},
         {"static_rank": 3},
         {"token_weights": True},
+        {"delta_rule": True},
         {"norm": "frobenius"},
     ],
 )

@@ -73,7 +73,7 @@ def projection_gradients(
     a2: Tensor,
     b1: Tensor,
     mask: Tensor | None,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, a2 and b1 (None where not needed) from those of the masked projections (B, T, M, 2 d_r)."""
     grad_hidden = grad_projected @ torch.cat([a2, b1.mT]) if needs[0] else None

@@ -1,5 +1,6 @@
 """The state under the delta rule: each token replaces what the state says about its key, in part or whole."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +76,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     states, projected = output
     ctx.mark_non_differentiable(projected)
     ctx.set_materialize_grads(False)  # no zeros in place of the gradients of those
+    ctx.needs = tuple(ctx.needs_input_grad[:3])
     ctx.has_initial_state = initial_state is not None
     ctx.save_for_backward(hidden, a2, b1, strength, mask, initial_state, states, projected)
 
@@ -82,11 +84,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_states: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_states is None:
         return (None,) * 7
-    arguments = grad_states, *ctx.saved_tensors
+    arguments = grad_states, *ctx.saved_tensors, ctx.needs
     # The eager form is plain operations, which torch.compile may fuse.
     run = eager.backward if ctx.backend == "eager" else lambda *given: _kernel_backward(*given, ctx.backend)
-    grad_hidden, grad_a2, grad_b1, grad_strength, grad_initial = run(*arguments)
-    return grad_hidden, grad_a2, grad_b1, grad_strength, None, grad_initial if ctx.has_initial_state else None, None
+    needed = (*ctx.needs, True, ctx.has_initial_state)
+    *grads, grad_initial = (grad if need else None for grad, need in zip(run(*arguments), needed, strict=True))
+    return *grads, None, grad_initial, None
 
 
 @operator("delta_state", "backward")
@@ -100,10 +103,12 @@ def _kernel_backward(
     initial_state: Tensor | None,
     states: Tensor,
     projected: Tensor,
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    likes = hidden, a2, b1, strength, states[:, 0]
-    grad_hidden, grad_a2, grad_b1, grad_strength, grad_initial = (like.new_empty(like.shape) for like in likes)
+    likes = zip((hidden, a2, b1, strength, states[:, 0]), (*needs, True, True), strict=True)
+    grads = (like.new_empty(like.shape if needed else 0) for like, needed in likes)
+    grad_hidden, grad_a2, grad_b1, grad_strength, grad_initial = grads
     return grad_hidden, grad_a2, grad_b1, grad_strength, grad_initial
 
 

@@ -53,16 +53,31 @@ def backward(
     initial_state: Tensor | None,
     states: Tensor,
     projected: Tensor,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients of hidden, a2, b1, strength and the initial state.
+    """Gradients of hidden, a2, b1 (None where not needed), strength and the initial state."""
+    if mask is not None:
+        strength = strength.masked_fill(~mask, 0)
+    *of_projected, grad_strength, grad_initial = _update_gradients(
+        grad_states, strength, initial_state, states, projected
+    )
+    grad_projected = torch.cat(of_projected, dim=-1).to(hidden.dtype)
+    if mask is not None:
+        grad_projected = grad_projected.masked_fill(~mask[..., None], 0)
+        grad_strength = grad_strength.masked_fill(~mask, 0)
+    return *projection_gradients(grad_projected, hidden, a2, b1, mask, needs), grad_strength, grad_initial
+
+
+def _update_gradients(
+    grad_states: Tensor, strength: Tensor, initial_state: Tensor | None, states: Tensor, projected: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the values, of the keys before they are scaled to norm 1, of strength and the initial state.
 
     With G the gradient of the state after a chunk, X = (I + A)^-1 Y and Y = diag(b) E:
 
         dX = K G^T,  dY = (I + A)^-T dX,  dA = -dY X^T,  dE = diag(b) dY = dV,  dS_0 = G - dE^T K,
         db = rows of dY * E + rows of dA * K K^T,  dK = X G - dE S_0 + (diag(b) dA + its transpose) K.
     """
-    if mask is not None:
-        strength = strength.masked_fill(~mask, 0)
     values, keys, norms = _values_and_keys(projected, strength.dtype)
     inverse, gram = _inverse(keys, strength)
     first = torch.zeros_like(states[:, 0]) if initial_state is None else initial_state
@@ -84,12 +99,7 @@ def backward(
     grad_keys = written @ after - grad_errors @ before + (grad_gram + grad_gram.mT) @ keys
     along = torch.linalg.vecdot(grad_keys, keys)[..., None]
     grad_raw = torch.where(norms > SMALLEST, grad_keys - along * keys, grad_keys) / norms.clamp(min=SMALLEST)
-    grad_projected = torch.cat([grad_errors, grad_raw], dim=-1).to(hidden.dtype)
-    if mask is not None:
-        grad_projected = grad_projected.masked_fill(~mask[..., None], 0)
-        grad_strength = grad_strength.masked_fill(~mask, 0)
-    grads = projection_gradients(grad_projected, hidden, a2, b1, mask)
-    return *grads, grad_strength, grad
+    return grad_errors, grad_raw, grad_strength, grad
 
 
 def _values_and_keys(projected: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
