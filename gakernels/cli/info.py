@@ -128,6 +128,10 @@ def _context_state_arguments(device: torch.device) -> tuple[Tensor, ...]:
     )
 
 
+def _delta_state_arguments(device: torch.device) -> tuple[Tensor, ...]:
+    return *_context_state_arguments(device), torch.empty(1, 8, 1024, device=device)
+
+
 def _low_rank_polar_arguments(device: torch.device) -> tuple[Any, ...]:
     return torch.empty(8, 1024, 1024, device=device), torch.empty(1024, 128, device=device), 1, DEFAULT_DAMPING
 
@@ -140,6 +144,7 @@ def _lowrank_linear_arguments(device: torch.device) -> tuple[Tensor, ...]:
 
 EXAMPLES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "context_state": _context_state_arguments,
+    "delta_state": _delta_state_arguments,
     "low_rank_polar": _low_rank_polar_arguments,
     "lowrank_linear": _lowrank_linear_arguments,
 }

@@ -276,9 +276,11 @@ class StepMemory:
 
     def _kept_by_states(self, layer: int) -> int:
         size = 0
-        for tokens in self.context_tokens:  # the normalised hidden states, P | Q, and both projections; weights
+        for tokens in self.context_tokens:  # the normalised hidden states, P | Q, and both projections
             kept = (1 + self.config.token_weights) * self.h + 2 * self.config.state_size
-            size += (tokens * kept + 2 * self.config.state_size * self.h) * self.c + 4 * tokens * self.config.delta_rule
+            size += (tokens * kept + 2 * self.config.state_size * self.h) * self.c
+        if self.config.delta_rule:  # the weights of tokens, and the states, of which the norm has a copy
+            size += 4 * sum(self.context_tokens) + self.states
         if self.has_graph(layer, ATTENTION):  # the norm: a number per token, and its input if that is a wide copy
             size += self.context_tokens[-1] * (4 + (self.h * max(self.p, 4) if self.c != self.a else 0))
         return size

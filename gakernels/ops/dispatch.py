@@ -134,7 +134,7 @@ def _obstacle(operation: str, kernel: str, arguments: tuple[Any, ...]) -> str | 
 def _obstacles(operation: str, arguments: tuple[Any, ...]) -> str:
     """Why none of the kernels of an operation runs a call."""
     there = [kernel for kernel in KERNELS if importlib.util.find_spec(_name(operation, kernel)) is not None]
-    return "; ".join(f"{kernel}: {_obstacle(operation, kernel, arguments)}" for kernel in there)
+    return "; ".join(f"{kernel}: {_obstacle(operation, kernel, arguments)}" for kernel in there) or "it has no kernels"
 
 
 # torch.compile takes for constant what the driver and files say.

@@ -73,7 +73,7 @@ class SlowPass:
             self.base.get_submodule(name).weight.copy_(weight + self._delta(name))
         logits = logits_of(self.base, torch.tensor([ids]))[0]
         for name in self.states if context else ():
-            self.states[name] = self.states[name] + self._sum(name)
+            self.states[name] = self._updated(name)
         return logits
 
     def _delta(self, name: str) -> Tensor:
@@ -86,16 +86,18 @@ class SlowPass:
         u, v = low_rank_polar(self.states[name], generator.sketch, 1, generator.damping)
         return static + scale * generator.output_map @ u @ v.T @ generator.input_map
 
-    def _sum(self, name: str) -> Tensor:
-        generator = self.model.generator(name)
+    def _updated(self, name: str) -> Tensor:
+        generator, state = self.model.generator(name), self.states[name]
         number = next(int(part) for part in name.split(".") if part.isdigit())
-        normed = rms_norm(self.layer_inputs[number][0], torch.ones(()), 1e-6)
-        total = torch.zeros(16, 16, dtype=torch.float64)
-        for token in normed:
+        for token in rms_norm(self.layer_inputs[number][0], torch.ones(()), 1e-6):
             weight = 1.0 if generator.token_gate is None else torch.sigmoid(generator.token_gate @ token)
-            token = token * generator.norm_weight
-            total += weight * torch.outer(generator.value_projection @ token, generator.key_projection.T @ token)
-        return total
+            value = generator.value_projection @ (token * generator.norm_weight)
+            key = generator.key_projection.T @ (token * generator.norm_weight)
+            if generator.delta_rule:
+                key = key / key.norm()
+                value = value - state @ key
+            state = state + weight * torch.outer(value, key)
+        return state
 
 
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -104,7 +106,7 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(((left[name] - right[name]).abs().max() / right[name].abs().max()).item() for name in left)
 
 
-@pytest.mark.parametrize("settings", [{}, {"static_rank": 2}, {"token_weights": True}])
+@pytest.mark.parametrize("settings", [{}, {"static_rank": 2}, {"token_weights": True}, {"delta_rule": True}])
 @pytest.mark.parametrize("family", [*WITH_FLOAT64_NORMS, "llama_bias", "llama_tied"])
 def test_a_pass_equals_the_slow_definition(family: str, settings: dict[str, Any]) -> None:
     model = float64_model(family, **settings)

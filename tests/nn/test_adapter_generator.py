@@ -237,6 +237,35 @@ def test_token_weights_are_those_of_the_sum(generator: Generator) -> None:
     torch.testing.assert_close(states, wanted, rtol=1e-10, atol=1e-10 * wanted.abs().max().item())
 
 
+def test_the_delta_rule_replaces_what_the_state_says_about_a_key(generator: Generator) -> None:
+    module = trained(generator, delta_rule=True)
+    hidden, initial = draw_hidden(generator, 2, 3, 5), torch.randn(2, 8, 8, generator=generator).double()
+    states = module.states(hidden, initial_state=initial)
+    normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    strength = torch.sigmoid(normed @ module.token_gate)
+    values = normed * module.norm_weight @ module.value_projection.mT
+    keys = normed * module.norm_weight @ module.key_projection
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    state = initial
+    for t in range(3):
+        for m in range(5):
+            v, k = values[:, t, m, :, None], keys[:, t, m, :, None]
+            state = state + strength[:, t, m, None, None] * (v - state @ k) @ k.mT
+        torch.testing.assert_close(states[:, t], state, rtol=1e-10, atol=1e-10)
+    assert "delta_rule" in repr(module)
+
+
+def test_the_delta_rule_learns_from_the_start_and_excludes_token_weights(generator: Generator) -> None:
+    module = build(delta_rule=True)
+    with torch.no_grad():
+        module.output_map.copy_(torch.eye(14, 8))
+    a, b, _ = module(draw_hidden(generator, 1, 2, 20).float())
+    (b @ a).square().sum().backward()
+    assert module.token_gate.grad.abs().max() > 0
+    with pytest.raises(InputError, match="token_weights must be false with delta_rule"):
+        build(delta_rule=True, token_weights=True)
+
+
 def test_untrained_token_weights_change_no_adapter_and_learn(generator: Generator) -> None:
     hidden = draw_hidden(generator, 1, 2, 20).float()
     plain, weighed = build(), build(token_weights=True)
