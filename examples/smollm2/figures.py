@@ -62,11 +62,11 @@ def main() -> None:
         path = options.confiqa if name == "confiqa" else options.data / "held-out" / f"{name}.jsonl"
         if path is not None:
             ask(options, name, path)
-    tune(options)
     for name in TEXTS:
         if getattr(options, name) is not None:
             for length in PIECES:
                 read(options, name, length)
+    tune(options)
     (options.output / "README.md").write_text("\n".join(table(options.output)) + "\n")
 
 
