@@ -15,7 +15,8 @@ from gakernels.data.chat import EncodedRecord
 from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
 from gakernels.training.instruction.answers import instruction_losses
-from gakernels.training.instruction.batches import InstructionBatch, pack, window_length
+from gakernels.training.instruction.batches import InstructionBatch
+from gakernels.training.instruction.packing import pack, window_length
 from gakernels.training.instruction.steps import BatchConfig, InstructionSteps, alike, divided
 
 
