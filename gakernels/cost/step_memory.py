@@ -260,12 +260,14 @@ class StepMemory(ModelSizes):
         everything = sum(generators) + sum(later)
         yield from self._forward(said, (contexts, everything), of=of)
         factors, none = [self._of_factors(layer) for layer in layers], self._gradients(len(layers))
+        kept_by = [said.kept(layer) for layer in layers]
+        left = [self._left_for(layer) for layer in layers]
         for layer in reversed(layers):
-            below = contexts + sum(map(said.kept, range(layer)))
+            below = contexts + sum(kept_by[:layer])
             waiting = none + sum(factors[layer + 1 :]), none + sum(factors[layer:])
             yield from self._backward(said, layer, (below, everything), waiting, of)
         for layer in reversed(self.layers if self.formed_later else []):
-            gradients = none + sum(factors[:layer]) + sum(map(self._left_for, range(layer, len(layers))))
+            gradients = none + sum(factors[:layer]) + sum(left[layer:])
             kept = sum(generators) + sum(later[: layer + 1])
             name = f"in the backward of layer {layer}, norm of the last states"
             yield name, self._parts(gradients, contexts, kept, self.in_polar(self.formed_later))
@@ -277,7 +279,7 @@ class StepMemory(ModelSizes):
     def _gradients(self, layer: int) -> int:
         """The gradients of the generators' parameters, from this layer on, or all of them."""
         first = 0 if self.setting.accumulates else layer
-        return sum(self.parameters_of(n) for n in range(first, self.shape.layers))
+        return len([n for n in self.layers if n >= first]) * self.parameters_of(self.layers[0])
 
     def _of_factors(self, layer: int) -> int:
         """The gradients of the factors that conversations used."""

@@ -16,13 +16,11 @@ from gakernels.model import GenerativeAdapter
 from gakernels.model.compilation import compiled_layers
 from gakernels.training.base_model import BaseConfig, load_base_model
 from gakernels.training.checkpoint import find_checkpoints
-from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.objective import Objective
-from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.training.recipes import recipe_text
 from gakernels.training.run_log import StepCost
 from gakernels.training.run_memory import step_setting
-from gakernels.training.run_recipe import MicroBatches
+from gakernels.training.run_recipe import MicroBatches, WholeRecipe
 from gakernels.training.sharding import Shards
 from gakernels.training.trainer import Trainer
 from gakernels.training.trainer_config import TrainerConfig
@@ -30,7 +28,7 @@ from gakernels.training.trainer_config import TrainerConfig
 RECIPE_FILE, REPORT_FILE = "recipe.yaml", "report.json"
 
 
-Recipe = TypeVar("Recipe", PretrainingRecipe, FinetuningRecipe)
+Recipe = TypeVar("Recipe", bound=WholeRecipe)
 
 
 def generator_on(start: str, config: BaseConfig, device: torch.device | str) -> GenerativeAdapter:

@@ -20,8 +20,7 @@ from gakernels.cost.memory import (
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
 from gakernels.model.config import GeneratorConfig
-from gakernels.training.instruction.recipe import FinetuningRecipe
-from gakernels.training.pretraining_recipe import PretrainingRecipe
+from gakernels.training.run_recipe import WholeRecipe
 
 GPU_GIGABYTES = (24, 48, 80, 141)  # 10^9 bytes: RTX 4090, L40S, A100 and H100, H200
 RESERVED = 1.5e9  # bytes of a GPU that the CUDA context and libraries take
@@ -70,9 +69,7 @@ class RunMemory:
         return fits
 
 
-def step_setting(
-    recipe: PretrainingRecipe | FinetuningRecipe, dtype: torch.dtype, accumulates: bool, world: int, device: str
-) -> StepSetting:
+def step_setting(recipe: WholeRecipe, dtype: torch.dtype, accumulates: bool, world: int, device: str) -> StepSetting:
     """How a recipe runs a step.
 
     Args:

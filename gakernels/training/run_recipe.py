@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from gakernels.cost.memory import StepShape, parse_bytes
 from gakernels.errors import InputError
 from gakernels.settings import Flag, settings
-from gakernels.training.trainer_config import Processes
+from gakernels.training.base_model import BaseConfig
+from gakernels.training.trainer_config import Processes, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class MicroBatches:
     """What goes through the model of one process at once.
 
     Attributes:
-        shapes: of the micro-batches of a run, each once.
+        shapes: of micro-batches; none is as large as another in every respect.
         accumulates: whether a step has several.
     """
 
@@ -48,3 +50,25 @@ class RunRecipe:
             raise InputError("overlap must be false with parallel: shards, whose weights come and go during a step")
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
+
+
+class WholeRecipe(Protocol):
+    """What a run reads of its recipe, whatever it trains on."""
+
+    @property
+    def model(self) -> BaseConfig | None: ...
+
+    @property
+    def trainer(self) -> TrainerConfig: ...
+
+    @property
+    def parallel(self) -> Processes: ...
+
+    @property
+    def memory_budget(self) -> str | None: ...
+
+    @property
+    def overlap(self) -> bool: ...
+
+    @property
+    def compile(self) -> bool: ...

@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
+from gakernels.cost.step_memory import StepShape
 from gakernels.data.chat import EncodedConversation, EncodedRecord
 from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
@@ -145,11 +146,11 @@ class InstructionSteps:
         return [self._batch(part[self._ranks.rank :: self._ranks.world]) for part in self._parts(step)]
 
     def micro_batches(self, steps: int) -> MicroBatches:
-        """The batches of all processes in the first steps; of at most one pool, since the next ones are like it."""
+        """The largest batches of all processes in the first steps, of at most one pool: the next ones are like it."""
         world = self._ranks.world
         parts = [list(self._parts(step)) for step in range(min(steps, self._steps))]
         shapes = {self._batch(part[rank::world]).shape for of in parts for part in of for rank in range(world)}
-        return MicroBatches(list(shapes), any(len(of_step) > 1 for of_step in parts))
+        return MicroBatches(_largest(list(shapes)), any(len(of_step) > 1 for of_step in parts))
 
     def load(self, steps: int = 8) -> "StepLoad":
         """The average load of a step, from the first steps."""
@@ -287,6 +288,19 @@ def _cut(part: npt.NDArray[np.int64], sizes: Sizes, group: int) -> Sequence[npt.
             best = (float(costs[least]), part[order], int(places[least]))
     assert best is not None
     return best[1][: best[2]], best[1][best[2] :]
+
+
+def _largest(shapes: Sequence[StepShape]) -> list[StepShape]:
+    """The shapes that no other exceeds in every respect."""
+    sizes = np.array([(s.rows, s.chunks, len(s.seen), s.window_tokens, s.predicted, *_said(s)) for s in shapes])
+    exceeded = (sizes[:, None] >= sizes).all(-1).sum(0) > 1
+    return [shape for shape, smaller in zip(shapes, exceeded.tolist(), strict=True) if not smaller]
+
+
+def _said(shape: StepShape) -> tuple[int, ...]:
+    said = shape.conversations
+    assert said is not None
+    return said.windows, said.window_tokens, said.predicted, int(said.packed)
 
 
 def _positions(largest: Sizes) -> npt.NDArray[np.int64]:

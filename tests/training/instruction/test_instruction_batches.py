@@ -247,7 +247,9 @@ def test_the_shapes_of_all_processes_are_known_to_each() -> None:
     whole = [steps.micro_batches(9) for steps in each]
     assert set(whole[0].shapes) == set(whole[1].shapes)
     pool = {batch.shape for steps in each for step in range(6) for batch in steps.batches(step)}
-    assert set(whole[0].shapes) == pool
+    assert set(whole[0].shapes) <= pool
+    for name in ("rows", "chunks", "window_tokens"):
+        assert max(getattr(shape, name) for shape in whole[0].shapes) == max(getattr(shape, name) for shape in pool)
 
 
 def test_a_step_has_so_many_contexts_and_at_most_so_many_conversations_of_each() -> None:
