@@ -15,7 +15,7 @@ from gakernels.cost.shapes import ModelShape
 from gakernels.cost.step_memory import generator_parameters
 from gakernels.model.quantized_base import quantize_base
 from gakernels.model.window_losses import WindowBatch, pretraining_windows
-from gakernels.training.plan import QUANTIZED_BYTES
+from gakernels.training.run_memory import QUANTIZED_BYTES
 
 FAMILIES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen3": "Qwen3Config"}
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -95,7 +96,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan, or tune and print the report."""
     recipe = recipe_of(FinetuningRecipe, options)
     if options.dry_run:
-        print_finetuning_plan(plan_finetuning(recipe, planned_processes(options)), options.tflops)
+        plan = plan_finetuning(recipe, planned_processes(options), torch.device(options.device).type)
+        print_finetuning_plan(plan, options.tflops)
         return 0
     folder = output_of(options)
     device = process_device(options.device)

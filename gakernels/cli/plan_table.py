@@ -7,7 +7,8 @@ from rich.table import Table
 
 from gakernels.cost.memory import Recomputation
 from gakernels.data import BadRecords
-from gakernels.training.plan import RESERVED, FinetuningPlan, PretrainingPlan, RunPlan
+from gakernels.training.plan import FinetuningPlan, PretrainingPlan, RunPlan
+from gakernels.training.run_memory import RESERVED
 
 USUAL_TFLOPS = (100.0, 300.0, 600.0)
 
@@ -22,7 +23,7 @@ def print_pretraining_plan(plan: PretrainingPlan, tflops: float | None, segments
     """
     _print_table(f"Plan for {plan.name}", _size_rows(plan, segments))
     _print_table("Operations of a step", _flops_rows(plan))
-    _print_table(f"Memory of a process: {plan.memory.moment}", _memory_rows(plan))
+    _print_memory(plan)
     _print_table("Time, without evaluations", _time_rows(plan, _rates(tflops)))
 
 
@@ -45,6 +46,7 @@ def print_finetuning_plan(plan: FinetuningPlan, tflops: float | None) -> None:
         ],
     ]
     _print_table(f"Plan for {plan.name}", rows)
+    _print_memory(plan)
     if data.refusal is not None:
         Console().print(f"A run stops: {data.refusal}", markup=False)
 
@@ -98,15 +100,15 @@ def _flops_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
     return [*rows, ("the run", _operations(plan.operations * plan.steps))]
 
 
-def _memory_rows(plan: PretrainingPlan) -> list[tuple[str, str]]:
-    rows = [(name, f"{size / 1e9:,.3f} GB") for name, size in plan.memory.parts.items()]
-    return [
-        *rows,
+def _print_memory(plan: RunPlan) -> None:
+    rows = [
+        *[(name, f"{size / 1e9:,.3f} GB") for name, size in plan.memory.parts.items()],
         ("all", f"{plan.memory.total / 1e9:,.3f} GB"),
         ("layers recomputing gate and up", str(len(plan.memory.recomputed.gated))),
         ("layers recomputed as a whole", str(len(plan.memory.recomputed.whole))),
         *[(f"fits a GPU of {size} GB", _fit(size, recomputed)) for size, recomputed in plan.fits.items()],
     ]
+    _print_table(f"Memory of a process: {plan.memory.moment}", rows)
 
 
 def _fit(size: int, recomputed: Recomputation | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from gakernels.cost import flops
+from gakernels.cost.pass_memory import GATED, NOTHING, ModelSizes, PassMemory, Recomputation, StepSetting
 from gakernels.cost.shapes import ModelShape
-from gakernels.cost.step_memory import GATED, NOTHING, Recomputation, StepMemory, StepSetting, StepShape
+from gakernels.cost.step_memory import StepMemory, StepShape
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.attachment import decoder_layers
@@ -29,6 +30,7 @@ __all__ = [
     "choose_recomputation",
     "estimate_memory",
     "fit_memory_budget",
+    "largest_step",
     "parse_bytes",
     "recomputable_layers",
     "set_recomputation",
@@ -82,32 +84,56 @@ def estimate_memory(
     for number in (*recomputed.gated, *recomputed.whole):
         if number not in layers:
             raise InputError(f"recomputed must name layers out of {list(layers)}, but names {number}")
-    count = StepMemory(shape, config, step, setting or StepSetting(), recomputed)
+    count = StepMemory(shape, config, setting or StepSetting(), step, recomputed)
     moment, parts = max(count.moments(), key=lambda item: sum(item[1].values()))
     return MemoryEstimate(parts, moment, recomputed)
 
 
 def recomputable_layers(shape: ModelShape, config: GeneratorConfig) -> list[int]:
     """The decoder layers that keep gate and up for the backward: those after the first adapter."""
-    count = StepMemory(shape, config, StepShape.pretraining(1, 2, 1), StepSetting())
-    return [layer for layer in range(shape.layers) if count.keeps_gated(layer)]
+    sizes = ModelSizes(shape, config, StepSetting())
+    return [layer for layer in range(shape.layers) if sizes.keeps_gated(layer)]
+
+
+def largest_step(
+    shape: ModelShape,
+    config: GeneratorConfig,
+    steps: Sequence[StepShape],
+    setting: StepSetting | None = None,
+    recomputed: Recomputation = NOTHING,
+) -> StepShape:
+    """The step that takes the most memory; see `estimate_memory`."""
+    if len(steps) == 1:
+        return steps[0]
+    return max(steps, key=lambda step: estimate_memory(shape, config, step, setting, recomputed).total)
 
 
 def choose_recomputation(
-    shape: ModelShape, config: GeneratorConfig, step: StepShape, budget: int, setting: StepSetting | None = None
+    shape: ModelShape,
+    config: GeneratorConfig,
+    steps: StepShape | Sequence[StepShape],
+    budget: int,
+    setting: StepSetting | None = None,
 ) -> MemoryEstimate:
-    """Choose as few decoder layers as must recompute gate and up, or everything, for a step to fit a budget of bytes.
+    """Choose as few decoder layers as must recompute gate and up, or everything, for steps to fit a budget of bytes.
 
     Whichever of the two saves more bytes for an operation comes first. The first layers are chosen: their backward
     comes last, when the memory that the others kept is free again.
 
+    Returns:
+        The estimate of the step that then takes the most.
+
     Raises:
-        InputError: the step does not fit even if all layers keep only their input.
+        InputError: a step does not fit even if all layers keep only their input.
     """
-    plain = StepMemory(shape, config, step, setting or StepSetting())
-    least = math.inf
-    for recomputed in _choices(plain, tuple(recomputable_layers(shape, config))):
+    steps = [steps] if isinstance(steps, StepShape) else steps
+    step, least = largest_step(shape, config, steps, setting), math.inf
+    plain = StepMemory(shape, config, setting or StepSetting(), step)
+    for recomputed in _choices(plain.conversations or plain.contexts, tuple(recomputable_layers(shape, config))):
         estimate = estimate_memory(shape, config, step, setting, recomputed)
+        if estimate.total <= budget:
+            step = largest_step(shape, config, steps, setting, recomputed)
+            estimate = estimate_memory(shape, config, step, setting, recomputed)
         if estimate.total <= budget:
             return estimate
         least = min(least, estimate.total)
@@ -117,12 +143,12 @@ def choose_recomputation(
     )
 
 
-def _choices(plain: StepMemory, layers: tuple[int, ...]) -> Iterator[Recomputation]:
+def _choices(plain: PassMemory, layers: tuple[int, ...]) -> Iterator[Recomputation]:
     """What may be recomputed, from nothing to all of these layers."""
     counts = range(1, len(layers) + 1)
     gate_and_up = 2 * sum(linear.weights for linear in plain.shape.stages[GATED])
-    decoder = flops.decoder(plain.shape, plain.step.window_tokens).total
-    everything = decoder / (plain.shape.layers * plain.step.window_tokens)  # operations of a token in a layer
+    tokens = plain.windows.window_tokens
+    everything = flops.decoder(plain.shape, tokens).total / (plain.shape.layers * tokens)  # of a token in a layer
     last = (plain.shape.layers - 1,)
     yield NOTHING
     if _saved(plain, Recomputation(gated=last)) / gate_and_up > _saved(plain, Recomputation(whole=last)) / everything:
@@ -132,22 +158,25 @@ def _choices(plain: StepMemory, layers: tuple[int, ...]) -> Iterator[Recomputati
         yield from (Recomputation(whole=layers[:count]) for count in counts)
 
 
-def _saved(plain: StepMemory, recomputed: Recomputation) -> int:
+def _saved(plain: PassMemory, recomputed: Recomputation) -> int:
     """The bytes that the last layer then does not keep."""
     last = plain.shape.layers - 1
     return plain.kept(last) - replace(plain, recomputed=recomputed).kept(last)
 
 
 def fit_memory_budget(
-    model: GenerativeAdapter, step: StepShape, budget: int, setting: StepSetting | None = None
+    model: GenerativeAdapter,
+    steps: StepShape | Sequence[StepShape],
+    budget: int,
+    setting: StepSetting | None = None,
 ) -> MemoryEstimate:
     """Make the layers of a model recompute what `choose_recomputation` chooses.
 
     Raises:
-        InputError: the step does not fit, or see `set_recomputation`.
+        InputError: a step does not fit, or see `set_recomputation`.
     """
     shape = ModelShape.from_config(model.base.config)
-    estimate = choose_recomputation(shape, model.config, step, budget, setting)
+    estimate = choose_recomputation(shape, model.config, steps, budget, setting)
     set_recomputation(model, estimate.recomputed)
     return estimate
 

@@ -6,16 +6,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
-from gakernels.cost.flops import adapted_layers, adapted_linears, adapter_rank
-from gakernels.cost.shapes import LinearShape, ModelShape
+from gakernels.cost.flops import adapter_rank, has_gate
+from gakernels.cost.pass_memory import ATTENTION, NOTHING, ModelSizes, PassMemory, PassShape, Recomputation
+from gakernels.cost.shapes import LinearShape
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.windows import only_first_is_plain
-from gakernels.nn.token_loss import LOGITS_IN_CACHE, tokens_at_once
 
-ATTENTION, OUTPUT, GATED, DOWN = range(4)  # the stages of a Llama-like decoder layer, see `ModelShape`
 UNSHARDED_LAYERS = 2  # the running one and the prefetched one
+
+Moment = tuple[str, dict[str, int]]
+Kept = tuple[int, int]  # bytes by the base model, and by the generators
+
+
+@dataclass(frozen=True)
+class ConversationShape:
+    """Windows of conversations about contexts.
+
+    Attributes:
+        windows: N, over all rows.
+        window_tokens: M, padding included.
+        predicted: number of tokens with a loss.
+        packed: whether a window may hold several conversations.
+    """
+
+    windows: int
+    window_tokens: int
+    predicted: int
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,8 @@ class StepShape:
         chunks: T.
         seen: (W,) number of context chunks that the adapter of each window has seen.
         predicted: number of tokens with a loss, over all rows.
+        conversations: the windows that are read after these under the adapters of the whole contexts (instruction
+            tuning); None for none.
     """
 
     rows: int
@@ -35,6 +54,7 @@ class StepShape:
     chunks: int
     seen: tuple[int, ...]
     predicted: int
+    conversations: ConversationShape | None = None
 
     @classmethod
     def pretraining(cls, rows: int, window_tokens: int, chunks: int, slices: int = 1) -> StepShape:
@@ -42,104 +62,13 @@ class StepShape:
         seen = (*range(chunks), *(tuple(range(1, chunks + 1)) * slices))
         return cls(rows, window_tokens, chunks, seen, rows * (len(seen) - 1) * (window_tokens - 1))
 
-    @property
-    def tokens(self) -> int:
-        """B W M."""
-        return self.rows * len(self.seen) * self.window_tokens
-
 
 @dataclass(frozen=True)
-class StepSetting:
-    """How the step is run.
+class StepMemory(ModelSizes):
+    """Counts the bytes of one step; "kept" means kept for the backward."""
 
-    Attributes:
-        dtype: dtype of the base model and of its activations.
-        generator_dtype: dtype of the generators' parameters, their gradients and the optimizer state.
-        autocast: whether the step runs under autocast to `dtype`.
-        linear_bytes: bytes per weight of the linear layers inside the decoder layers; None for the size of `dtype`.
-        shards: number of processes that the weights, generators and optimizer state are sharded over (FSDP2); 1 for
-            no sharding.
-        accumulates: whether gradients of earlier micro-batches exist while the step runs.
-        device: `cuda` or `cpu`; the loss takes larger blocks on a GPU.
-    """
-
-    dtype: torch.dtype = torch.bfloat16
-    generator_dtype: torch.dtype = torch.float32
-    autocast: bool = True
-    linear_bytes: float | None = None
-    shards: int = 1
-    accumulates: bool = False
-    device: str = "cuda"
-
-
-@dataclass(frozen=True)
-class Recomputation:
-    """What is recomputed in the backward instead of kept; a layer is in at most one of the two.
-
-    Attributes:
-        gated: the decoder layers that recompute gate and up.
-        whole: the decoder layers that keep only their input.
-    """
-
-    gated: tuple[int, ...] = ()
-    whole: tuple[int, ...] = ()
-
-
-NOTHING = Recomputation()
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Counts the bytes of one step; "kept" means kept for the backward.
-
-    Short names: h, q, k, f are the widths of the hidden states, queries, keys and the feed-forward part (numbers per
-    token); a, c, p, s are the bytes per number of activations, of the generators' computation, of their parameters, and
-    of states.
-    """
-
-    shape: ModelShape
-    config: GeneratorConfig
     step: StepShape
-    setting: StepSetting
     recomputed: Recomputation = NOTHING
-
-    # Sizes
-
-    @property
-    def a(self) -> int:
-        return self.setting.dtype.itemsize
-
-    @property
-    def c(self) -> int:
-        return self.a if self.setting.autocast else self.p
-
-    @property
-    def p(self) -> int:
-        return self.setting.generator_dtype.itemsize
-
-    @property
-    def s(self) -> int:
-        return max(self.c, 4)
-
-    @property
-    def h(self) -> int:
-        return self.shape.hidden
-
-    @property
-    def q(self) -> int:
-        return self.shape.heads * self.shape.head_dim
-
-    @property
-    def k(self) -> int:
-        return self.shape.kv_heads * self.shape.head_dim
-
-    @property
-    def f(self) -> int:
-        return self.shape.stages[-1][0].inputs
-
-    @property
-    def rank(self) -> int:
-        return adapter_rank(self.config) + self.config.static_rank
 
     @property
     def split(self) -> bool:
@@ -147,15 +76,26 @@ class StepMemory:
         plain = self.step.chunks > 1 and only_first_is_plain(self.step.seen, self.step.chunks)
         return plain and not self.config.static_rank
 
-    @property
-    def windows(self) -> int:
-        """Number of windows with a graph, over all rows."""
-        return self.step.rows * (len(self.step.seen) - self.split)
+    @cached_property
+    def contexts(self) -> PassMemory:
+        """The pass of the contexts, in two if `split`."""
+        step, static = self.step, self.config.static_rank > 0
+        adapters = self.formed + (static and 0 in step.seen)  # one more, for windows that saw nothing
+        graphed = step.rows * (len(step.seen) - self.split) if adapters else 0
+        windows = PassShape(step.rows * len(step.seen), graphed, step.window_tokens, adapters, step.predicted)
+        return self._pass(windows)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in these windows."""
-        return self.windows * self.step.window_tokens
+    @cached_property
+    def conversations(self) -> PassMemory | None:
+        """The pass of the conversations."""
+        said = self.step.conversations
+        if said is None:
+            return None
+        adapters, count = self.formed_later or self.contexts.windows.adapters, said.windows
+        return self._pass(PassShape(count, count, said.window_tokens, adapters, said.predicted, said.packed))
+
+    def _pass(self, windows: PassShape) -> PassMemory:
+        return PassMemory(self.shape, self.config, self.setting, windows, self.recomputed)
 
     @property
     def context_tokens(self) -> tuple[int, ...]:
@@ -165,46 +105,19 @@ class StepMemory:
 
     @property
     def formed(self) -> int:
-        """Number of adapters of a linear layer that come from a state."""
+        """Number of adapters of a linear layer that come from a state, in the pass of the contexts."""
         return self.step.rows * len(set(self.step.seen) - {0})
 
     @property
-    def adapters(self) -> int:
-        """Number of different adapters of a linear layer: with a static term one more, for windows that saw nothing."""
-        return self.formed + (self.config.static_rank > 0 and 0 in self.step.seen)
+    def formed_later(self) -> int:
+        """Number of adapters of whole contexts that are formed only after that pass, for the conversations."""
+        is_known = self.step.conversations is None or self.step.chunks in self.step.seen
+        return 0 if is_known else self.step.rows
 
     @property
     def states(self) -> int:
         """Bytes of the states of a linear layer."""
         return int(self.step.rows * self.step.chunks * self.config.state_size**2 * self.s)
-
-    @cached_property
-    def layers(self) -> list[int]:
-        """The adapted decoder layers."""
-        return adapted_layers(self.shape, self.config)
-
-    @cached_property
-    def adapted(self) -> list[LinearShape]:
-        """The adapted linear layers in each adapted decoder layer."""
-        return adapted_linears(self.shape, self.config)
-
-    @cached_property
-    def first_stage(self) -> int:
-        """The first stage with an adapted linear layer."""
-        stages = enumerate(self.shape.stages)
-        return next(number for number, stage in stages if any(linear in self.adapted for linear in stage))
-
-    def linears(self, layer: int) -> list[LinearShape]:
-        """The adapted linear layers of a decoder layer."""
-        return self.adapted if layer in self.layers else []
-
-    def has_graph(self, layer: int, stage: int) -> bool:
-        """Whether the input of a stage of linear layers depends on an adapter."""
-        return layer > self.layers[0] or (layer == self.layers[0] and stage > self.first_stage)
-
-    def keeps_gated(self, layer: int) -> bool:
-        """Whether the backward needs the inputs of the activation."""
-        return self.has_graph(layer, DOWN)
 
     # Present all the time
 
@@ -231,45 +144,6 @@ class StepMemory:
 
     # Kept for the backward
 
-    def kept(self, layer: int) -> int:
-        """Kept by a decoder layer and its adapted linear layers until its backward."""
-        if layer in self.recomputed.whole:
-            return self.tokens * self.h * self.a
-        return self.used(layer)
-
-    def used(self, layer: int) -> int:
-        """What the backward of the layer reads, kept or recomputed by then."""
-        return self.used_by_base(layer) + self.used_by_adapters(layer)
-
-    def used_by_base(self, layer: int) -> int:
-        """Of that, by the layer of the base model."""
-        each = 0
-        if self.has_graph(layer, ATTENTION):  # norm: input and a number; queries, keys, values, result, log-sum-exp
-            each += self.h * self.a + 4
-            each += (2 * self.q + 2 * self.k) * self.a + 4 * self.shape.heads
-        if self.has_graph(layer, GATED):  # the other norm
-            each += self.h * self.a + 4
-        return self.tokens * each + self.used_by_gated(layer)
-
-    def used_by_gated(self, layer: int) -> int:
-        """Of that, by its feed-forward part: gate and up, or the input if these are recomputed."""
-        each = (self.h if layer in self.recomputed.gated else 2 * self.f) if self.keeps_gated(layer) else 0
-        return self.tokens * each * self.a
-
-    def kept_by_norm(self) -> int:
-        """Kept by the last norm."""
-        return self.tokens * (self.h * self.a + 4)
-
-    def used_by_adapters(self, layer: int) -> int:
-        """By the adapted linear layers of a decoder layer: lora_A x, and inputs that nothing else keeps."""
-        inputs = 0
-        for stage, linears in enumerate(self.shape.stages):
-            shared = stage == OUTPUT and self.has_graph(layer, ATTENTION)
-            shared |= stage == GATED and layer in self.recomputed.gated
-            if not shared and any(linear in self.linears(layer) for linear in linears):
-                inputs += linears[0].inputs
-        return self.tokens * (inputs + self.rank * len(self.linears(layer))) * self.a
-
     def kept_by_generators(self, layer: int) -> int:
         """Kept by the generators of a decoder layer, from its input to the factors."""
         return sum(self._kept_by_states(layer) + self._kept_by_factors(linear) for linear in self.linears(layer))
@@ -286,56 +160,32 @@ class StepMemory:
         return size
 
     def _kept_by_factors(self, linear: LinearShape) -> int:
+        d, widths = self.config.state_size, linear.inputs + linear.outputs
+        size = self.states + self.contexts.windows.adapters * self.rank * widths * self.a
+        size += self._kept_by_norm(self.formed)
+        return size + (d * widths * self.c if self.c != self.p else 0)  # A1 and B2 in the lower precision
+
+    def _kept_later(self, layer: int) -> int:
+        """Kept by what forms the adapters of whole contexts after the pass: factors, and the states of its own pass."""
+        rank, count = self.rank * self.a, len(self.linears(layer))
+        widths = sum(linear.inputs + linear.outputs for linear in self.linears(layer))
+        states = self.states // self.step.chunks * (self.step.chunks - 1) if self.split and self.formed_later else 0
+        return self.formed_later * rank * widths + count * (self._kept_by_norm(self.formed_later) + states)
+
+    def _kept_by_norm(self, formed: int) -> int:
         d, r = self.config.state_size, self.config.rank
-        widths = linear.inputs + linear.outputs
-        size = self.states + self.adapters * self.rank * widths * self.a
-        size += 2 * self.formed * adapter_rank(self.config) * d * self.c  # U and V
-        if self.c != self.p:
-            size += d * widths * self.c  # A1 and B2 in the lower precision
+        size = 2 * formed * adapter_rank(self.config) * d * self.c  # U and V
         if self.config.norm == "polar":
             steps = 2 + 2 * self.config.power_iterations
-            size += self.formed * (steps * (d * r * self.s + 8 * r * r) + 8 * (r * r + r))
+            size += formed * (steps * (d * r * self.s + 8 * r * r) + 8 * (r * r + r))
         return size
 
     # Temporary
 
-    def in_forward(self) -> int:
-        """In the feed-forward part of the last layer: the activation, hidden states, and states of all layers."""
-        states = len(self.layers) * len(self.adapted) * self.states if self.split else 0
-        return self.tokens * (self.f + 3 * self.h) * self.a + states
-
-    def in_loss(self) -> int:
-        """While the last block of logits exists: hidden states, pending gradients, logits."""
-        gathers = self.step.predicted < self.step.rows * len(self.step.seen) * (self.step.window_tokens - 1)
-        rows = self.step.predicted if gathers else self.step.tokens
-        hidden = (self.step.tokens + gathers * rows) * self.h * self.a
-        block = min(rows, tokens_at_once(self.setting.device, self.shape.vocabulary))
-        logits = block * self.shape.vocabulary
-        probabilities = min(logits, LOGITS_IN_CACHE.get(self.setting.device, logits))  # on a CPU, a few rows at a time
-        logits = 2 * self.a * logits + max(4, self.a) * probabilities  # including their gradient
-        return hidden + rows * self.h * self.a + max(logits, rows * self.h * self.a)
-
-    def in_head(self) -> int:
-        """During the backward of the last norm."""
-        fused = self.setting.device == "cuda"
-        norm = self.a if fused else 8 if self.a == 4 else 12 + self.a
-        return max(2 * self.step.tokens * self.h * self.a, (self.step.tokens * self.a + self.tokens * norm) * self.h)
-
-    def in_gated(self, layer: int) -> int:
-        """During the backward of a feed-forward part: four tensors of its width, and recomputed gate and up."""
-        again = 2 * self.f if layer in self.recomputed.gated else 0
-        return self.tokens * (4 * self.f + again + self.h) * self.a
-
-    def in_adapters(self, layer: int) -> int:
-        """While the gradients of the factors are computed: one for each window, then the sums."""
-        widest = max(max(linear.inputs, linear.outputs) for linear in self.linears(layer))
-        each = self.windows * (self.a + 4) + 4 * self.adapters
-        return self.tokens * self.h * self.a + self.rank * widest * each
-
-    def in_polar(self) -> int:
+    def in_polar(self, formed: int) -> int:
         """During the backward of the norm of a linear layer's states."""
         d, r, steps = self.config.state_size, self.config.rank, 2 + 2 * self.config.power_iterations
-        return 2 * self.tokens * self.h * self.a + self.formed * d * (4 * steps * r + d) * self.s
+        return formed * d * (4 * steps * r + d) * self.s
 
     def in_states(self) -> int:
         """During the backward of a linear layer's states, down to the hidden states."""
@@ -345,35 +195,111 @@ class StepMemory:
             update = tokens * (10 * d + 5 * self.step.window_tokens) * self.s + 2 * self.states
             projected = max(projected, update)
         rest = tokens * self.h * self.c + 2 * d * self.h * (2 * self.c + self.p)
-        return 2 * self.tokens * self.h * self.a + 3 * self.states + projected + rest
+        return 3 * self.states + projected + rest
 
     # Moments
 
-    def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
+    def moments(self) -> Iterator[Moment]:
         """The bytes by part at each moment that can be the peak."""
-        layers = range(self.shape.layers)
-        gradients = [self.parameters_of(layer) for layer in layers]
-        base = [self.kept(layer) for layer in layers]
-        generators = [self.kept_by_generators(layer) for layer in layers]
-        full = sum(base) + self.kept_by_norm(), sum(generators)
-        earlier = sum(gradients) if self.setting.accumulates else 0
-        yield "at the end of the forward", self._parts(earlier, *full, self.in_forward())
-        yield "in the loss", self._parts(earlier, *full, self.in_loss())
-        yield "in the backward of the loss", self._parts(earlier, *full, self.in_head())
+        layers, contexts = range(self.shape.layers), self.contexts
+        base, generators = [contexts.kept(layer) for layer in layers], [self.kept_by_generators(n) for n in layers]
+        later = [self._kept_later(layer) for layer in layers]
+        states = len(self.layers) * len(self.adapted) * self.states if self.split else 0
+        yield from self._forward(contexts, (0, sum(generators)), states, sum(later))
+        waiting = [0] * len(layers)  # gradients that conversations leave for the generators of a layer
+        if self.conversations is not None:
+            base = [0 if self._is_unread(layer) else kept for layer, kept in enumerate(base)]
+            yield from self._with_conversations(self.conversations, sum(base), generators, later)
+            waiting = [self._left_for(layer) for layer in layers]
         for layer in reversed(layers):
-            kept = sum(base[:layer]) + self.used(layer), sum(generators[: layer + 1])
-            there = earlier or sum(gradients[layer + 1 :])
-            name = f"in the backward of layer {layer}"
-            if self.keeps_gated(layer):
-                yield f"{name}, feed-forward part", self._parts(there, *kept, self.in_gated(layer))
+            below, kept = sum(base[:layer]), sum(generators[: layer + 1])
+            there = self._gradients(layer + 1) + sum(waiting[: layer + 1])
+            then = self._gradients(layer) + sum(waiting[:layer])
+            if not self._is_unread(layer):
+                yield from self._backward(contexts, layer, (below, kept), (there, then))
             if self.linears(layer):
-                there, below = earlier or sum(gradients[layer:]), sum(base[:layer])
-                rest = kept[0] - self.used_by_gated(layer)
-                yield f"{name}, adapters", self._parts(there, rest, kept[1], self.in_adapters(layer))
-                yield f"{name}, norm of the states", self._parts(there, below, kept[1], self.in_polar())
-                left = kept[1] - sum(self._kept_by_factors(linear) for linear in self.linears(layer))
-                yield f"{name}, states", self._parts(there, below, left, self.in_states())
-        yield "in the optimizer", self._parts(sum(gradients), 0, 0, 0)
+                name, hidden = f"in the backward of layer {layer}", 2 * contexts.tokens * self.h * self.a
+                workspace = hidden + self.in_polar(self.formed)
+                yield f"{name}, norm of the states", self._parts(then, below, kept, workspace)
+                kept -= sum(self._kept_by_factors(linear) for linear in self.linears(layer))
+                yield f"{name}, states", self._parts(then, below, kept, hidden + self.in_states())
+        yield "in the optimizer", self._parts(self._gradients(0), 0, 0, 0)
+
+    def _forward(
+        self, one: PassMemory, before: Kept, states: int = 0, later: int = 0, of: str = ""
+    ) -> Iterator[Moment]:
+        """The moments of a pass and its loss.
+
+        Args:
+            one: the pass.
+            before: kept by others.
+            states: that are there until its end.
+            later: what generators keep from then on.
+            of: follows the names of the moments.
+        """
+        gradients, base = self._gradients(self.shape.layers), before[0] + one.kept_by_all()
+        yield f"at the end of the forward{of}", self._parts(gradients, base, before[1], one.in_forward() + states)
+        if one.windows.predicted:
+            kept = before[1] + later
+            yield f"in the loss{of}", self._parts(gradients, base, kept, one.in_loss())
+            yield f"in the backward of the loss{of}", self._parts(gradients, base, kept, one.in_head())
+
+    def _backward(
+        self, one: PassMemory, layer: int, below: Kept, gradients: tuple[int, int], of: str = ""
+    ) -> Iterator[Moment]:
+        """The moments in a layer of a pass; `gradients`: those above the layer, and with those of the layer."""
+        kept, name = below[0] + one.used(layer), f"in the backward of layer {layer}{of}"
+        if self.keeps_gated(layer):
+            yield f"{name}, feed-forward part", self._parts(gradients[0], kept, below[1], one.in_gated(layer))
+        if self.linears(layer):
+            kept -= one.used_by_gated(layer)
+            yield f"{name}, adapters", self._parts(gradients[1], kept, below[1], one.in_adapters(layer))
+
+    def _with_conversations(
+        self, said: PassMemory, contexts: int, generators: list[int], later: list[int]
+    ) -> Iterator[Moment]:
+        """From the pass of the conversations until their gradients are those of states."""
+        layers, of = range(self.shape.layers), " of the conversations"
+        if self.step.predicted:
+            contexts += self.contexts.kept_by_norm() + self.step.predicted * self.h * self.a  # the gradient of the loss
+        everything = sum(generators) + sum(later)
+        yield from self._forward(said, (contexts, everything), of=of)
+        factors, none = [self._of_factors(layer) for layer in layers], self._gradients(len(layers))
+        kept_by = [said.kept(layer) for layer in layers]
+        left = [self._left_for(layer) for layer in layers]
+        for layer in reversed(layers):
+            below = contexts + sum(kept_by[:layer])
+            waiting = none + sum(factors[layer + 1 :]), none + sum(factors[layer:])
+            yield from self._backward(said, layer, (below, everything), waiting, of)
+        for layer in reversed(self.layers if self.formed_later else []):
+            gradients = none + sum(factors[:layer]) + sum(left[layer:])
+            kept = sum(generators) + sum(later[: layer + 1])
+            name = f"in the backward of layer {layer}, norm of the last states"
+            yield name, self._parts(gradients, contexts, kept, self.in_polar(self.formed_later))
+
+    def _is_unread(self, layer: int) -> bool:
+        """Whether nothing depends on the output of a layer in the pass of the contexts but its states."""
+        return self.conversations is not None and not self.step.predicted and layer >= self.layers[-1]
+
+    def _gradients(self, layer: int) -> int:
+        """The gradients of the generators' parameters, from this layer on, or all of them."""
+        first = 0 if self.setting.accumulates else layer
+        return len([n for n in self.layers if n >= first]) * self.parameters_of(self.layers[0])
+
+    def _of_factors(self, layer: int) -> int:
+        """The gradients of the factors that conversations used."""
+        adapters = self.formed_later or self.contexts.windows.adapters
+        widths = sum(linear.inputs + linear.outputs for linear in self.linears(layer))
+        return adapters * self.rank * widths * self.a
+
+    def _left_for(self, layer: int) -> int:
+        """What the gradients of these factors become before the contexts' backward: those of states and maps."""
+        if not self.formed_later:
+            return self._of_factors(layer)
+        d, maps = self.config.state_size, self.config.state_size + self.config.static_rank
+        widths = sum(linear.inputs + linear.outputs for linear in self.linears(layer))
+        states = len(self.linears(layer)) * self.formed_later * d * d * self.s
+        return states + (0 if self.setting.accumulates else maps * widths * self.p // self.setting.shards)
 
     @cached_property
     def _there(self) -> dict[str, int]:
@@ -397,8 +323,4 @@ class StepMemory:
 def generator_parameters(config: GeneratorConfig, hidden: int, linear: LinearShape) -> int:
     """Number of parameters of the generator of one linear layer."""
     widths = linear.inputs + linear.outputs
-    return (
-        config.state_size * (2 * hidden + widths)
-        + hidden * (1 + (config.token_weights or config.delta_rule))
-        + config.static_rank * widths
-    )
+    return config.state_size * (2 * hidden + widths) + hidden * (1 + has_gate(config)) + config.static_rank * widths

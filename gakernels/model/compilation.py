@@ -1,6 +1,7 @@
 """torch.compile for the frozen decoder layers, which fuses the operations between their matrix products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from gakernels.model.attachment import decoder_layers
 from gakernels.nn import AdaptedLinear
 from gakernels.nn.factors_in_force import HandedOver, refuse_copy
 from gakernels.nn.recomputed_forward import RecomputedForward
+
+MOST_GRAPHS = 256  # of a layer; PyTorch's own limit is 8
 
 
 def compile_layers(base: PreTrainedModel, **options: Any) -> None:
@@ -34,6 +37,21 @@ def compile_layers(base: PreTrainedModel, **options: Any) -> None:
         plain: Any = type(layer).forward.__get__(layer)
         linears = [module for module in layer.modules() if isinstance(module, AdaptedLinear)]
         layer.forward = _Compiled(torch.compile(plain, **{"dynamic": False, **options}), linears)
+
+
+@contextmanager
+def compiled_layers(base: PreTrainedModel) -> Iterator[None]:
+    """Compile the layers while the block runs, for as many shapes as instruction tuning has.
+
+    Raises:
+        InputError: see `compile_layers`.
+    """
+    compile_layers(base)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            yield
+    finally:
+        uncompile_layers(base)
 
 
 class _Compiled:

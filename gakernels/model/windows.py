@@ -22,14 +22,14 @@ def split_evenly(tokens: Sequence[int], chunk_size: int) -> list[list[int]]:
     return [list(tokens[start : start + size]) for start in range(0, len(tokens), size)]
 
 
-def pad_windows(rows: Sequence[Sequence[Sequence[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both (B, T, M), of B contexts of at most T chunks of at most M tokens.
+def pad_windows(rows: Sequence[Sequence[Sequence[int]]], pad: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both (B, T, M), of B contexts of at most T chunks of at most M tokens; M may be given.
 
     Missing chunks are empty. The padding id is arbitrary: masked tokens come after all others of their window, so no
     token attends to them.
     """
     chunks = max(len(row) for row in rows)
-    length = max(len(chunk) for row in rows for chunk in row)
+    length = length or max(len(chunk) for row in rows for chunk in row)
     ids = torch.full((len(rows), chunks, length), pad, dtype=torch.int64)
     mask = torch.zeros((len(rows), chunks, length), dtype=torch.bool)
     for i, row in enumerate(rows):

@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gakernels.cost import flops
-from gakernels.cost.memory import (
-    MemoryEstimate,
-    Recomputation,
-    StepSetting,
-    StepShape,
-    choose_recomputation,
-    estimate_memory,
-    parse_bytes,
-)
+from gakernels.cost.memory import MemoryEstimate, Recomputation
 from gakernels.cost.shapes import ModelShape
 from gakernels.cost.step_flops import StepFlops, pretraining_flops
 from gakernels.cost.step_memory import generator_parameters
@@ -33,10 +24,7 @@ from gakernels.training.instruction.recipe import FinetuningRecipe
 from gakernels.training.instruction.steps import InstructionSteps, StepLoad
 from gakernels.training.instruction.tuning_data import TuningData, load_tuning_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe
-
-GPU_GIGABYTES = (24, 48, 80, 141)  # 10^9 bytes: RTX 4090, L40S, A100 and H100, H200
-RESERVED = 1.5e9  # bytes of a GPU that the CUDA context and libraries take
-QUANTIZED_BYTES = {"fp8": 2.0, "int8": 1.0, "nf4": 0.5}  # per weight; fp8 is stored in both layouts
+from gakernels.training.run_memory import RunMemory, step_setting
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,9 @@ class RunPlan:
         base_parameters: number of frozen parameters.
         generator_parameters: number of trained parameters.
         operations: floating-point operations of a step, all processes together.
+        memory: of one process.
+        fits: by size of a GPU in 10^9 bytes, what must be recomputed for a step to fit, with one such GPU per process;
+            None if it does not fit.
     """
 
     name: str
@@ -58,6 +49,8 @@ class RunPlan:
     base_parameters: int
     generator_parameters: int
     operations: float
+    memory: MemoryEstimate
+    fits: Mapping[int, Recomputation | None]
 
     def seconds(self, tflops: float) -> float:
         """The time of the run if each process computes this many 10^12 operations per second."""
@@ -74,9 +67,6 @@ class PretrainingPlan(RunPlan):
         segment_tokens: T * M.
         windows: windows of a segment, context and reconstruction together.
         flops: the operations of a step, by their kind.
-        memory: of one process.
-        fits: by size of a GPU in 10^9 bytes, what must be recomputed for a step to fit, with one such GPU per process;
-            None if it does not fit.
     """
 
     segments: int
@@ -84,8 +74,6 @@ class PretrainingPlan(RunPlan):
     segment_tokens: int
     windows: int
     flops: StepFlops
-    memory: MemoryEstimate
-    fits: Mapping[int, Recomputation | None]
 
     @property
     def tokens(self) -> int:
@@ -130,9 +118,9 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
             divide the batch, or the run does not fit the recipe's memory budget.
     """
     shape, config, windows = base_shape(recipe.model), recipe.generator, recipe.windows
-    at_once = windows.at_once(processes)
-    setting = step_setting(recipe, processes, device)
-    step = largest_step(recipe, shape, at_once, setting)
+    batches, dtype = recipe.micro_batches(processes), base_dtype(recipe.model)
+    setting = step_setting(recipe, dtype, batches.accumulates, processes, device)
+    memory = RunMemory(shape, config, batches.shapes, setting, recipe.memory_budget)
     one = pretraining_flops(shape, config, windows.chunks, config.chunk_size, windows.plain, windows.slices)
     operations = one * windows.batch_size
     return PretrainingPlan(
@@ -140,73 +128,32 @@ def plan_pretraining(recipe: PretrainingRecipe, processes: int = 1, device: str 
         processes=processes,
         steps=recipe.trainer.steps,
         segments=windows.batch_size,
-        segments_at_once=at_once,
+        segments_at_once=windows.at_once(processes),
         segment_tokens=recipe.segment_tokens,
         windows=(1 + windows.slices) * windows.chunks,
         base_parameters=shape.parameters,
         generator_parameters=_trained(shape, config),
         operations=operations.total,
         flops=operations,
-        memory=_memory(recipe, shape, step, setting),
-        fits=_fits(recipe, shape, at_once, processes),
+        memory=memory.estimate(),
+        fits=memory.fits(),
     )
 
 
-def _memory(recipe: PretrainingRecipe, shape: ModelShape, step: StepShape, setting: StepSetting) -> MemoryEstimate:
-    if recipe.memory_budget is None:
-        return estimate_memory(shape, recipe.generator, step, setting)
-    return choose_recomputation(shape, recipe.generator, step, parse_bytes(recipe.memory_budget), setting)
-
-
-def _fits(
-    recipe: PretrainingRecipe, shape: ModelShape, at_once: int, processes: int
-) -> dict[int, Recomputation | None]:
-    setting = step_setting(recipe, processes, "cuda")
-    step = largest_step(recipe, shape, at_once, setting)
-    fits: dict[int, Recomputation | None] = {}
-    for size in GPU_GIGABYTES:
-        try:
-            estimate = choose_recomputation(shape, recipe.generator, step, int(size * 1e9 - RESERVED), setting)
-        except InputError:
-            fits[size] = None
-        else:
-            fits[size] = estimate.recomputed
-    return fits
-
-
-def largest_step(recipe: PretrainingRecipe, shape: ModelShape, at_once: int, setting: StepSetting) -> StepShape:
-    """The windows of the micro-batch that takes the most memory: segments, or chunks that are separate contexts."""
-    size, chunks, slices = recipe.generator.chunk_size, recipe.windows.chunks, recipe.windows.slices
-    steps = [StepShape.pretraining(at_once, size, chunks, slices)]
-    if recipe.windows.single_share:
-        steps.append(StepShape.pretraining(at_once * chunks, size, 1, slices))
-    return max(steps, key=lambda step: estimate_memory(shape, recipe.generator, step, setting).total)
-
-
-def step_setting(recipe: PretrainingRecipe, world: int, device: str, dtype: torch.dtype | None = None) -> StepSetting:
-    """How a recipe runs a step: what its memory depends on; `dtype` is that of the base model, if it is loaded."""
-    dtype, quantization = dtype or base_dtype(recipe.model), recipe.model.quantization
-    return StepSetting(
-        dtype=dtype,
-        autocast=recipe.trainer.precision != "float32",
-        linear_bytes=None if quantization is None else QUANTIZED_BYTES[quantization],
-        shards=world if recipe.parallel == "shards" else 1,
-        accumulates=recipe.windows.batch_size // world > recipe.windows.at_once(world),
-        device=device,
-    )
-
-
-def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = True) -> FinetuningPlan:
+def plan_finetuning(
+    recipe: FinetuningRecipe, world: int = 1, device: str = "cuda", progress: bool = True
+) -> FinetuningPlan:
     """The plan of a run: the data is read and tokenised; no weights are loaded.
 
     Args:
         recipe: of the run.
         world: number of processes.
+        device: `cuda` or `cpu`.
         progress: show bars.
 
     Raises:
-        InputError: the data can't be used, there is no tokenizer or configuration of the base model, or settings of
-            the recipe contradict each other.
+        InputError: the data can't be used, there is no tokenizer or configuration of the base model, settings of the
+            recipe contradict each other, or the run does not fit the recipe's memory budget.
     """
     base, config = _models(recipe)
     shape = base_shape(base)
@@ -222,9 +169,17 @@ def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = T
     )
     steps = recipe.steps(data.contexts)
     batches = InstructionSteps(
-        data.sources, data.weights, recipe.batches, config.chunk_size, seed=recipe.seed, ranks=Ranks(0, world)
+        data.sources,
+        data.weights,
+        recipe.batches,
+        config.chunk_size,
+        seed=recipe.seed,
+        ranks=Ranks(0, world),
+        rounded=recipe.compile,
     )
-    load = batches.load(min(16, steps))
+    load, micro = batches.load(min(16, steps)), batches.micro_batches(steps)
+    setting = step_setting(recipe, base_dtype(base), micro.accumulates, world, device)
+    memory = RunMemory(shape, config, micro.shapes, setting, recipe.memory_budget)
     segment = pretraining_flops(shape, config, 8, config.chunk_size)
     return FinetuningPlan(
         name=base.name,
@@ -236,6 +191,8 @@ def plan_finetuning(recipe: FinetuningRecipe, world: int = 1, progress: bool = T
         base_parameters=shape.parameters,
         generator_parameters=_trained(shape, config),
         operations=segment.total * load.positions / (16 * config.chunk_size),
+        memory=memory.estimate(),
+        fits=memory.fits(),
     )
 
 

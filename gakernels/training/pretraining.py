@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gakernels.cost.memory import fit_memory_budget, parse_bytes
 from gakernels.cost.shapes import ModelShape
 from gakernels.cost.step_flops import pretraining_flops
 from gakernels.distributed import Parallel, Ranks, Replicas
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
-from gakernels.model.compilation import compile_layers, uncompile_layers
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.positions import check_chunk_size
 from gakernels.model.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
@@ -25,7 +23,6 @@ from gakernels.training.distillation import NAME as DISTILLATION
 from gakernels.training.generator_run import GeneratorRun, generator_on
 from gakernels.training.objective import WindowObjective
 from gakernels.training.perplexity import HeldOutContexts, PerplexityReport, context_perplexity
-from gakernels.training.plan import largest_step, step_setting
 from gakernels.training.pretraining_data import HeldOutSize, PretrainingData, few, load_data
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
 from gakernels.training.run_folder import only_run
@@ -122,12 +119,15 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
 
     def train(self) -> None:
         """Train the generators and write them."""
-        settings = self.settings()
-        self._prepare_base()
-        try:
-            self.train_generators(self.recipe.trainer, self._objective(), settings, self._evaluate_some, self._cost())
-        finally:
-            uncompile_layers(self.model.base)
+        recipe, cost = self.recipe, self._cost()
+        self.train_generators(
+            recipe.trainer,
+            self._objective(),
+            self.settings(),
+            self._evaluate_some,
+            cost,
+            lambda: recipe.micro_batches(self.ranks.world),
+        )
 
     def train_control(self) -> dict[str, LowRankFactors]:
         """The static LoRA, trained as the generators were, on the losses of the text itself."""
@@ -209,18 +209,6 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
     def _evaluate_some(self) -> dict[str, object]:
         held_out = few(self.data.held_out, self.recipe.evaluation.contexts_at_intervals)
         return self.evaluate(held_out).to_dict()
-
-    def _prepare_base(self) -> None:
-        """Set up how the base model runs: recomputation, streams, compilation."""
-        if self.recipe.memory_budget is not None:
-            world, shape = self.ranks.world, ModelShape.from_config(self.model.base.config)
-            setting = step_setting(self.recipe, world, self.model.device.type, self.model.base.dtype)
-            step = largest_step(self.recipe, shape, self.recipe.windows.at_once(world), setting)
-            fit_memory_budget(self.model, step, parse_bytes(self.recipe.memory_budget), setting)
-        if self.recipe.overlap:
-            self.model.overlap_generators()
-        if self.recipe.compile:
-            compile_layers(self.model.base)
 
     def _cost(self) -> StepCost:
         windows, segments = self.recipe.windows, self.recipe.windows.batch_size

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gakernels.cost.memory import parse_bytes
+from gakernels.cost.memory import StepShape
 from gakernels.errors import InputError
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.window_losses import RECONSTRUCTIONS, check_slices
@@ -13,7 +13,8 @@ from gakernels.settings import AtLeastTwo, Count, Flag, Int, Number, PathText, S
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
 from gakernels.training.pretraining_data import DataConfig
-from gakernels.training.trainer_config import Processes, TrainerConfig
+from gakernels.training.run_recipe import MicroBatches, RunRecipe
+from gakernels.training.trainer_config import TrainerConfig
 
 
 @settings
@@ -88,8 +89,8 @@ class EvaluationConfig:
 
 
 @settings
-class PretrainingRecipe:
-    """Everything that a pretraining run depends on; docs/training.md has the names in a file.
+class PretrainingRecipe(RunRecipe):
+    """Everything that a pretraining run depends on, beside `RunRecipe`; docs/training.md has the names in a file.
 
     Attributes:
         model: the base model.
@@ -101,14 +102,8 @@ class PretrainingRecipe:
         windows: segments, windows and batches.
         evaluation: what is scored.
         seed: of the order of the segments and of the slices.
-        parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
         distillation: also learn from the base model with the context in its prompt (docs/training.md); None turns it
             off.
-        memory_budget: of a GPU, such as `80GB`: as many layers as needed to stay below it recompute gate and up, or
-            everything, in the backward; None for no limit.
-        overlap: form the adapters of a layer on a second stream of the GPU (`GenerativeAdapter.overlap_generators`);
-            not with `shards`.
-        compile: compile the decoder layers while training (`model.compilation.compile_layers`).
 
     Raises:
         InputError: a value is out of range, or a chunk has no token to predict.
@@ -122,22 +117,15 @@ class PretrainingRecipe:
     windows: WindowsConfig = field(default_factory=WindowsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: Seed = 0
-    parallel: Processes = "replicas"
     distillation: Distillation | None = None
-    memory_budget: str | None = None
-    overlap: Flag = False
-    compile: Flag = False
 
     def __post_init__(self) -> None:
-        if self.overlap and self.parallel == "shards":
-            raise InputError("overlap must be false with parallel: shards, whose weights come and go during a step")
+        super().__post_init__()
         if self.generator.chunk_size < 2:
             size = self.generator.chunk_size
             raise InputError(f"chunk_size must be at least 2 to train on next tokens, but it is {size}")
         if self.windows.plain and not self.generator.static_rank:
             raise InputError("windows.plain needs a generator.static_rank above 0: nothing else could learn from it")
-        if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
         if self.evaluation.static_lora and not any(dict(self.trainer.loss_weights).get(n, 1.0) for n in self._losses()):
             raise InputError(
                 "evaluation.static_lora needs a loss of the text, but trainer.loss_weights leaves out "
@@ -148,6 +136,18 @@ class PretrainingRecipe:
         """The losses of the text itself."""
         there = {"reconstruction": True, "completion": self.windows.chunks > 1, "plain": self.windows.plain}
         return [name for name, is_there in there.items() if is_there]
+
+    def micro_batches(self, world: int) -> MicroBatches:
+        """Segments, or chunks that are separate contexts.
+
+        Raises:
+            InputError: see `WindowsConfig.at_once`.
+        """
+        windows, size = self.windows, self.generator.chunk_size
+        rows = windows.at_once(world)
+        kinds = [(rows, windows.chunks), *([(rows * windows.chunks, 1)] if windows.single_share else [])]
+        shapes = [StepShape.pretraining(count, size, chunks, windows.slices) for count, chunks in kinds]
+        return MicroBatches(shapes, windows.batch_size // world > rows)
 
     @property
     def segment_tokens(self) -> int:

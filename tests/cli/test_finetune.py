@@ -135,6 +135,8 @@ def test_the_plan_tells_data_steps_and_padding(
     assert "4 of 4 contexts: 1.60 rounds" in row("steps")
     assert "%" in row("tokens in a step")
     assert "seconds" in row("time at 100 TFLOP/s")
+    assert "GB" in row("kept by the generators")
+    assert "yes" in row("fits a GPU of 24 GB")
 
 
 def stopped(outcome: Any) -> str:

@@ -1,14 +1,16 @@
 """The memory estimate against the peak of real steps, and recomputation by a budget."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Generator, nn
+from measured_steps import SMALL, make_model, measured_peak, setting_of
+from torch import Generator
 
-from benchmarks.measure import peak_bytes, resident_bytes
-from benchmarks.presets import PRESETS, Preset, make_base
+from benchmarks.measure import resident_bytes
+from benchmarks.presets import Preset
 from gakernels import GenerativeAdapter, GeneratorConfig
 from gakernels.cost.memory import (
     Recomputation,
@@ -24,52 +26,12 @@ from gakernels.cost.memory import (
 from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.errors import InputError
 from gakernels.model.attachment import decoder_layers
-from gakernels.model.window_losses import pretraining_windows, window_losses
+from gakernels.model.window_losses import Loss, pretraining_windows, window_losses
 from gakernels.nn import GatedMLP
 from gakernels.nn.recomputed_forward import RecomputedForward
 
-CPU = torch.device("cpu")
-SMALL = replace(
-    PRESETS["cpu-mid"], hidden=256, ffn=704, heads=4, kv_heads=2, state_size=128, rank=16, window=64, chunks=4, layers=3
-)
 MISTRAL, PAPER = SHAPES["mistral-7b"], GeneratorConfig()
 SEGMENT = StepShape.pretraining(1, 1024, 8)
-
-
-def make_model(preset: Preset, **settings: Any) -> GenerativeAdapter:
-    config = GeneratorConfig(
-        **{"state_size": preset.state_size, "rank": preset.rank, "chunk_size": preset.window, **settings}
-    )
-    model = GenerativeAdapter(make_base(preset, CPU, 0), config)
-    for name in model.adapted_names:
-        nn.init.normal_(model.generator(name).output_map, std=0.02)
-    return model
-
-
-def setting_of(preset: Preset) -> StepSetting:
-    return StepSetting(preset.dtype, autocast=preset.dtype != torch.float32, device="cpu")
-
-
-def measured_peak(model: GenerativeAdapter, preset: Preset, rows: int, generator: Generator) -> int:
-    """The base, the generators, the optimizer's state, and what one step allocates beside them."""
-    parameters = list(model.generators.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    segments = torch.randint(3, preset.vocabulary, (rows, preset.segment_tokens), generator=generator)
-    mixed = preset.dtype != torch.float32
-
-    def step() -> None:
-        batch = pretraining_windows(segments, preset.chunks, generator)
-        with torch.autocast("cpu", preset.dtype if mixed else None, enabled=mixed):
-            losses = window_losses(model, batch)
-            total = torch.stack([loss.mean for loss in losses.values()]).sum()
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()
-    transient = peak_bytes(step, CPU)
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    return transient + resident_bytes([*model.parameters(), *model.buffers(), *states])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +80,15 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
     set_recomputation(model, recomputed)
     step = StepShape.pretraining(rows, preset.window, preset.chunks)
     estimate = estimate_memory(shape, model.config, step, setting_of(preset), recomputed)
-    measured = measured_peak(model, preset, rows, generator)
+    measured = measured_peak(model, preset, pretraining_losses(model, preset, rows, generator))
     assert abs(estimate.total - measured) <= 0.1 * measured, (estimate.total / measured, estimate)
+
+
+def pretraining_losses(
+    model: GenerativeAdapter, preset: Preset, rows: int, generator: Generator
+) -> Callable[[], Mapping[str, Loss]]:
+    segments = torch.randint(3, preset.vocabulary, (rows, preset.segment_tokens), generator=generator)
+    return lambda: window_losses(model, pretraining_windows(segments, preset.chunks, generator))
 
 
 def test_without_the_parts_that_stay_it_is_still_close(generator: Generator) -> None:
@@ -128,7 +97,7 @@ def test_without_the_parts_that_stay_it_is_still_close(generator: Generator) -> 
     shape = ModelShape.from_config(SMALL.config())
     estimate = estimate_memory(shape, model.config, StepShape.pretraining(2, 64, 4), setting_of(SMALL))
     stays = sum(estimate.parts[name] for name in ("weights of the base model", "generators", "state of AdamW"))
-    measured = measured_peak(model, SMALL, 2, generator)
+    measured = measured_peak(model, SMALL, pretraining_losses(model, SMALL, 2, generator))
     resident = resident_bytes([*model.parameters(), *model.buffers()])
     resident += 2 * resident_bytes(list(model.generators.parameters()))
     assert abs(stays - resident) <= 0.01 * resident

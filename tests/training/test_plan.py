@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from gakernels import GenerativeAdapter, GeneratorConfig, InputError
 from gakernels.cost.memory import Recomputation
 from gakernels.training.base_model import BaseConfig, LlamaSizes
-from gakernels.training.plan import plan_pretraining, step_setting
+from gakernels.training.plan import plan_pretraining
 from gakernels.training.pretraining_data import DataConfig
 from gakernels.training.pretraining_recipe import PretrainingRecipe, WindowsConfig
 from gakernels.training.recipes import load_recipe
+from gakernels.training.run_memory import step_setting
 from gakernels.training.trainer import TrainerConfig
 
 
@@ -70,7 +71,9 @@ def test_steps_tokens_and_time_follow_from_each_other(folder: Path) -> None:
 def test_memory_is_that_of_a_micro_batch_and_of_how_the_step_is_run(folder: Path) -> None:
     windows = WindowsConfig(chunks=3, batch_size=8, segments_at_once=2)
     recipe = make_recipe(BaseConfig(str(folder)), windows=windows)
-    setting = step_setting(recipe, 2, "cpu")
+    assert recipe.micro_batches(2).accumulates
+    assert not recipe.micro_batches(4).accumulates
+    setting = step_setting(recipe, torch.float32, True, 2, "cpu")
     assert setting.accumulates
     assert not setting.autocast
     assert setting.dtype == torch.float32
@@ -78,7 +81,8 @@ def test_memory_is_that_of_a_micro_batch_and_of_how_the_step_is_run(folder: Path
     less = replace(recipe, windows=replace(windows, segments_at_once=1))
     assert plan_pretraining(less, 2, "cpu").memory.total < plan_pretraining(recipe, 2, "cpu").memory.total
     mixed = replace(recipe, model=BaseConfig("x", dtype="bfloat16", quantization="nf4"), parallel="shards")
-    setting = step_setting(replace(mixed, trainer=TrainerConfig(1, precision="bfloat16")), 4, "cuda")
+    mixed = replace(mixed, trainer=TrainerConfig(1, precision="bfloat16"))
+    setting = step_setting(mixed, torch.bfloat16, False, 4, "cuda")
     assert (setting.dtype, setting.shards, setting.linear_bytes) == (torch.bfloat16, 4, 0.5)
     assert setting.autocast
 
@@ -97,10 +101,10 @@ def test_a_budget_is_kept_or_refused(folder: Path) -> None:
 def test_which_gpus_a_run_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(BaseConfig(str(folder)))
     assert set(plan_pretraining(recipe, device="cpu").fits.values()) == {Recomputation()}
-    monkeypatch.setattr("gakernels.training.plan.RESERVED", 0)
+    monkeypatch.setattr("gakernels.training.run_memory.RESERVED", 0)
     free = plan_pretraining(recipe, device="cuda").memory
     sizes = tuple(size / 1e9 for size in (free.total, free.total - 1, 1000))
-    monkeypatch.setattr("gakernels.training.plan.GPU_GIGABYTES", sizes)
+    monkeypatch.setattr("gakernels.training.run_memory.GPU_GIGABYTES", sizes)
     enough, less, nothing = plan_pretraining(recipe, device="cpu").fits.values()
     assert (enough, nothing) == (Recomputation(), None)
     assert less not in (None, Recomputation())

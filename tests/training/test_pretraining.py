@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from gakernels import Adapter, FormatError, GenerativeAdapter, InputError
 from gakernels.cost.memory import StepShape, estimate_memory
 from gakernels.cost.shapes import ModelShape
+from gakernels.model import compilation
 from gakernels.model.attachment import decoder_layers
 from gakernels.model.compilation import compile_layers
 from gakernels.nn import GatedMLP
@@ -26,11 +27,11 @@ from gakernels.training import pretraining
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.distillation import Distillation
 from gakernels.training.perplexity import context_perplexity
-from gakernels.training.plan import step_setting
 from gakernels.training.pretraining import make_model, pretrain, segment_windows
 from gakernels.training.pretraining_data import DataConfig, HeldOutSize, PretrainingData, load_data
 from gakernels.training.pretraining_recipe import EvaluationConfig, PretrainingRecipe, WindowsConfig
 from gakernels.training.recipes import load_recipe
+from gakernels.training.run_memory import step_setting
 from gakernels.training.trainer import TrainerConfig
 
 CHUNK, CHUNKS, CONTEXTS = 16, 2, 4
@@ -155,7 +156,7 @@ def test_overlap_and_compiled_layers_change_nothing_but_rounding(
     def quickly(base: PreTrainedModel) -> None:
         compile_layers(base, backend="aot_eager")
 
-    monkeypatch.setattr(pretraining, "compile_layers", quickly)
+    monkeypatch.setattr(compilation, "compile_layers", quickly)
     one, two = (start(base) for base in copies(make_base(), 2))
     recipe = make_recipe(data, trainer={"steps": 3, "log_every": 1})
     pretrain(one, recipe, tmp_path / "plain", progress=False)
@@ -210,7 +211,7 @@ def test_a_memory_budget_makes_layers_compute_again_or_refuses(data: Path, tmp_p
     pretrain(one, recipe, tmp_path / "free", progress=False)
     step = StepShape.pretraining(4, CHUNK, CHUNKS)
     shape = ModelShape.from_config(two.base.config)
-    free = estimate_memory(shape, two.config, step, step_setting(recipe, 1, "cpu", torch.float32))
+    free = estimate_memory(shape, two.config, step, step_setting(recipe, torch.float32, False, 1, "cpu"))
     tight = replace(recipe, memory_budget=str(free.total - 1))
     pretrain(two, tight, tmp_path / "tight", progress=False)
     assert [recomputes(layer) for layer in decoder_layers(one.base)[1]] == [False] * 3

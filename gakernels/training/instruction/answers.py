@@ -13,7 +13,7 @@ from gakernels.data.chat import EncodedRecord
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.packing import rows_packed
-from gakernels.model.window_losses import Loss, token_losses
+from gakernels.model.window_losses import Loss, WindowBatch, token_losses
 from gakernels.nn import LowRankFactors
 from gakernels.nn.cpu_attention import CpuAttention
 from gakernels.nn.token_loss import LOGITS_AT_ONCE
@@ -27,10 +27,16 @@ PACKED_ATTENTION = ("sdpa", "eager")
 def instruction_losses(model: GenerativeAdapter, batch: InstructionBatch) -> dict[str, Loss]:
     """Encode the contexts, then the conversations under the adapters of the contexts, and take each loss."""
     batch = batch.to(model.device)
-    context = batch.context
-    hidden, factors = model.read(context.input_ids, context.mask, context.chunks, context.seen, batch.owner)
-    losses = token_losses(model, hidden, context.input_ids, context.targets) if context.targets else {}
+    factors, losses = _read(model, batch.context, batch.owner)
     return {**conversation_losses(model, batch, factors), **losses}
+
+
+def _read(
+    model: GenerativeAdapter, context: WindowBatch, owner: Tensor
+) -> tuple[dict[str, LowRankFactors], dict[str, Loss]]:
+    """The adapters of contexts, and their own losses. Without such losses the graph of the last layer is freed here."""
+    hidden, factors = model.read(context.input_ids, context.mask, context.chunks, context.seen, owner)
+    return factors, token_losses(model, hidden, context.input_ids, context.targets) if context.targets else {}
 
 
 def adapters(model: GenerativeAdapter, states: Mapping[str, Tensor], owner: Tensor) -> dict[str, LowRankFactors]:

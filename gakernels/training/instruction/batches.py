@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gakernels.cost.step_memory import ConversationShape, StepShape
 from gakernels.data.chat import EncodedConversation
 from gakernels.model.transfer import moved
 from gakernels.model.window_losses import WindowBatch, count_targets, to_device
 from gakernels.model.windows import pad_windows, split_evenly
+from gakernels.training.instruction.packing import Rounding, windows_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class InstructionBatch:
 
     Attributes:
         context: the chunks of the contexts, with the windows and losses that reconstruct or complete them.
-        input_ids: (N, M); a window holds one or more conversations about a context, in sequence.
+        input_ids: (N, M); a window holds one or more conversations about a context, in sequence, or only padding.
         mask: (N, M) bool, False for padding on the right.
         positions: (N, M), the position of each token in its conversation; None if every window holds one conversation.
         owner: (N,), the context that each window is about.
@@ -45,6 +47,16 @@ class InstructionBatch:
         """The number of computed positions, including padding."""
         return self.context.mask.numel() + self.mask.numel()
 
+    @property
+    def shape(self) -> StepShape:
+        """What its memory depends on."""
+        context, (rows, _, length) = self.context, self.context.input_ids.shape
+        predicted = sum(int(count) for count in count_targets(context).values())
+        said = ConversationShape(
+            len(self.mask), self.mask.shape[1], int(self.answers.sum()), self.positions is not None
+        )
+        return StepShape(rows, length, context.chunks, context.seen, predicted, said)
+
     def to(self, device: torch.device) -> InstructionBatch:
         """The same batch with the model's input on another device; the answers stay, as the targets of contexts do."""
         positions = None if self.positions is None else moved(self.positions, device)
@@ -59,6 +71,7 @@ def instruction_batch(
     window: int | None,
     repeated: Sequence[int] | None = None,
     completion: bool = False,
+    rounding: Rounding | None = None,
 ) -> InstructionBatch:
     """The batch of some contexts, each with at least one conversation.
 
@@ -71,26 +84,29 @@ def instruction_batch(
         repeated: number of the chunk of each context to reconstruct, under the adapter of the whole
             context; None for no such loss.
         completion: whether there is a loss on all chunks but the first, each under the adapter of those before it.
+        rounding: how sizes are rounded up, with the same limits; losses and gradients stay the same.
     """
-    lengths = [[len(said.tokens) for said in row] for row in conversations]
-    packed = [[[n] for n in range(len(row))] for row in lengths] if window is None else pack(lengths, window)
+    packed, count, length = windows_of([[len(said.tokens) for said in row] for row in conversations], window, rounding)
     windows = [
         [row[n] for n in of_window] for row, of_row in zip(conversations, packed, strict=True) for of_window in of_row
     ]
-    ids, mask, positions, answers = _conversation_windows(windows, window_length(packed, lengths))
+    ids, mask, positions, answers = _conversation_windows(windows, count, length)
+    owner = [row for row, of_row in enumerate(packed) for _ in of_row]
     return InstructionBatch(
-        context=_context_windows(contexts, chunk_size, repeated, completion),
+        context=_context_windows(contexts, chunk_size, repeated, completion, rounding),
         input_ids=ids,
         mask=mask,
         positions=positions if any(len(said) > 1 for said in windows) else None,
-        owner=torch.tensor([row for row, of_row in enumerate(packed) for _ in of_row]),
+        owner=torch.tensor(owner + [0] * (count - len(owner))),
         answers=answers,
     )
 
 
-def _conversation_windows(windows: Sequence[Sequence[EncodedConversation]], length: int) -> tuple[Tensor, ...]:
-    """Token ids, mask, positions in the conversation, and answers, all (N, length)."""
-    shape = (len(windows), length)
+def _conversation_windows(
+    windows: Sequence[Sequence[EncodedConversation]], count: int, length: int
+) -> tuple[Tensor, ...]:
+    """Token ids, mask, positions in the conversation, and answers, all (count, length)."""
+    shape = (count, length)
     ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     mask, answers = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     for number, window in enumerate(windows):
@@ -104,14 +120,20 @@ def _conversation_windows(windows: Sequence[Sequence[EncodedConversation]], leng
 
 
 def _context_windows(
-    contexts: Sequence[Sequence[int]], chunk_size: int, repeated: Sequence[int] | None, completion: bool
+    contexts: Sequence[Sequence[int]],
+    chunk_size: int,
+    repeated: Sequence[int] | None,
+    completion: bool,
+    rounding: Rounding | None,
 ) -> WindowBatch:
     rows = [split_evenly(context, chunk_size) for context in contexts]
-    chunks = max(map(len, rows))
+    chunks, length = max(map(len, rows)), max(len(chunk) for row in rows for chunk in row)
+    if rounding is not None:
+        chunks, length = rounding.chunk_count(chunks), rounding.chunk_tokens(length)
     padded: list[list[list[int]]] = [[*row, *[[] for _ in range(chunks - len(row))]] for row in rows]
     if repeated is not None:
         padded = [[*windows, windows[number]] for windows, number in zip(padded, repeated, strict=True)]
-    ids, mask = pad_windows(padded, pad=0)
+    ids, mask = pad_windows(padded, 0, length)
     targets = {}
     if repeated is not None:
         targets["reconstruction"] = mask & (torch.arange(mask.shape[1]) >= chunks)[:, None]
@@ -125,47 +147,3 @@ def _context_windows(
 def count_answers(batch: InstructionBatch) -> dict[str, int | Tensor]:
     """The number of tokens that count in each loss."""
     return {"answers": batch.answers.sum(), **count_targets(batch.context)}
-
-
-def pack(lengths: Sequence[Sequence[int]], limit: int) -> list[list[list[int]]]:
-    """Windows of conversations for each of several contexts, chosen so that they are small when padded to the longest.
-
-    Conversations about different contexts never share a window: a window has one adapter.
-
-    Args:
-        lengths: for each context, the tokens of its conversations.
-        limit: longest window allowed; at least the longest conversation.
-
-    Returns:
-        For each context its windows, each a list of numbers of conversations.
-    """
-    longest = max(map(max, lengths))
-    sums = [sum(row) for row in lengths]
-    capacities = {-(-total // windows) for total in sums for windows in range(1, 9)}
-    capacities |= {longest * times for times in range(1, 9)}
-    candidates = sorted({min(max(capacity, longest), limit) for capacity in capacities})
-    packed = ([_first_fit(row, capacity) for row in lengths] for capacity in candidates)
-    return min(packed, key=lambda windows: _positions(windows, lengths))
-
-
-def window_length(windows: Iterable[Sequence[Sequence[int]]], lengths: Sequence[Sequence[int]]) -> int:
-    """The number of tokens in the longest window."""
-    return max(sum(row[n] for n in window) for of_row, row in zip(windows, lengths, strict=True) for window in of_row)
-
-
-def _positions(windows: Sequence[Sequence[Sequence[int]]], lengths: Sequence[Sequence[int]]) -> int:
-    return sum(map(len, windows)) * window_length(windows, lengths)
-
-
-def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit packing: longest first, each into the first window with room."""
-    windows: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        place = next((n for n, free in enumerate(room) if free >= lengths[number]), len(windows))
-        if place == len(windows):
-            windows.append([])
-            room.append(capacity)
-        windows[place].append(number)
-        room[place] -= lengths[number]
-    return windows

@@ -131,13 +131,28 @@ class _Finetuning(GeneratorRun[FinetuningRecipe]):
 
     def train(self) -> None:
         """Train the generators and write them."""
-        recipe, data = self.recipe, self.data
-        pack, chunk_size = can_pack(self.model), self.model.config.chunk_size
-        steps = InstructionSteps(data.sources, data.weights, recipe.batches, chunk_size, pack, recipe.seed, self.ranks)
+        recipe, data, chunk_size = self.recipe, self.data, self.model.config.chunk_size
+        steps = InstructionSteps(
+            data.sources,
+            data.weights,
+            recipe.batches,
+            chunk_size,
+            can_pack(self.model),
+            recipe.seed,
+            self.ranks,
+            rounded=recipe.compile,
+        )
         config = replace(recipe.trainer, steps=recipe.steps(data.contexts))
         cost = StepCost(tokens=steps.load(min(8, config.steps)).tokens)
         objective = InstructionObjective(self.model, steps)
-        self.train_generators(config, objective, self._settings_to_resume(), self._evaluate_some, cost)
+        self.train_generators(
+            config,
+            objective,
+            self._settings_to_resume(),
+            self._evaluate_some,
+            cost,
+            lambda: steps.micro_batches(config.steps),
+        )
 
     def evaluate(self, examples: Sequence[EncodedRecord], progress: bool = False) -> AnswerReport:
         """The scores of examples, in the precision of the run."""
@@ -188,4 +203,5 @@ class _Finetuning(GeneratorRun[FinetuningRecipe]):
         return settings
 
     def _evaluate_some(self) -> dict[str, object]:
-        return self.evaluate(self.data.held_out[: self.recipe.evaluation.contexts_at_intervals]).to_dict()
+        with torch.compiler.set_stance("force_eager"):  # the windows of a report have other shapes
+            return self.evaluate(self.data.held_out[: self.recipe.evaluation.contexts_at_intervals]).to_dict()

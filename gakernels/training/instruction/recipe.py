@@ -15,7 +15,8 @@ from gakernels.model.config import GeneratorConfig
 from gakernels.settings import AtLeastTwo, Count, Flag, PathText, Positive, Seed, settings
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.instruction.steps import BatchConfig
-from gakernels.training.trainer_config import Processes, TrainerConfig
+from gakernels.training.run_recipe import RunRecipe
+from gakernels.training.trainer_config import TrainerConfig
 
 MOST_STEPS = 2**31
 
@@ -91,8 +92,8 @@ def _checked_clock(text: str) -> str:
 
 
 @settings
-class FinetuningRecipe:
-    """Everything that a run of instruction tuning depends on.
+class FinetuningRecipe(RunRecipe):
+    """Everything that a run of instruction tuning depends on, beside `RunRecipe`.
 
     Attributes:
         data: what it reads.
@@ -104,7 +105,6 @@ class FinetuningRecipe:
         trainer: how it optimises, and what it logs and keeps.
         evaluation: what is scored.
         seed: of all random draws.
-        parallel: with several processes, `replicas` (each has the whole model) or `shards` (FSDP2).
         clock: the time that the chat template shows, if it shows one, as 2026-01-31T12:00:00; None for the time at
             which the run begins. The recipe in the run's folder records it, and a resumed run keeps it.
 
@@ -121,10 +121,10 @@ class FinetuningRecipe:
     trainer: FinetuningTrainerConfig = field(default_factory=FinetuningTrainerConfig)
     evaluation: AnswerEvaluationConfig = field(default_factory=AnswerEvaluationConfig)
     seed: Seed = 0
-    parallel: Processes = "replicas"
     clock: Annotated[str, AfterValidator(_checked_clock)] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.start is None and self.model is None:
             raise InputError("model.name is needed if there is no generator to start from (start)")
         if self.start is not None and self.generator is not None:

@@ -1,7 +1,7 @@
 """The contexts and conversations of each step, in batches of similar size: a function of the step alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -9,16 +9,23 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
+from gakernels.cost.step_memory import StepShape
 from gakernels.data.chat import EncodedConversation, EncodedRecord
 from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
 from gakernels.errors import InputError
 from gakernels.settings import Count, Int, settings
 from gakernels.training.instruction.batches import InstructionBatch, instruction_batch
+from gakernels.training.instruction.packing import Rounding
+from gakernels.training.run_recipe import MicroBatches
 
 LOSSES = ("answers", "reconstruction", "completion")
 POOL_STEPS = 128
 PACKED = 4  # windows of several conversations may be so many times as long: less of them is padding
+
+
+Sizes = npt.NDArray[np.int64]
+"""(n, 3): number of chunks T, tokens of a chunk, and tokens of all conversations of a context."""
 
 
 @settings
@@ -96,6 +103,7 @@ class InstructionSteps:
         pack: whether several conversations may share a window.
         seed: of all random draws.
         ranks: this process among all processes of the run.
+        rounded: whether the batches have few shapes, with more padding (`Rounding`); the contents of a step stay.
 
     Attributes:
         contexts: their number in all sources.
@@ -113,6 +121,7 @@ class InstructionSteps:
         pack: bool = True,
         seed: int = 0,
         ranks: Ranks | None = None,
+        rounded: bool = False,
     ) -> None:
         self._ranks = ranks or Ranks()
         if config.group % self._ranks.world:
@@ -121,7 +130,11 @@ class InstructionSteps:
                 f"({config.batch_size}), but it is {config.group}"
             )
         self.config, self._sources, self._chunk_size, self._seed = config, sources, chunk_size, seed
-        self._window = PACKED * (config.window or chunk_size) if pack else None
+        conversation = config.window or chunk_size
+        self._window = PACKED * conversation if pack else None
+        longest = max((len(example.context) for source in sources for example in source), default=1)
+        chunks = math.ceil(longest / chunk_size)
+        self._rounding = Rounding(chunk_size, chunks, conversation) if rounded else None
         sizes = [len(source) for source in sources]
         self.contexts = sum(sizes)
         self._steps = max(1, min(POOL_STEPS, self.contexts // config.batch_size))
@@ -130,10 +143,14 @@ class InstructionSteps:
 
     def batches(self, step: int) -> list[InstructionBatch]:
         """The micro-batches of this process; every process has the same number."""
-        pool, place = divmod(step, self._steps)
-        count = self.config.batch_size // self.config.group
-        groups = self._pool(pool)[place * count : (place + 1) * count]
-        return [batch for group in groups for batch in self._divided(group)]
+        return [self._batch(part[self._ranks.rank :: self._ranks.world]) for part in self._parts(step)]
+
+    def micro_batches(self, steps: int) -> MicroBatches:
+        """The largest batches of all processes in the first steps, of at most one pool: the next ones are like it."""
+        world = self._ranks.world
+        parts = [list(self._parts(step)) for step in range(min(steps, self._steps))]
+        shapes = {self._batch(part[rank::world]).shape for of in parts for part in of for rank in range(world)}
+        return MicroBatches(_largest(list(shapes)), any(len(of_step) > 1 for of_step in parts))
 
     def load(self, steps: int = 8) -> "StepLoad":
         """The average load of a step, from the first steps."""
@@ -157,12 +174,22 @@ class InstructionSteps:
         chunk = math.ceil(tokens / math.ceil(tokens / self._chunk_size))
         return math.ceil(tokens / chunk), chunk, sum(len(said.tokens) for said in self._conversations(draw))
 
-    def _divided(self, group: Sequence[Draw]) -> list[InstructionBatch]:
-        """This process's share of a group, in batches of about the configured number of positions."""
-        group = sorted(group, key=self._size)
-        sizes = np.array([self._size(draw) for draw in group])
-        parts = divided(sizes, self.config.positions, self._chunk_size // 8, self._ranks.world)
-        return [self._batch(group[part][self._ranks.rank :: self._ranks.world]) for part in parts]
+    def _parts(self, step: int) -> Iterator[Sequence[Draw]]:
+        """The contexts of each batch, for all processes together."""
+        pool, place = divmod(step, self._steps)
+        count = self.config.batch_size // self.config.group
+        for group in self._pool(pool)[place * count : (place + 1) * count]:
+            group = sorted(group, key=self._size)
+            yield from (group[part] for part in self._divided(np.array([self._size(draw) for draw in group])))
+
+    def _divided(self, sizes: Sizes) -> list[slice]:
+        """A group in batches of about the configured number of positions."""
+        limit, world, rounding = self.config.positions, self._ranks.world, self._rounding
+        if rounding is None:
+            return divided(sizes, limit, self._chunk_size // 8, world)
+        chunks, tokens, said = sizes.max(axis=0).tolist()
+        largest = np.array([[rounding.chunk_count(chunks), rounding.chunk_tokens(tokens), said]])
+        return evenly_divided(len(sizes), int(_positions(largest)[0]), limit, world)
 
     def _batch(self, draws: Sequence[Draw]) -> InstructionBatch:
         return instruction_batch(
@@ -172,6 +199,7 @@ class InstructionSteps:
             self._window,
             [self._repeated(draw) for draw in draws] if "reconstruction" in self.config.losses else None,
             "completion" in self.config.losses,
+            self._rounding,
         )
 
     def _repeated(self, draw: Draw) -> int:
@@ -185,10 +213,6 @@ class InstructionSteps:
     def _conversations(self, draw: Draw) -> list[EncodedConversation]:
         said = self._example(draw).conversations
         return [said[n] for n in chosen(len(said), self.config.conversations, draw, self._seed)]
-
-
-Sizes = npt.NDArray[np.int64]
-"""(n, 3): number of chunks T, tokens of a chunk, and tokens of all conversations of a context."""
 
 
 def alike(sizes: Sizes, group: int) -> list[list[int]]:
@@ -236,6 +260,20 @@ def divided(sizes: Sizes, limit: int, price: int, unit: int = 1) -> list[slice]:
     return parts[::-1]
 
 
+def evenly_divided(contexts: int, positions: int, limit: int, unit: int = 1) -> list[slice]:
+    """Cut contexts into as few parts of one size as leave no part too many positions, or into single ones.
+
+    Args:
+        contexts: their number.
+        positions: of each, with padding.
+        limit: as in `divided`.
+        unit: as in `divided`.
+    """
+    rows = contexts // unit
+    size = next(size for size in range(rows, 0, -1) if rows % size == 0 and (size * positions <= limit or size == 1))
+    return [slice(start, start + size * unit) for start in range(0, contexts, size * unit)]
+
+
 def _cut(part: npt.NDArray[np.int64], sizes: Sizes, group: int) -> Sequence[npt.NDArray[np.int64]]:
     chunks, chunk, said = sizes[part].T
     best: tuple[float, npt.NDArray[np.int64], int] | None = None
@@ -250,6 +288,19 @@ def _cut(part: npt.NDArray[np.int64], sizes: Sizes, group: int) -> Sequence[npt.
             best = (float(costs[least]), part[order], int(places[least]))
     assert best is not None
     return best[1][: best[2]], best[1][best[2] :]
+
+
+def _largest(shapes: Sequence[StepShape]) -> list[StepShape]:
+    """The shapes that no other exceeds in every respect."""
+    sizes = np.array([(s.rows, s.chunks, len(s.seen), s.window_tokens, s.predicted, *_said(s)) for s in shapes])
+    exceeded = (sizes[:, None] >= sizes).all(-1).sum(0) > 1
+    return [shape for shape, smaller in zip(shapes, exceeded.tolist(), strict=True) if not smaller]
+
+
+def _said(shape: StepShape) -> tuple[int, ...]:
+    said = shape.conversations
+    assert said is not None
+    return said.windows, said.window_tokens, said.predicted, int(said.packed)
 
 
 def _positions(largest: Sizes) -> npt.NDArray[np.int64]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,14 +19,22 @@ import transformers
 from drawn_examples import drawn_example
 from regression import log_of
 from tiny import make_model, plain_copy
+from transformers import PreTrainedModel
 
 import gakernels.training.instruction.finetuning as finetuning
 from gakernels import FormatError, GenerativeAdapter, GeneratorConfig, InputError
+from gakernels.cost.memory import Recomputation, estimate_memory
+from gakernels.cost.shapes import ModelShape
 from gakernels.data.chat import ChatEncoder, EncodedRecord
 from gakernels.data.conversations import Message
 from gakernels.data.instruction_sources import InstructionSource
 from gakernels.data.people import draw_document
 from gakernels.demo.experiment import accuracy, answer
+from gakernels.model import compilation
+from gakernels.model.attachment import decoder_layers
+from gakernels.model.compilation import compile_layers
+from gakernels.nn import GatedMLP
+from gakernels.nn.recomputed_forward import RecomputedForward
 from gakernels.training.base_model import BaseConfig
 from gakernels.training.instruction.answers import score_answers
 from gakernels.training.instruction.batches import InstructionBatch
@@ -36,8 +45,10 @@ from gakernels.training.instruction.recipe import (
     FinetuningTrainerConfig,
     InstructionDataConfig,
 )
-from gakernels.training.instruction.steps import BatchConfig
+from gakernels.training.instruction.steps import BatchConfig, InstructionSteps
+from gakernels.training.plan import plan_finetuning
 from gakernels.training.recipes import load_recipe
+from gakernels.training.run_memory import step_setting
 
 ASSETS = Path(finetuning.__file__).parents[2] / "demo" / "assets"
 # The demo's base model knows "Question: ... Answer: ... ."; a template of that form asks it as it was trained.
@@ -139,9 +150,22 @@ class InterruptionError(Exception):
     pass
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(
-    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def interrupt(model: GenerativeAdapter, recipe: FinetuningRecipe, folder: Path, step: int) -> None:
+    """Run until this step and fail there."""
+    plain = finetuning.InstructionObjective.batches
+
+    def failing(self: finetuning.InstructionObjective, number: int) -> Any:
+        if number == step:
+            raise InterruptionError
+        return plain(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning.InstructionObjective, "batches", failing)
+        with pytest.raises(InterruptionError):
+            finetune(model, recipe, folder, progress=False)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(people: Path, tmp_path: Path) -> None:
     recipe = recipe_of(
         people,
         batches=BatchConfig(4, 3, window=64, losses=("answers", "reconstruction", "completion")),
@@ -149,17 +173,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     )
     whole = start(recipe)
     report = finetune(whole, recipe, tmp_path / "whole", progress=False)
-    plain = finetuning.InstructionObjective.batches
-
-    def failing(self: finetuning.InstructionObjective, step: int) -> Any:
-        if step == 8:
-            raise InterruptionError
-        return plain(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetuning.InstructionObjective, "batches", failing)
-        with pytest.raises(InterruptionError):
-            finetune(start(recipe), recipe, tmp_path / "parts", progress=False)
+    interrupt(start(recipe), recipe, tmp_path / "parts", 8)
     torch.manual_seed(0)  # whatever random numbers are drawn elsewhere
     resumed = start(recipe)
     assert finetune(resumed, recipe, tmp_path / "parts", progress=False) == report
@@ -173,6 +187,95 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     rounded = replace(recipe, model=BaseConfig(str(ASSETS / "base"), quantization="fp8"))
     with pytest.raises(FormatError, match=r"base\.quantization was None and is 'fp8'"):
         finetune(start(rounded), rounded, tmp_path / "parts", progress=False)
+
+
+# How a step is run
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def quickly(base: PreTrainedModel) -> None:
+        compile_layers(base, backend="aot_eager")
+
+    monkeypatch.setattr(compilation, "compile_layers", quickly)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def few_steps(people: Path, **changes: Any) -> FinetuningRecipe:
+    trainer = FinetuningTrainerConfig(steps=4, learning_rate=1e-3, warmup_steps=1, log_every=1, **changes)
+    return recipe_of(
+        people,
+        trainer=trainer,
+        generator=GeneratorConfig(("o_proj",), state_size=32, rank=8, scale=1.0, chunk_size=32),
+        batches=BatchConfig(4, 3, window=64, losses=("answers", "reconstruction")),
+    )
+
+
+def test_overlap_and_compiled_layers_change_nothing_but_rounding(
+    people: Path, tmp_path: Path, quick_compiler: None
+) -> None:
+    recipe = few_steps(people, evaluate_every=2)
+    fast, model = replace(recipe, overlap=True, compile=True), start(recipe)
+    finetune(start(recipe), recipe, tmp_path / "plain", progress=False)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        finetune(model, fast, tmp_path / "fast", progress=False)
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model.base)[1])
+    for ours, expected in zip(log_of(tmp_path / "fast"), log_of(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def test_a_compiled_run_is_resumed_exactly_and_without_compilation_up_to_rounding(
+    people: Path, tmp_path: Path, quick_compiler: None
+) -> None:
+    recipe = replace(few_steps(people, checkpoint_every=2), compile=True)
+    finetune(start(recipe), recipe, tmp_path / "whole", progress=False)
+    for name in ("parts", "plain"):
+        interrupt(start(recipe), recipe, tmp_path / name, 3)
+    finetune(start(recipe), recipe, tmp_path / "parts", progress=False)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    finetune(start(recipe), replace(recipe, compile=False), tmp_path / "plain", progress=False)
+    for ours, expected in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "whole"), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_a_memory_budget_makes_layers_compute_again_or_refuses(people: Path, tmp_path: Path) -> None:
+    recipe = few_steps(people)
+    plan = plan_finetuning(recipe, device="cpu", progress=False)
+    tight = replace(recipe, memory_budget=str(plan.memory.total - 1))
+    free, model = (make_tuned_model(recipe, "cpu") for _ in range(2))  # with the template of the plan
+    finetune(free, recipe, tmp_path / "free", progress=False)
+    finetune(model, tight, tmp_path / "tight", progress=False)
+    recomputed = [part.recompute for part in model.base.modules() if isinstance(part, GatedMLP)]
+    whole = [isinstance(vars(layer).get("forward"), RecomputedForward) for layer in decoder_layers(model.base)[1]]
+    chosen = plan_finetuning(tight, device="cpu", progress=False).memory.recomputed
+    assert [number for number, flag in enumerate(recomputed) if flag] == list(chosen.gated)
+    assert [number for number, flag in enumerate(whole) if flag] == list(chosen.whole)
+    assert chosen != Recomputation()
+    assert [line["loss"] for line in log_of(tmp_path / "tight")] == [line["loss"] for line in log_of(tmp_path / "free")]
+    model = make_tuned_model(recipe, "cpu")
+    with pytest.raises(InputError, match="memory_budget must be at least"):
+        finetune(model, replace(recipe, memory_budget="1KB"), tmp_path / "none", progress=False)
+
+
+def test_the_plan_has_the_memory_of_the_largest_batch(people: Path) -> None:
+    recipe = few_steps(people)
+    plan = plan_finetuning(recipe, device="cpu", progress=False)
+    model = make_tuned_model(recipe, "cpu")
+    steps = InstructionSteps(
+        plan.data.sources, plan.data.weights, recipe.batches, model.config.chunk_size, seed=recipe.seed
+    )
+    batches = [steps.batches(number) for number in range(4)]
+    accumulates = any(len(of_step) > 1 for of_step in batches)
+    shape, setting = (
+        ModelShape.from_config(model.base.config),
+        step_setting(recipe, torch.float32, accumulates, 1, "cpu"),
+    )
+    shapes = [batch.shape for of_step in batches for batch in of_step]
+    most = max(estimate_memory(shape, model.config, step, setting).total for step in shapes)
+    assert plan.memory.total == most
+    assert set(plan.fits.values()) == {Recomputation()}
 
 
 # A chat template that shows the date
@@ -207,17 +310,7 @@ def dated(recipe: FinetuningRecipe) -> GenerativeAdapter:
 
 def begin(recipe: FinetuningRecipe, folder: Path) -> None:
     """A run that ends in the middle."""
-    plain = finetuning.InstructionObjective.batches
-
-    def failing(self: finetuning.InstructionObjective, step: int) -> Any:
-        if step == 8:
-            raise InterruptionError
-        return plain(self, step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning.InstructionObjective, "batches", failing)
-        with pytest.raises(InterruptionError):
-            finetune(dated(recipe), recipe, folder, progress=False)
+    interrupt(dated(recipe), recipe, folder, 8)
 
 
 def test_a_run_that_is_resumed_after_midnight_keeps_its_clock(people: Path, tmp_path: Path, clock: type[Clock]) -> None:

@@ -15,8 +15,9 @@ from gakernels.data.chat import EncodedRecord
 from gakernels.data.mixture import Draw, MixedContexts, chosen
 from gakernels.distributed import Ranks
 from gakernels.training.instruction.answers import instruction_losses
-from gakernels.training.instruction.batches import InstructionBatch, pack, window_length
-from gakernels.training.instruction.steps import BatchConfig, InstructionSteps, alike, divided
+from gakernels.training.instruction.batches import InstructionBatch
+from gakernels.training.instruction.packing import Rounding, pack, window_length, windows_of
+from gakernels.training.instruction.steps import BatchConfig, InstructionSteps, alike, divided, evenly_divided
 
 
 def drawn(low: int, high: int) -> int:
@@ -28,11 +29,13 @@ def make_steps(
     ranks: Ranks | None = None,
     seed: int | None = None,
     chunk_size: int = 6,
+    rounded: bool = False,
     **settings: object,
 ) -> InstructionSteps:
     config = BatchConfig(**{"batch_size": 8, "window": 24, "positions": 60, **settings})
     seed = drawn(0, 9) if seed is None else seed
-    return InstructionSteps(sources, [None] * len(sources), config, chunk_size, seed=seed, ranks=ranks)
+    weights = [None] * len(sources)
+    return InstructionSteps(sources, weights, config, chunk_size, seed=seed, ranks=ranks, rounded=rounded)
 
 
 def small_sources() -> list[list[EncodedRecord]]:
@@ -141,6 +144,36 @@ def test_windows_hold_every_conversation_once_and_are_no_longer_than_allowed() -
         assert size <= sum(map(len, lengths)) * max(map(max, lengths))
 
 
+# Rounding
+
+
+def test_sizes_are_powers_of_two_and_one_and_a_half_times_such_within_their_limits() -> None:
+    rounding = Rounding(chunk=1000, chunks=11, conversation=300)
+    assert [rounding.chunk_count(n) for n in range(1, 12)] == [1, 2, 3, 4, 6, 6, 8, 8, 11, 11, 11]
+    assert [rounding.chunk_tokens(n) for n in (1, 125, 129, 193, 769, 1000)] == [128, 128, 192, 256, 1000, 1000]
+    assert rounding.window_sizes(9, 1200) == [128, 192, 256, 384, 512, 768, 1024, 1200]
+    assert rounding.window_sizes(260, None) == [300]
+    assert rounding.window_sizes(260, 1200)[:2] == [300, 384]
+
+
+def test_rounded_windows_hold_every_conversation_once() -> None:
+    for _ in range(30):
+        lengths = [torch.randint(1, 40, (drawn(1, 20),)).tolist() for _ in range(drawn(1, 6))]
+        limit, rounding = (None, 160)[drawn(0, 2)], Rounding(64, 3, 40)
+        windows, count, size = windows_of(lengths, limit, rounding)
+        assert [sorted(n for window in row for n in window) for row in windows] == [[*range(len(r))] for r in lengths]
+        assert window_length(windows, lengths) <= size <= (limit or 40)
+        assert size in (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 160)
+        assert sum(map(len, windows)) <= count
+        assert count / len(lengths) in (1, 2, 4, 8, 16, 32)
+
+
+def test_parts_of_one_size() -> None:
+    assert evenly_divided(8, 30, 100) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert evenly_divided(12, 30, 100, unit=2) == [slice(0, 6), slice(6, 12)]
+    assert evenly_divided(3, 101, 100) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
 # The steps
 
 
@@ -177,6 +210,46 @@ def test_a_round_has_every_conversation_of_every_context_once() -> None:
     )
     assert found == expected
     assert contents([batch for step in range(3, 6) for batch in steps.batches(step)]) == expected
+
+
+def test_rounded_steps_have_the_same_contents_in_few_shapes() -> None:
+    sources, seed = small_sources(), drawn(0, 9)
+    plain, rounded = (make_steps(sources, seed=seed, positions=200, rounded=flag) for flag in (False, True))
+    steps = range(0, 30, 7)
+    for step in steps:
+        assert contents(rounded.batches(step)) == contents(plain.batches(step))
+    shapes = [{batch.shape for step in range(60) for batch in of.batches(step)} for of in (plain, rounded)]
+    sizes = [{(shape.window_tokens, shape.conversations.window_tokens) for shape in of} for of in shapes]
+    assert len(sizes[1]) < len(sizes[0])
+    assert {shape.chunks for shape in shapes[1]} <= {1, 2, 3, 4, 5}
+    known = rounded.micro_batches(60)
+    assert set(known.shapes) <= shapes[1]
+    assert known.accumulates == any(len(rounded.batches(step)) > 1 for step in range(6))
+
+
+def test_most_batches_of_realistic_lengths_have_the_shape_of_others_if_rounded() -> None:
+    examples, seed = realistic_examples(400), drawn(0, 1000)
+    counts = []
+    for rounded in (False, True):
+        steps = InstructionSteps([examples], [None], BatchConfig(), 1024, seed=seed, rounded=rounded)
+        batches = [batch for step in range(12) for batch in steps.batches(step)]
+        contexts, said = {batch.context.mask.shape for batch in batches}, {batch.mask.shape for batch in batches}
+        counts.append((len(contexts), len(said), len(batches)))
+        assert steps.load(12).padding < (0.25 if rounded else 0.05)
+    assert counts[0][0] > counts[0][2] / 2
+    assert counts[1][0] <= 24
+    assert counts[1][1] <= 48
+
+
+def test_the_shapes_of_all_processes_are_known_to_each() -> None:
+    sources = small_sources()
+    each = [make_steps(sources, Ranks(rank, 2), seed=3) for rank in range(2)]
+    whole = [steps.micro_batches(9) for steps in each]
+    assert set(whole[0].shapes) == set(whole[1].shapes)
+    pool = {batch.shape for steps in each for step in range(6) for batch in steps.batches(step)}
+    assert set(whole[0].shapes) <= pool
+    for name in ("rows", "chunks", "window_tokens"):
+        assert max(getattr(shape, name) for shape in whole[0].shapes) == max(getattr(shape, name) for shape in pool)
 
 
 def test_a_step_has_so_many_contexts_and_at_most_so_many_conversations_of_each() -> None:

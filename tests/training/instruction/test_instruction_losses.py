@@ -1,5 +1,7 @@
 """Losses of conversations under the adapters of their contexts, against one at a time and against plain windows."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from gakernels.model.window_losses import Loss, WindowBatch, window_losses
 from gakernels.model.windows import pad_windows, split_evenly
 from gakernels.training.instruction.answers import can_pack, conversation_losses, instruction_losses
 from gakernels.training.instruction.batches import InstructionBatch, count_answers, instruction_batch
+from gakernels.training.instruction.packing import Rounding
 
 CHUNK = 6
 
@@ -27,7 +30,7 @@ def drawn_examples() -> list[EncodedRecord]:
     return [*examples, drawn_example(9, 8)]  # of eight short conversations some always share a window
 
 
-def batch_of(examples: list[EncodedRecord], window: int | None = 20, **losses: object) -> InstructionBatch:
+def batch_of(examples: list[EncodedRecord], window: int | None = 20, **losses: Any) -> InstructionBatch:
     contexts = [example.context.tolist() for example in examples]
     return instruction_batch(contexts, [example.conversations for example in examples], CHUNK, window, **losses)
 
@@ -111,6 +114,37 @@ def test_losses_and_gradients_are_those_of_plain_windows(settings: dict[str, int
     for name, mine, expected in zip(parameters, *gradients, strict=True):
         assert (mine - expected).norm() <= 1e-8 * expected.norm() + 1e-12, name
         assert expected.norm() > 0
+
+
+@pytest.mark.parametrize("window", [20, None])
+@pytest.mark.parametrize("settings", [{}, {"static_rank": 2, "token_weights": True}])
+def test_losses_and_gradients_of_rounded_batches_are_the_same(settings: dict[str, int], window: int | None) -> None:
+    model = double_model(**settings)
+    with torch.no_grad():
+        for parameter in model.generators.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    examples = drawn_examples()[1:]  # of three, two and four chunks, the last of two
+    examples = [*examples[:2], drawn_example(5 * CHUNK - 1, 3), examples[-1]]
+    repeated = [int(torch.randint(2, ())) for _ in examples]
+    batches = [
+        batch_of(examples, window, repeated=repeated, completion=True, rounding=rounding)
+        for rounding in (None, Rounding(CHUNK, 7, 9))
+    ]
+    plain, rounded = batches
+    assert (plain.context.chunks, rounded.context.chunks) == (5, 6)
+    assert len(rounded.owner) % 4 == 0
+    assert rounded.size > plain.size
+    assert rounded.tokens == plain.tokens
+    losses = [instruction_losses(model, batch) for batch in batches]
+    parameters = dict(model.generators.named_parameters())
+    for name in ("answers", "reconstruction", "completion"):
+        ours, expected = losses[1][name], losses[0][name]
+        assert ours.tokens == expected.tokens > 0
+        assert ours.total.item() == pytest.approx(expected.total.item(), rel=1e-12)
+        pair = [torch.autograd.grad(of[name].total, parameters.values(), retain_graph=True) for of in losses]
+        for parameter, whole, padded in zip(parameters, *pair, strict=True):
+            assert (padded - whole).norm() <= 1e-9 * whole.norm() + 1e-13, (name, parameter)
+    assert all(gradient.norm() > 0 for gradient in pair[0])
 
 
 def test_a_context_can_also_be_reconstructed_and_completed() -> None:
