@@ -14,7 +14,6 @@ import gakernels
 from gakernels.nn.cpu_attention import causal_attention
 from gakernels.nn.float8_linear import Float8Linear
 from gakernels.nn.frozen_rms_norm import rms_norm
-from gakernels.nn.gated_mlp import gated_product
 from gakernels.nn.low_rank_factors import add_low_rank_term
 from gakernels.nn.token_loss import token_loss
 
@@ -29,11 +28,6 @@ class Case:
     inputs: list[Tensor]
     exact: Callable[..., Tensor]
     is_one_graph: bool = True
-
-
-def gated(generator: Generator) -> Case:
-    gate, up = (torch.randn(2, 5, 24, generator=generator) for _ in range(2))
-    return Case(gated_product, [gate, up], lambda gate, up: gate * gate.sigmoid() * up)
 
 
 def norm(generator: Generator) -> Case:
@@ -98,7 +92,6 @@ def causal(generator: Generator) -> Case:
 
 CASES = {
     "nn.cpu_attention._CausalAttention": causal,
-    "nn.gated_mlp._GatedProduct": gated,
     "nn.frozen_rms_norm._NormFunction": norm,
     "nn.frozen_rms_norm._NormFunction, no weight": norm_without_weight,
     "nn.low_rank_factors._LowRankTerm": low_rank_term,

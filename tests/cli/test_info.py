@@ -13,8 +13,6 @@ from gakernels import __version__
 from gakernels.ops import dispatch, gpus
 from gakernels.ops.measured import calibration
 
-OPERATIONS = ("context_state", "low_rank_polar", "lowrank_linear")
-
 
 @pytest.fixture(autouse=True)
 def nothing_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -27,7 +25,7 @@ def nothing_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def rows(out: str) -> dict[str, list[str]]:
     """The table of operations: backend and reason by name."""
     split = [line.split(maxsplit=2) for line in out.splitlines()]
-    return {parts[0]: parts[1:] for parts in split if parts and parts[0] in OPERATIONS}
+    return {parts[0]: parts[1:] for parts in split if parts and parts[0] in dispatch.OPERATIONS}
 
 
 def test_it_shows_versions_and_each_operation_with_its_reason(
@@ -42,7 +40,7 @@ def test_it_shows_versions_and_each_operation_with_its_reason(
         ("transformers", transformers.__version__),
     ):
         assert [package, version] in [line.split() for line in outcome.out.splitlines()]
-    assert set(rows(outcome.out)) == set(OPERATIONS)
+    assert set(rows(outcome.out)) == set(dispatch.OPERATIONS)
     for backend, reason in rows(outcome.out).values():
         assert backend == "eager"
         assert reason.startswith("default")
