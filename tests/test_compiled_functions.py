@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 import gakernels
 from gakernels.nn.cpu_attention import causal_attention
 from gakernels.nn.float8_linear import Float8Linear
+from gakernels.nn.frozen_pair import frozen_pair
 from gakernels.nn.frozen_rms_norm import rms_norm
 from gakernels.nn.low_rank_factors import add_low_rank_term
 from gakernels.nn.token_loss import token_loss
@@ -28,6 +29,12 @@ class Case:
     inputs: list[Tensor]
     exact: Callable[..., Tensor]
     is_one_graph: bool = True
+
+
+def pair(generator: Generator) -> Case:
+    first, second = torch.randn(12, 24, generator=generator), torch.randn(12, 24, generator=generator)
+    exact: Callable[..., Tensor] = lambda x: torch.cat([x @ first.double().mT, x @ second.double().mT])  # noqa: E731
+    return Case(lambda x: torch.cat(frozen_pair(x, first, second)), [torch.randn(5, 24, generator=generator)], exact)
 
 
 def norm(generator: Generator) -> Case:
@@ -92,6 +99,7 @@ def causal(generator: Generator) -> Case:
 
 CASES = {
     "nn.cpu_attention._CausalAttention": causal,
+    "nn.frozen_pair._Pair": pair,
     "nn.frozen_rms_norm._NormFunction": norm,
     "nn.frozen_rms_norm._NormFunction, no weight": norm_without_weight,
     "nn.low_rank_factors._LowRankTerm": low_rank_term,
