@@ -35,14 +35,13 @@ from benchmarks.operations import Operation, operations
 from benchmarks.rows import RESULTS, command_output
 from gakernels.files import write_text
 from gakernels.ops import gpus, launching, tuned
-from gakernels.ops.dispatch import missing, module
+from gakernels.ops.dispatch import OPERATIONS, missing, module
 
 STORE = RESULTS / "kernels"
 HOPPER = 90
 TARGETS = {80: "NVIDIA A100", 89: "NVIDIA GeForce RTX 4090", HOPPER: "NVIDIA H200", 120: "NVIDIA GeForce RTX 5090"}
 SHARED_LIMIT = gpus.known(TARGETS[HOPPER]).shared_memory
 SHARED_OF_SM, REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 228 * 1024, 65_536, 64, 32
-OPERATIONS = ("context_state", "low_rank_polar", "lowrank_linear")
 
 
 @dataclass(frozen=True)
@@ -248,6 +247,10 @@ def _lowrank_linear(
     return x, weight, lora_a, lora_b, 0.0625, index, bias
 
 
+def _gated_product(width: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    return _empty(8192, width, dtype=dtype), _empty(8192, width, dtype=dtype)
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -267,6 +270,9 @@ def _calls() -> Iterator[KernelCall]:
             for batch in (8, 256):
                 yield _call(_low_rank_polar, state, rank, batch, name=f"state {state}, rank {rank}, {batch}")
     yield from _linear_calls()
+    for name, dtype in DTYPES.items():
+        yield _call(_gated_product, 14336, dtype, name=f"width 14336, {name}")
+    yield _call(_gated_product, 300_000, torch.bfloat16, name="width 300000, bf16")  # more than 2^31 numbers
 
 
 def _linear_calls() -> Iterator[KernelCall]:
@@ -400,6 +406,8 @@ def both_passes(operation: str, arguments: Sequence[Any]) -> None:
         states, sketch, _, damping = arguments
         u, v, steps = kernels.forward(*arguments)
         kernels.backward(u, v, states, sketch, steps, damping)
+    elif operation == "gated_product":
+        kernels.backward(kernels.forward(*arguments), *arguments)
     else:
         x, weight, lora_a, lora_b, scale, index, _ = arguments
         y, z = kernels.forward(*arguments)

@@ -17,6 +17,7 @@ from benchmarks.cases import BenchmarkCase, UnavailableError, Work
 from benchmarks.operations import (
     PRESETS,
     ContextState,
+    GatedProduct,
     LowRankLinear,
     LowRankPolar,
     Operation,
@@ -25,8 +26,8 @@ from benchmarks.operations import (
     sizes_of,
 )
 from gakernels.nn import AdaptedLinear, AdapterGenerator, FrozenRMSNorm, LowRankFactors
-from gakernels.nn.gated_mlp import gated_product
 from gakernels.nn.token_loss import token_loss
+from gakernels.ops import gated_product
 
 BACKENDS = ("reference", "auto")
 
@@ -246,29 +247,19 @@ class Norm(LayerPart):
         return F.rms_norm(x, weight.shape, weight, EPS)
 
 
-class Activation(LayerPart):
-    """silu(gate) * up."""
+class Activation(GatedProduct):
+    """silu(gate) * up, against what others have."""
 
-    name, leaves = "gated_product", (0, 1)
     provider_names = ("auto", "transformers", "compiled", "liger")
 
     def __init__(self, sizes: LayerSizes, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(sizes, device, dtype)
-        self.shape = f"N={self.count} d_ff={sizes.feed_forward}"
-        self.moves(3 * self.count * sizes.feed_forward, 5 * self.count * sizes.feed_forward)
+        super().__init__(sizes.windows * sizes.tokens, sizes.feed_forward, device, dtype)
 
     def implementation(self, name: str) -> providers.Implementation:
         if name == "liger":
             # Its backward overwrites the tensors it saved, and one of them is a leaf here.
             return _liger("LigerSiLUMulFunction", lambda kind: lambda g, u: kind.apply(g.clone(), u.clone()), "ops")
         return gated_product if name == "auto" else _compiled(name, self.oracle)
-
-    def draw(self, generator: Generator) -> tuple[Any, ...]:
-        return tuple(self.random(generator, self.count, self.sizes.feed_forward) for _ in range(2))
-
-    def oracle(self, *arguments: Any) -> Tensor:
-        gate, up = arguments
-        return F.silu(gate) * up
 
 
 class Rotation(LayerPart):

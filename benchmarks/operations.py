@@ -1,4 +1,4 @@
-"""The cases of the three operations: sizes, random inputs, the float64 oracle, and the work of a case."""
+"""The cases of the operations: sizes, random inputs, the float64 oracle, and the work of a case."""
 
 import functools
 import os
@@ -14,6 +14,7 @@ from benchmarks.cases import TOLERANCES, BenchmarkCase, Trial, Work, largest_err
 from benchmarks.measure import dtype_name
 from benchmarks.rows import FLOOR, OK
 from gakernels.ops.context_state import reference as state_reference
+from gakernels.ops.gated_product import reference as product_reference
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 from gakernels.ops.low_rank_polar import reference as polar_reference
 from gakernels.ops.lowrank_linear import reference as linear_reference
@@ -215,6 +216,27 @@ class LowRankLinear(Operation):
         return linear_reference.lowrank_linear(*arguments)
 
 
+class GatedProduct(Operation):
+    """silu(gate) * up for a number of tokens. Five operations a number, nine in the backward."""
+
+    name, leaves = "gated_product", (0, 1)
+
+    provider_names: tuple[str, ...] = providers.NAMES["gated_product"]
+
+    def __init__(self, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype)
+        self.size, numbers = (tokens, width), tokens * width
+        self.shape = f"numbers={numbers}"
+        self.forward_work = Work(5.0 * numbers, 3.0 * dtype.itemsize * numbers)
+        self.backward_work = Work(9.0 * numbers, 5.0 * dtype.itemsize * numbers)
+
+    def draw(self, generator: Generator) -> tuple[Any, ...]:
+        return self.random(generator, *self.size), self.random(generator, *self.size)
+
+    def oracle(self, *arguments: Any) -> Tensor:
+        return product_reference.gated_product(*arguments)
+
+
 def operations(preset: str, device: torch.device, dtype: torch.dtype) -> list[Operation]:
     """The operations at the sizes of a preset. States are float32 or wider whatever the dtype.
 
@@ -230,6 +252,7 @@ def operations_of(sizes: OperationSizes, device: torch.device, dtype: torch.dtyp
         ContextState(sizes, device, dtype),
         LowRankPolar(sizes, device, torch.promote_types(dtype, torch.float32)),
         *(LowRankLinear(sizes, layer, device, dtype) for layer in sizes.layers),
+        GatedProduct(2 * sizes.chunks * sizes.tokens, max(wide for wide, _ in sizes.layers), device, dtype),
     ]
 
 

@@ -20,6 +20,7 @@ from benchmarks.cases import UnavailableError
 from gakernels import ops
 from gakernels.ops import dispatch
 from gakernels.ops.context_state import eager as state_eager
+from gakernels.ops.gated_product import eager as product_eager
 from gakernels.ops.low_rank_polar import eager as polar_eager
 from gakernels.ops.lowrank_linear import eager as linear_eager
 
@@ -32,6 +33,7 @@ NAMES = {
     "context_state": COMMON,
     "low_rank_polar": (*COMMON, "svd_lowrank", "linalg_svd"),
     "lowrank_linear": (*COMMON, "baddbmm", "base_gemm"),
+    "gated_product": ("reference", "eager", "compiled", "triton"),
 }
 FLOORS = {("lowrank_linear", "base_gemm")}
 
@@ -150,7 +152,23 @@ class _CompiledLinear(torch.autograd.Function):
         return grad_x, None, grad_a, grad_b, None, None, None
 
 
-COMPILED = {"context_state": _CompiledState, "low_rank_polar": _CompiledPolar, "lowrank_linear": _CompiledLinear}
+class _CompiledProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Any:
+        ctx.save_for_backward(gate, up)
+        return _compile(product_eager.forward)(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _compile(product_eager.backward)(grad, *ctx.saved_tensors)
+
+
+COMPILED = {
+    "context_state": _CompiledState,
+    "low_rank_polar": _CompiledPolar,
+    "lowrank_linear": _CompiledLinear,
+    "gated_product": _CompiledProduct,
+}
 
 
 def _compiled(operation: str, device: torch.device) -> Implementation:

@@ -23,6 +23,7 @@ KERNELS = {
     "context_state": "The states of T chunks of M tokens",
     "low_rank_polar": "The norm of T states",
     "lowrank_linear": "A frozen linear layer with an adapter for each window of M tokens",
+    "gated_product": "silu(gate) * up",
     "AdapterGenerator": "A generator: T chunks in, T adapters out",
     "AdaptedLinear": "A linear layer that carries adapters",
     "train_step": "A training step",

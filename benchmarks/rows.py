@@ -30,6 +30,7 @@ from benchmarks.measure import Ceilings, Timing
 from gakernels.errors import InputError
 from gakernels.files import write_text
 from gakernels.ops import gpus, measured
+from gakernels.ops.dispatch import OPERATIONS
 
 Key = tuple[str | int, ...]
 
@@ -399,11 +400,11 @@ def compare_sets(a: str, b: str, results: Path, limit: float) -> tuple[list[str]
 
 # The choice between the backends on a GPU: from committed rows, never edited by hand
 
-MEASURED = ("context_state", "low_rank_polar", "lowrank_linear")
 BACKENDS = ("eager", "triton", "cuda")
 PASSES = ("forward", "backward")
+# The names in a row's shape, and the operations' names.
 SIZE_NAMES = {"T": "batch", "windows": "batch", "M": "tokens", "d_h": "hidden", "d_r": "state", "r": "rank"}
-SIZE_NAMES |= {"d_in": "in", "d_out": "out"}  # the names in a row's shape, and the operations' names
+SIZE_NAMES |= {"d_in": "in", "d_out": "out", "numbers": "numbers"}
 
 
 def documents(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:
@@ -425,7 +426,7 @@ def documents(rows: Iterable[ResultRow]) -> dict[str, dict[str, Any]]:
             found[gpu]["gemm_flops"][row.dtype] = row.metrics["flops_per_s"]
         elif row.kernel == "ceiling" and row.mode == "copy":
             found[gpu]["copy_bytes"] = row.metrics["bytes_per_s"]
-        elif row.kernel in MEASURED:
+        elif row.kernel in OPERATIONS:
             cases[gpu, row.kernel, row.shape, row.dtype, row.environment.commit][row.provider, row.mode] = row
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for (gpu, operation, shape, dtype, commit), passes in cases.items():

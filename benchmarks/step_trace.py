@@ -3,7 +3,8 @@
     python -m benchmarks.step_trace --preset mistral-7b --json FILE
 
 The library's own trainer runs on tensors without data (`benchmarks.fake_gpu`), from batches on the host as a real run
-has them, with the backends that the rules choose on the GPU. What is known of a call is its operators and their shapes:
+has them, with the backends that the rules choose on the GPU once every kernel was checked there. What is known of a
+call is its operators and their shapes:
 
 - Host waits: reading a value or a shape from the device, and copies between it and memory that is not pinned.
 - Launches: one kernel for each operator that is not a view or an allocation, and what KERNELS says of some. The
@@ -20,6 +21,7 @@ import collections
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -44,7 +46,7 @@ from gakernels.errors import InputError
 from gakernels.files import write_text
 from gakernels.model import window_losses as pretraining
 from gakernels.model.context_pass import ContextPass
-from gakernels.nn import AdapterGenerator, adapted_linear, adapted_opaque_linear, adapter_generator
+from gakernels.nn import AdapterGenerator, adapted_linear, adapted_opaque_linear, adapter_generator, gated_mlp
 from gakernels.ops import dispatch, gpus, launching, measured
 from gakernels.ops.low_rank_polar import extension
 from gakernels.ops.low_rank_polar import triton as polar_triton
@@ -66,6 +68,7 @@ KERNELS = {
 }
 # Kernels of an operation in CUDA C++ (csrc/polar.h), for fewer states than its wide products take.
 CUDA_KERNELS = {"low_rank_polar": 18, "low_rank_polar_backward": 32}
+WIDTH = 80
 COPIES = ("clone", "copy_", "_to_copy")
 CHUNK, CHUNKS_AT_ONCE, TENSORS_AT_ONCE = 65536, 320, 30  # of a kernel over lists of tensors
 
@@ -322,6 +325,7 @@ def trace_step(preset: Preset, card: Card, tuning: bool = False) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(fake_gpu(recorder, gpus.known(card.name)))
         stack.enter_context(_cuda_kernels())
+        stack.enter_context(patch.object(dispatch, "_untrusted", lambda *_: None))
         stack.callback(polar_triton._poles.cache_clear)  # it keeps tensors of the device
         # The weights are tensors of another class, but not packed ones.
         stack.enter_context(patch.object(adapted_opaque_linear, "is_plain_linear", lambda one: type(one) is nn.Linear))
@@ -376,6 +380,7 @@ def _parts(model: GenerativeAdapter) -> Iterator[tuple[Any, str, str]]:
     yield adapter_generator, "context_state", "context_state"
     yield adapter_generator, "low_rank_polar", "low_rank_polar"
     yield adapted_linear, "lowrank_linear", "lowrank_linear"
+    yield gated_mlp, "gated_product", "gated_product"
     yield pretraining, "token_losses", LOSS
     yield answers, "token_losses", LOSS
     yield TrainingStep, "_update", OPTIMIZER
@@ -405,7 +410,8 @@ def table(trace: Trace, title: str) -> str:
     for name, cost in rows:
         numbers = f"{cost.operators:9,} {cost.launches:9,} {cost.bytes / 1e9:8.2f} {cost.flops / 1e12:8.2f}"
         lines.append(f"{name:<16} {numbers} {cost.floor_s * 1e3:9.2f}")
-    lines.append(", ".join(f"{operation}: {backend}" for operation, backend in sorted(trace.backends.items())))
+    backends = ", ".join(f"{operation}: {backend}" for operation, backend in sorted(trace.backends.items()))
+    lines += textwrap.wrap(backends, WIDTH)
     lines.append(f"the host waits {sum(trace.waits.values())} times")
     return "\n".join([*lines, *(f"{count:6d}  {where}" for where, count in trace.waits.most_common())])
 

@@ -30,11 +30,12 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.kernel_resources import OPERATIONS, capability, compiling_for, launches, passes_of, settings_of
+from benchmarks.kernel_resources import capability, compiling_for, launches, passes_of, settings_of
 from benchmarks.measure import Effort, dtype_name, time_call
 from benchmarks.operations import PRESETS, Operation, operations, oracle_error, seeded, with_leaves
 from gakernels.files import write_text
 from gakernels.ops import tuned
+from gakernels.ops.dispatch import OPERATIONS
 from gakernels.ops.gpus import slug
 
 Settings = dict[str, int]
@@ -94,7 +95,7 @@ def neighbours(settings: Settings) -> Iterator[Settings]:
     for name, value in settings.items():
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         lowest = {"num_stages": 1, "num_warps": 1}.get(name, 16 if name.startswith("BLOCK") else 1)
-        highest = {"num_stages": 6, "num_warps": 16}.get(name, 512)
+        highest = {"num_stages": 6, "num_warps": 16, "NUMBERS": 8192}.get(name, 512)
         yield from ({**settings, name: step} for step in steps if lowest <= step <= highest)
 
 

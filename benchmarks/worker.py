@@ -18,7 +18,7 @@ import torch
 from benchmarks import inference, modules, operations
 from benchmarks.cases import NOTHING_HERE, BenchmarkCase, Session, run_case
 from benchmarks.gpu_suite import RESTART, SIZES, SuiteRun
-from benchmarks.kernel_resources import OPERATIONS, capability, compile_launches, launches, preset_runs, settings_of
+from benchmarks.kernel_resources import capability, compile_launches, launches, preset_runs, settings_of
 from benchmarks.measure import Ceilings, Effort, measure_ceilings, synchronize
 from benchmarks.operations import Operation, OperationSizes, operations_of, seeded, with_leaves
 from benchmarks.providers import with_backend
@@ -145,7 +145,7 @@ def compile_kernels(run: SuiteRun) -> int:
     Returns:
         The exit status: 1 if a kernel can't be compiled, 2 if none can.
     """
-    names = ["context_state"] if run.rehearsal else OPERATIONS
+    names = ["context_state"] if run.rehearsal else dispatch.OPERATIONS
     obstacles = [reason for name in names if (reason := dispatch.missing(name, "triton"))]
     if launching.interpreting():
         obstacles.append("TRITON_INTERPRET is set: the kernels would be interpreted")

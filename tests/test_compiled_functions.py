@@ -13,8 +13,8 @@ from torch import Generator, Tensor, nn
 import gakernels
 from gakernels.nn.cpu_attention import causal_attention
 from gakernels.nn.float8_linear import Float8Linear
+from gakernels.nn.frozen_pair import frozen_pair
 from gakernels.nn.frozen_rms_norm import rms_norm
-from gakernels.nn.gated_mlp import gated_product
 from gakernels.nn.low_rank_factors import add_low_rank_term
 from gakernels.nn.token_loss import token_loss
 
@@ -31,9 +31,10 @@ class Case:
     is_one_graph: bool = True
 
 
-def gated(generator: Generator) -> Case:
-    gate, up = (torch.randn(2, 5, 24, generator=generator) for _ in range(2))
-    return Case(gated_product, [gate, up], lambda gate, up: gate * gate.sigmoid() * up)
+def pair(generator: Generator) -> Case:
+    first, second = torch.randn(12, 24, generator=generator), torch.randn(12, 24, generator=generator)
+    exact: Callable[..., Tensor] = lambda x: torch.cat([x @ first.double().mT, x @ second.double().mT])  # noqa: E731
+    return Case(lambda x: torch.cat(frozen_pair(x, first, second)), [torch.randn(5, 24, generator=generator)], exact)
 
 
 def norm(generator: Generator) -> Case:
@@ -98,7 +99,7 @@ def causal(generator: Generator) -> Case:
 
 CASES = {
     "nn.cpu_attention._CausalAttention": causal,
-    "nn.gated_mlp._GatedProduct": gated,
+    "nn.frozen_pair._Pair": pair,
     "nn.frozen_rms_norm._NormFunction": norm,
     "nn.frozen_rms_norm._NormFunction, no weight": norm_without_weight,
     "nn.low_rank_factors._LowRankTerm": low_rank_term,

@@ -14,10 +14,11 @@ from torch import Tensor
 from gakernels.cli.call_options import add_call_options, planned_calls, recipe_of_calls
 from gakernels.cli.common import add_command
 from gakernels.ops import gpus
-from gakernels.ops.dispatch import BACKENDS, Choice, choose, why_not
+from gakernels.ops.dispatch import BACKENDS, choose, why_not
 from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 from gakernels.ops.low_rank_polar.precision import EXACT_BELOW
 from gakernels.ops.measured import calibration
+from gakernels.training.planned_calls import Call
 from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.version import __version__
 
@@ -109,14 +110,16 @@ def _print_calls(recipe: PretrainingRecipe, gpu: gpus.Gpu | None) -> None:
             passes = ", with backward" if call.training else ""
             dtype = str(call.dtype).removeprefix("torch.")
             _print_wrapped("  ", f"{call.operation} {dtype}: {sizes}{passes}")
-            _print_wrapped(f"    {call.choice.backend:9} ", f"{call.choice.reason}{_share(call.choice)}")
+            _print_wrapped(f"    {call.choice.backend:9} ", f"{call.choice.reason}{_share(call)}")
 
 
-def _share(choice: Choice) -> str:
-    """The expected rate of the forward."""
-    if choice.gemm_share is None:
+def _share(call: Call) -> str:
+    """The expected rate of the forward, if there is a matrix product in it."""
+    if call.operation == "gated_product":
+        return ""
+    if call.choice.gemm_share is None:
         return "; share of the GEMM rate: not measured"
-    return f"; about {choice.gemm_share:.0%} of the GEMM rate forward"
+    return f"; about {call.choice.gemm_share:.0%} of the GEMM rate forward"
 
 
 def _context_state_arguments(device: torch.device) -> tuple[Tensor, ...]:
@@ -142,11 +145,17 @@ def _lowrank_linear_arguments(device: torch.device) -> tuple[Tensor, ...]:
     return x, weight, torch.empty(16, 128, 4096, **options), torch.empty(16, 4096, 128, **options)
 
 
+def _gated_product_arguments(device: torch.device) -> tuple[Tensor, ...]:
+    gate, up = (torch.empty(16, 1024, 14336, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return gate, up
+
+
 EXAMPLES: dict[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "context_state": _context_state_arguments,
     "delta_state": _delta_state_arguments,
     "low_rank_polar": _low_rank_polar_arguments,
     "lowrank_linear": _lowrank_linear_arguments,
+    "gated_product": _gated_product_arguments,
 }
 
 

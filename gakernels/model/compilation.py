@@ -19,9 +19,10 @@ MOST_GRAPHS = 256  # of a layer; PyTorch's own limit is 8
 def compile_layers(base: PreTrainedModel, **options: Any) -> None:
     """Compile every decoder layer, forward and backward, one at a time; identical layers share a graph.
 
-    Each operation of this library stays a single node. The generators run before a layer, outside its graph; if they
-    overlap with it (`GenerativeAdapter.overlap_generators`), the graph breaks where the layer waits for their adapter.
-    Results are the same up to rounding. A compiled layer can't be copied or pickled.
+    Each operation of this library stays a single node (`gated_product` only where its kernels run). The generators run
+    before a layer, outside its graph; if they overlap with it (`GenerativeAdapter.overlap_generators`), the graph
+    breaks where the layer waits for their adapter. Results are the same up to rounding. A compiled layer can't be
+    copied or pickled.
 
     Args:
         base: the base model of a `GenerativeAdapter`, or any other.

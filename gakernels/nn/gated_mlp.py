@@ -5,21 +5,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from gakernels.nn.adapted_linear import AdaptedLinear
 from gakernels.nn.adapted_opaque_linear import is_linear
+from gakernels.nn.frozen_pair import can_pair, frozen_pair
 from gakernels.nn.low_rank_factors import Factors
+from gakernels.ops import gated_product
+from gakernels.ops.dispatch import needs_backward
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+FEW = 2**20  # numbers: for fewer, launches take longer than the passes over memory that a kernel saves
 
 
 class GatedMLP(nn.Module):
     """y = down_proj(silu(gate_proj(x)) * up_proj(x)), with the linear layers of another module of this kind.
 
-    Values and gradients equal that module's bit for bit. Between the linear layers the backward keeps only two tensors
-    (it recomputes silu of the gate), and nothing for gradients of the frozen weights.
+    Values equal that module's bit for bit, except where the kernels of `gated_product` run. Between the linear layers
+    the backward keeps only two tensors (it recomputes silu of the gate), and nothing for gradients of the frozen
+    weights. The gradient of x has a rounding less if neither gate_proj nor up_proj has a bias or an adapter
+    (`frozen_pair`).
 
     Attributes:
         recompute: keep only the input and recompute gate and up in the backward: the same bits in less memory.
@@ -64,12 +69,20 @@ class GatedMLP(nn.Module):
             factors = [_factors(linear) for linear in (self.gate_proj, self.up_proj)]
             product = checkpoint(self._with_factors, x, *factors, use_reentrant=False, preserve_rng_state=False)
         else:
-            product = gated_product(self.gate_proj(x), self.up_proj(x))
+            product = _product(*(self._pair(x) or (self.gate_proj(x), self.up_proj(x))))
         y: Tensor = self.down_proj(product)
         return y
 
     def _with_factors(self, x: Tensor, gate_factors: Factors, up_factors: Factors) -> Tensor:
-        return gated_product(_apply(self.gate_proj, x, gate_factors), _apply(self.up_proj, x, up_factors))
+        pair = self._pair(x) or (_apply(self.gate_proj, x, gate_factors), _apply(self.up_proj, x, up_factors))
+        return _product(*pair)
+
+    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """gate and up by `frozen_pair` where that is possible and of use."""
+        if not needs_backward((x,)) or not (can_pair(self.gate_proj) and can_pair(self.up_proj)):
+            return None
+        weights: Any = (self.gate_proj.weight, self.up_proj.weight)
+        return frozen_pair(x, *weights)
 
 
 def _factors(linear: nn.Module) -> Factors:
@@ -81,24 +94,8 @@ def _apply(linear: nn.Module, x: Tensor, factors: Factors) -> Tensor:
     return y
 
 
-def gated_product(gate: Tensor, up: Tensor) -> Tensor:
+def _product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        product: Tensor = _GatedProduct.apply(gate, up)  # type: ignore[no-untyped-call]
-        return product
-    return F.silu(gate).mul_(up)
-
-
-class _GatedProduct(torch.autograd.Function):
-    """silu(gate) * up, rounded like the two separate operations; out of place (see `autocast.to_dtype`)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+    if gate.numel() < FEW and not needs_backward((gate, up)):
+        return F.silu(gate).mul_(up)
+    return gated_product(gate, up)

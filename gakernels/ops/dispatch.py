@@ -25,10 +25,17 @@ from gakernels.ops import gpus, measured
 from gakernels.ops.gpus import Gpu
 from gakernels.ops.measured import Measurement, calibration, costs
 
-OPERATIONS = ("context_state", "low_rank_polar", "lowrank_linear")
+HOPPER = (9, 0)
+# By operation, the compute capabilities of the GPUs on which its kernels passed their tests (docs/verification.md).
+VERIFIED: dict[str, tuple[tuple[int, int], ...]] = {
+    "context_state": (HOPPER,),
+    "low_rank_polar": (HOPPER,),
+    "lowrank_linear": (HOPPER,),
+    "gated_product": (),
+}
+OPERATIONS = tuple(VERIFIED)
 BACKENDS = ("reference", "eager", "triton", "cuda")
 KERNELS = ("cuda", "triton")  # hand-written; the first that can run where neither was measured
-VERIFIED = ((9, 0),)  # compute capabilities of the GPUs on which the kernels passed their tests (docs/verification.md)
 NEAR = 2.0  # a measurement at this distance or less (`measured.distance`) is about the call itself
 CLEARLY, CLEARLY_FAR = 0.95, 0.8  # of a kernel's time that the eager form may take to run instead of it
 ENVIRONMENT_VARIABLE = "GAKERNELS_BACKEND"
@@ -133,8 +140,16 @@ def _obstacle(operation: str, kernel: str, arguments: tuple[Any, ...]) -> str | 
 
 def _obstacles(operation: str, arguments: tuple[Any, ...]) -> str:
     """Why none of the kernels of an operation runs a call."""
-    there = [kernel for kernel in KERNELS if importlib.util.find_spec(_name(operation, kernel)) is not None]
-    return "; ".join(f"{kernel}: {_obstacle(operation, kernel, arguments)}" for kernel in there) or "it has no kernels"
+    kernels = _written(operation)
+    if not kernels:
+        return "it has no kernels"
+    return "; ".join(f"{kernel}: {_obstacle(operation, kernel, arguments)}" for kernel in kernels)
+
+
+@functools.cache
+def _written(operation: str) -> tuple[str, ...]:
+    """The kernels that an operation has."""
+    return tuple(kernel for kernel in KERNELS if importlib.util.find_spec(_name(operation, kernel)) is not None)
 
 
 # torch.compile takes for constant what the driver and files say.
@@ -156,7 +171,7 @@ def _rows(kind: str, index: int | None) -> tuple[Measurement, ...]:
 
 @functools.cache
 def _distrust(gpu: Gpu, operation: str, kernel: str) -> str | None:
-    return calibration.obstacle(gpu, operation, kernel, verified=gpu.capability in VERIFIED)
+    return calibration.obstacle(gpu, operation, kernel, verified=gpu.capability in VERIFIED[operation])
 
 
 def _fastest(

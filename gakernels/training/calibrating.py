@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
+from gakernels import ops
 from gakernels.ops import dispatch
-from gakernels.ops.context_state import context_state
 from gakernels.ops.gpus import Gpu
-from gakernels.ops.low_rank_polar import DEFAULT_DAMPING, low_rank_polar
-from gakernels.ops.lowrank_linear import lowrank_linear
+from gakernels.ops.low_rank_polar import DEFAULT_DAMPING
 from gakernels.ops.measured import calibration
 from gakernels.training.planned_calls import Call
 
 MOST_CHECKED = {"batch": 2, "tokens": 160, "hidden": 2048, "state": 512, "in": 2048, "out": 2048}  # limits of a check
+MOST_CHECKED |= {"numbers": 2**19}
 LOOSE = 3.0  # a kernel's error may be that many times the error of plain PyTorch in the same dtype
 MOST = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # and never more than this
 REPETITIONS = 15
@@ -215,7 +215,7 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-LEAVES = {"context_state": (0, 1, 2), "low_rank_polar": (0,), "lowrank_linear": (0, 2, 3)}
+LEAVES = {"context_state": (0, 1, 2), "low_rank_polar": (0,), "lowrank_linear": (0, 2, 3), "gated_product": (0, 1)}
 
 
 def _results(operation: str, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
@@ -231,12 +231,8 @@ def _results(operation: str, backend: str, arguments: Sequence[Any]) -> list[Ten
 
 
 def _value(operation: str, arguments: Sequence[Any]) -> Tensor:
-    if operation == "context_state":
-        return context_state(*arguments)
-    if operation == "low_rank_polar":
-        u, v = low_rank_polar(*arguments)
-        return u @ v.mT  # only the product is defined
-    return lowrank_linear(*arguments)
+    first, *others = _output(operation, arguments)
+    return first @ others[0].mT if others else first  # of u and v only the product is defined
 
 
 def _draw(operation: str, dtype: torch.dtype, sizes: dict[str, int], device: torch.device) -> list[Any]:
@@ -255,6 +251,9 @@ def _draw(operation: str, dtype: torch.dtype, sizes: dict[str, int], device: tor
         state = sizes["state"]
         sketch = draw(state, sizes["rank"])
         return [draw(sizes["batch"], state, state), sketch, sizes["power_iterations"], DEFAULT_DAMPING]
+    if operation == "gated_product":
+        numbers, block = sizes["numbers"], 2**16
+        return [draw(numbers // block + 1, 1, block).flatten()[:numbers] for _ in range(2)]
     windows, inputs, outputs, rank = (sizes[name] for name in ("batch", "in", "out", "rank"))
     x, weight = draw(windows, sizes["tokens"], inputs), draw(outputs, inputs, std=inputs**-0.5)
     return [x, weight, draw(windows, rank, inputs, std=inputs**-0.5), draw(windows, outputs, rank, std=rank**-0.5), 0.5]
@@ -301,9 +300,8 @@ def _times(call: Call, backend: str, arguments: Sequence[Any], target: Device) -
 
 
 def _output(operation: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    if operation == "low_rank_polar":
-        return low_rank_polar(*arguments)
-    return (context_state(*arguments) if operation == "context_state" else lowrank_linear(*arguments),)
+    found: Any = getattr(ops, operation)(*arguments)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _rates(calls: Sequence[Call], target: Device, findings: Findings) -> None:

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from gakernels.cost.shapes import ModelShape
 from gakernels.data.chat import EncodedConversation
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
+from gakernels.model.attachment import decoder_layers
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.window_losses import WindowBatch, pretraining_windows
-from gakernels.nn import CompactFactors, LowRankFactors
+from gakernels.nn import CompactFactors, GatedMLP, LowRankFactors
 from gakernels.ops import dispatch
 from gakernels.training.instruction.answers import adapters, encode_windows
 from gakernels.training.instruction.batches import instruction_batch
@@ -79,6 +80,7 @@ class PlannedCalls:
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"base must be the configuration of a causal language model, but: {reason}") from error
+        _put_in_gated_parts(model)
         self._model = GenerativeAdapter(model, replace(generator, layers=None))
         # Outside the mode real tensors stay real, so that the library can take its decisions on the host.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -168,6 +170,19 @@ def _one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
     if getattr(text, "layer_types", None):
         text.layer_types = list(text.layer_types[:1])
     return small
+
+
+def _put_in_gated_parts(model: PreTrainedModel) -> None:
+    """Those that an attachment puts in where weights have values: tested with small linear layers instead."""
+    for layer in decoder_layers(model)[1]:
+        for name, part in layer.named_children():
+            small = copy.copy(part)
+            small._modules = {
+                own: nn.Linear(8, 8, module.bias is not None) if isinstance(module, nn.Linear) else module
+                for own, module in part.named_children()
+            }
+            if GatedMLP.can_stand_for(small):
+                setattr(layer, name, GatedMLP(part))
 
 
 def llama_config(shape: ModelShape) -> LlamaConfig:

@@ -13,6 +13,7 @@ import torch
 from benchmarks import kernel_resources, worker
 from benchmarks.operations import operations
 from benchmarks.rows import ROOT
+from gakernels.ops.dispatch import OPERATIONS
 
 pytest.importorskip("triton")
 META = torch.device("meta")
@@ -45,10 +46,10 @@ def test_launches_are_told_apart_by_what_triton_specialises(one: tuple, other: t
 
 
 def test_every_operation_launches_something_forward_and_backward() -> None:
-    for name in kernel_resources.OPERATIONS:
+    for name in OPERATIONS:
         runs = kernel_resources.preset_runs(["tiny"], [name], torch.bfloat16)
         found = kernel_resources.launches(runs)
-        assert len(found) >= 4, name
+        assert len(found) >= 2, name
         assert len(kernel_resources.launches([*runs, *runs])) == len(found)
 
 
@@ -93,4 +94,4 @@ def test_every_operation_has_a_kernel_that_runs(tmp_path: Path, capsys: pytest.C
     words = [] if torch.cuda.is_available() else ["--rehearse"]
     assert worker.main(["kernels_once", "--out", str(tmp_path), *words]) == 0
     done = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("triton: done")}
-    assert done == {"context_state", "low_rank_polar", "lowrank_linear"}
+    assert done == set(OPERATIONS)

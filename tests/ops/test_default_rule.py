@@ -321,6 +321,8 @@ def walked(model: str, dtype: torch.dtype = BF16, autocast: torch.dtype | None =
 
 def allowed_eager(call: Call) -> bool:
     """The short list of calls that need no kernel, with the reasons."""
+    if call.operation == "gated_product":  # its kernels have not run on a Hopper GPU yet
+        return dispatch.HOPPER not in dispatch.VERIFIED[call.operation]
     if call.operation != "lowrank_linear" or call.training:
         return False
     sizes = dict(call.sizes)
@@ -335,15 +337,19 @@ def test_calls_of_real_models_run_on_kernels(model: str, gpu: str) -> None:
     with gpus.pretend(gpus.known(gpu)):
         stages = walked(model)
     for stage, calls in stages.items():
-        expected = {"context_state", "low_rank_polar", "lowrank_linear"}
         if not stage.startswith("decoding") and stage not in ("context 1", "tuning"):
-            assert {call.operation for call in calls} == expected, stage
+            found = {call.operation for call in calls}
+            # A short context has too few numbers in a layer for a kernel of `gated_product`.
+            assert found | {"gated_product"} == set(dispatch.OPERATIONS), stage
+            assert "gated_product" in found or (model, stage) == ("smollm2-135m", "context 2")
         for call in calls:
             assert call.choice.backend != "eager" or allowed_eager(call), (stage, call)
             if call.operation == "low_rank_polar":
                 assert call.choice.backend == "cuda", (stage, call)
-    assert all(call.training for call in stages["training"])
-    assert {dict(call.sizes)["batch"] for call in stages["decoding 256"]} == {256}
+    # Only the first chunk of a segment goes through the base without a graph.
+    without = [call.operation for call in stages["training"] if not call.training]
+    assert without in ([], ["gated_product"])
+    assert {dict(call.sizes).get("batch", 256) for call in stages["decoding 256"]} == {256}
 
 
 @pytest.mark.parametrize("gpu", OTHERS)
@@ -378,8 +384,8 @@ def test_dtypes_of_the_calls(
         plan = PlannedCalls(llama_config(SHAPES["smollm2-135m"]), config, dtype, autocast)
         calls = plan.training(segments, chunks)
     wanted = {"context_state": states, "low_rank_polar": torch.float32, "lowrank_linear": linears}
-    assert {(call.operation, call.dtype) for call in calls} == set(wanted.items())
-    assert all(call.choice.backend != "eager" for call in calls)
+    assert {(call.operation, call.dtype) for call in calls} == {*wanted.items(), ("gated_product", linears)}
+    assert all(call.choice.backend != "eager" or allowed_eager(call) for call in calls)
 
 
 def test_the_calls_are_those_of_the_paper() -> None:
@@ -389,9 +395,11 @@ def test_the_calls_are_those_of_the_paper() -> None:
     calls = [(call.operation, *dict(call.sizes).values()) for call in plan.training(segments, chunks)]
     assert calls == [
         ("context_state", 1, 1024, 4096, 1024),
+        ("gated_product", 1024 * 14336),
         ("context_state", 7, 1024, 4096, 1024),
         ("low_rank_polar", 8, 1024, 128, 1),
         ("lowrank_linear", 15, 1024, 4096, 4096, 128),
+        ("gated_product", 15 * 1024 * 14336),
         ("lowrank_linear", 15, 1024, 14336, 4096, 128),
     ]
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gakernels import AdapterGenerator, BackendError, context_state, delta_state, low_rank_polar, lowrank_linear
+from gakernels.ops import gated_product
 from gakernels.ops.dispatch import choose
 
 
@@ -83,7 +84,13 @@ def lowrank_linear_call(generator: Generator, dtype: torch.dtype, variant: int) 
     return Call(function, inputs, torch.ops.gakernels.lowrank_linear.default, (*arguments, "eager"))
 
 
-OPERATIONS = [context_state_call, delta_state_call, low_rank_polar_call, lowrank_linear_call]
+def gated_product_call(generator: Generator, dtype: torch.dtype, variant: int) -> Call:
+    shape = ((5,), (3, 4), (2, 3, 5))[variant]
+    inputs = draw(generator, *shape, dtype=dtype), draw(generator, *shape, dtype=dtype)
+    return Call(gated_product, inputs, torch.ops.gakernels.gated_product.default, (*inputs, "eager"))
+
+
+OPERATIONS = [context_state_call, delta_state_call, low_rank_polar_call, lowrank_linear_call, gated_product_call]
 every_operation = pytest.mark.parametrize("make", OPERATIONS, ids=lambda make: make.__name__.removesuffix("_call"))
 every_variant = pytest.mark.parametrize("variant", [0, 1, 2])
 
@@ -235,9 +242,12 @@ def test_autocast(
     """Inputs are cast to bfloat16 once; what is inside keeps its own precision, forward and backward."""
     monkeypatch.setenv("GAKERNELS_BACKEND", backend)
     call = make(generator, torch.float32, variant)
-    keeps = {context_state_call: (3,), delta_state_call: (3, 4), low_rank_polar_call: (0,), lowrank_linear_call: ()}[
-        make
-    ]  # not cast
+    keeps = {
+        context_state_call: (3,),
+        delta_state_call: (3, 4),
+        low_rank_polar_call: (0,),
+        gated_product_call: (0, 1),
+    }.get(make, ())  # not cast
     cast = tuple(value if i in keeps else value.bfloat16() for i, value in enumerate(call.inputs))
     wanted = call.function(*cast)
     upstream = draw(generator, *wanted.shape, dtype=wanted.dtype)

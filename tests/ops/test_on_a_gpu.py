@@ -9,7 +9,7 @@ from oracles import relative
 from torch import Tensor
 
 from gakernels import context_state, low_rank_polar, lowrank_linear
-from gakernels.ops import dispatch
+from gakernels.ops import dispatch, gated_product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,10 +43,11 @@ def calls() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], tuple[
             (x, lora_a, lora_b),
             (x, weight, lora_a, lora_b, 0.5, index, None),
         ),
+        "gated_product": (gated_product, (x, x + 1), (x, x + 1)),
     }
 
 
-@pytest.fixture(params=["context_state", "low_rank_polar", "lowrank_linear"])
+@pytest.fixture(params=dispatch.OPERATIONS)
 def operation(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -67,6 +67,11 @@ def filled_tiles(tokens: int) -> float:
     return tokens / _whole_tiles(tokens) if tokens else 1.0
 
 
+def _product_operations(sizes: Mapping[str, int], backend: str) -> float:
+    """Five for each number, the exponential counted as one: no work for matrix units."""
+    return 5.0 * max(sizes["numbers"], 1)
+
+
 def _state_bytes(sizes: Mapping[str, int], element: int) -> float:
     hidden, state = sizes["hidden"], sizes["state"]
     read = 1.0 * sizes["batch"] * sizes["tokens"] * hidden + 2.0 * hidden * state
@@ -83,13 +88,19 @@ def _linear_bytes(sizes: Mapping[str, int], element: int) -> float:
     return element * (windows * (sizes["tokens"] + sizes["rank"]) * width + 1.0 * sizes["in"] * sizes["out"])
 
 
+def _product_bytes(sizes: Mapping[str, int], element: int) -> float:
+    return 3.0 * element * sizes["numbers"]
+
+
 _OPERATIONS: dict[str, Callable[[Mapping[str, int], str], float]] = {
     "context_state": _state_operations,
     "low_rank_polar": _polar_operations,
     "lowrank_linear": _linear_operations,
+    "gated_product": _product_operations,
 }
 _BYTES: dict[str, Callable[[Mapping[str, int], int], float]] = {
     "context_state": _state_bytes,
     "low_rank_polar": _polar_bytes,
     "lowrank_linear": _linear_bytes,
+    "gated_product": _product_bytes,
 }
