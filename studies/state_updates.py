@@ -2,7 +2,7 @@
 
     for name in default-0 default-1 ...; do
         gakernels eval recall --generator GENERATORS/$name --tests facts,length,overwritten --facts 12,24 \
-            --lengths 128,160,192,256,320,384,512,1024 --contexts 60 --seed 1000000 --methods adapter \
+            --lengths 96,128,160,192,256,320,384,512,1024 --contexts 60 --seed 1000000 --methods adapter \
             --json REPORTS/$name.json
     done
     python -m studies.state_updates REPORTS --json FILE
