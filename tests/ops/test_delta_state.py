@@ -20,14 +20,16 @@ SHAPES = [  # B, T, M, d_h, d_r; blocks of the inverse have 32 tokens
 
 
 def inputs(generator: Generator, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """hidden, a2, b1, strength, a mask that keeps about two thirds, initial_state."""
+    """hidden, a2, b1, strength, a mask that keeps about two thirds and at least one, initial_state."""
     batch, chunks, tokens, hidden_size, state_size = shape
+    mask = torch.rand(batch, chunks, tokens, generator=generator) < 2 / 3
+    mask[:1, :1, :1] = True
     return (
         draw(generator, batch, chunks, tokens, hidden_size),
         draw(generator, state_size, hidden_size),
         draw(generator, hidden_size, state_size),
         torch.rand(batch, chunks, tokens, generator=generator, dtype=torch.float64),
-        torch.rand(batch, chunks, tokens, generator=generator) < 2 / 3,
+        mask,
         draw(generator, batch, state_size, state_size),
     )
 
