@@ -48,7 +48,7 @@ def test_product_and_gradients(
         assert (mine.dtype, mine.shape) == (dtype, shape)
         assert mine.is_contiguous()
     # Errors of a few numbers vary by chance, PyTorch's too: those of many draws are compared.
-    draws = [values, *(inputs(generator, shape, dtype, device) for _ in range(1000 // values[0].numel()))]
+    draws = [values, *(inputs(generator, shape, dtype, device) for _ in range(200 // values[0].numel()))]
     mine, plain = (joined(function, draws) for function in (gated_product, reference.gated_product))
     exact = joined(reference.gated_product, [[value.double() for value in values] for values in draws])
     for ours, theirs, true in zip(mine, plain, exact, strict=True):
