@@ -29,6 +29,7 @@ METHODS = {
     "retrieval": "100 words of the text in the prompt, by BM25",
     "retrieval_embedding": "the same, by embeddings",
     "adapter": "adapter of the text",
+    "adapter_compact": "the same, kept as U and V",
     "other_adapter": "adapter of another text",
     "mean_context": "adapter of the mean of 256 texts",
     "static_lora": "static LoRA tuned on the same questions",

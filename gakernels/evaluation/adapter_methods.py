@@ -9,6 +9,7 @@ from random import Random
 import torch
 
 from gakernels.adapters.adapter import Adapter
+from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.evaluation.methods import MethodSettings, Prepared, SimpleMethod
 from gakernels.evaluation.retrieval import Retrieval
@@ -65,6 +66,31 @@ class MergedAdapter(SimpleMethod):
                 self.model.unmerge()
 
         return Prepared([None] * len(cases), weights=weights, separate=True, kept=adapters)
+
+
+class KeptCompact(SimpleMethod):
+    """Only U and V are kept of a context. They are applied between A1 and B2 of the generator, without forming lora_A
+    and lora_B.
+
+    Raises:
+        InputError: the generator's norm is `frobenius`.
+    """
+
+    adapted = True
+
+    def __init__(self, model: GenerativeAdapter, scenario: Scenario, settings: MethodSettings) -> None:
+        super().__init__(model, scenario, settings)
+        if model.config.norm == "frobenius":
+            raise InputError("adapter_compact needs a generator with norm: polar; with frobenius there is no such form")
+
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Makes the compact adapters, several contexts in a pass."""
+        texts = [case.context.text for case in cases]
+        made: dict[str, CompactAdapter] = {}
+        for read, states, lengths in self.states(texts):
+            made |= zip(read, self.model.compact_adapters(states, lengths, self.model.base.dtype), strict=True)
+        adapters = [made[text] for text in texts]
+        return Prepared(adapters, kept=adapters)
 
 
 class AdapterWithRetrieval(Retrieval):

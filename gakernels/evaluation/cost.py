@@ -102,7 +102,7 @@ def method_cost(
     """The cost of one method for a context of so many tokens.
 
     A tuned model is trained on the even chunks of the context, as separate sequences; what a method's training on
-    other data costs, once for all contexts, is not included. A merged adapter is stored as factors; while it is
+    other data costs, once for all contexts, is not included. A merged adapter
     is stored as factors; while it is merged, `GenerativeAdapter.merge` also keeps the original weights of the layers.
 
     Args:

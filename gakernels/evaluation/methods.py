@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gakernels.adapters.adapter import Adapter
+from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.generation.decoder import SharedStart, plan_batches
@@ -76,22 +77,22 @@ class Prepared:
         kept: the adapters, texts and tensors that are stored of the contexts between questions.
     """
 
-    adapters: Sequence[Adapter | None]
+    adapters: Sequence[Adapter | CompactAdapter | None]
     in_front: Callable[[int, str], str | None] = lambda number, query: None
     weights: Callable[[int], AbstractContextManager[None]] | None = None
     start: Callable[[int], SharedStart | None] | None = None
     separate: bool = False
-    kept: Sequence[Adapter | str | Tensor] = ()
+    kept: Sequence[Adapter | CompactAdapter | str | Tensor] = ()
 
     def kept_bytes(self) -> int:
         """The size of what is kept: adapters and tensors as they are, texts in UTF-8."""
         return sum(_bytes(one) for one in self.kept)
 
 
-def _bytes(kept: Adapter | str | Tensor) -> int:
+def _bytes(kept: Adapter | CompactAdapter | str | Tensor) -> int:
     if isinstance(kept, str):
         return len(kept.encode())
-    return kept.nbytes if isinstance(kept, Tensor) else kept.bytes()
+    return kept.bytes() if isinstance(kept, Adapter) else kept.nbytes
 
 
 class Method(Protocol):

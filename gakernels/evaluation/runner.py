@@ -21,6 +21,7 @@ from gakernels.errors import InputError
 from gakernels.evaluation.adapter_methods import (
     AdapterWithRetrieval,
     GeneratedAdapter,
+    KeptCompact,
     MeanContext,
     MergedAdapter,
     OtherAdapter,
@@ -51,6 +52,7 @@ METHODS: dict[str, Callable[[GenerativeAdapter, Scenario, MethodSettings], Metho
     "adapter": GeneratedAdapter,
     "adapter_streaming": StreamedAdapter,
     "adapter_merged": MergedAdapter,
+    "adapter_compact": KeptCompact,
     "adapter_retrieval": AdapterWithRetrieval,
     "other_adapter": OtherAdapter,
     "mean_context": MeanContext,

@@ -6,14 +6,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gakernels.adapters.adapter import Adapter
+from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
 from gakernels.generation.decoding_batch import DecodingBatch, SharedStart, check_attention, new_cache, past
-from gakernels.generation.row_adapters import ExpandedForm
+from gakernels.generation.row_adapters import AdapterForm, ExpandedForm, OneAdapter, SharedMaps
 from gakernels.generation.sampling import Sampling
 from gakernels.generation.scheduler import Generation, Scheduler, run
 from gakernels.model import GenerativeAdapter
@@ -30,13 +31,14 @@ class Row:
 
     Attributes:
         tokens: token ids, at least one.
-        adapter: active while the row is read; None for the base model alone.
+        adapter: active while the row is read; None for the base model alone. A batch has expanded ones or compact
+            ones.
         start: where scored tokens begin, at least 1; for an answer to generate, the number of tokens.
         cut: whether it is the end of a longer sequence that the model could not read.
     """
 
     tokens: tuple[int, ...]
-    adapter: Adapter | None = None
+    adapter: OneAdapter = None
     start: int = 1
     cut: bool = False
 
@@ -77,10 +79,22 @@ class Decoder:
             raise InputError("tokenizer is needed to ask questions; the base model has none")
         check_attention(model)
         self.model, self.tokenizer = model, model.tokenizer
-        self._form, self._ends = ExpandedForm(model), model.end_tokens()
+        self._ends = model.end_tokens()
         settings = model.base.config.get_text_config()
         self.slides = getattr(settings, "sliding_window", None) is not None
         self.limit: int | None = position_limit(settings)
+
+    def _form(self, adapters: Sequence[OneAdapter]) -> AdapterForm:
+        """That of these adapters, of which all or none are compact."""
+        return self._shared_maps if any(isinstance(one, CompactAdapter) for one in adapters) else self._expanded
+
+    @cached_property
+    def _expanded(self) -> ExpandedForm:
+        return ExpandedForm(self.model)
+
+    @cached_property
+    def _shared_maps(self) -> SharedMaps:
+        return SharedMaps(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, opening tokens (BOS) included."""
@@ -90,7 +104,7 @@ class Decoder:
         """The opening tokens alone; empty if the tokenizer has none."""
         return opening_tokens(self.tokenizer)
 
-    def row(self, tokens: Sequence[int], start: int, room: int = 0, adapter: Adapter | None = None) -> Row:
+    def row(self, tokens: Sequence[int], start: int, room: int = 0, adapter: OneAdapter = None) -> Row:
         """A row of the last tokens that the model can read with `room` more after them; see `Row`."""
         cut = 0 if self.limit is None else max(len(tokens) - (self.limit - room), 0)
         return Row(tuple(tokens[cut:]), adapter, max(start - cut, 1), cut > 0)
@@ -108,11 +122,11 @@ class Decoder:
         return None if common < LEAST_SHARED else self.read_start(first.tokens[:common], first.adapter)
 
     @torch.inference_mode()
-    def read_start(self, tokens: Sequence[int], adapter: Adapter | None = None) -> SharedStart:
+    def read_start(self, tokens: Sequence[int], adapter: OneAdapter = None) -> SharedStart:
         """Read what rows with this adapter begin with."""
         cache, decoder = new_cache(), self.model.decoder
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        with self.model.using(self._form.stacked([adapter]).factors()):
+        with self.model.using(self._form([adapter]).stacked([adapter]).factors()):
             decoder(input_ids=ids, **past(decoder, cache))
         return SharedStart(tuple(tokens), cache)
 
@@ -136,9 +150,8 @@ class Decoder:
         self, rows: Sequence[Row], samplings: Sequence[Sampling], shared: SharedStart | None = None
     ) -> list[str]:
         """Continue each row of a batch in its own way; otherwise as `generate`."""
-        scheduler = Scheduler(
-            self.model, len(rows), sys.maxsize, sys.maxsize, DecodingBatch(self.model, self._form, shared)
-        )
+        batch = DecodingBatch(self.model, self._form([row.adapter for row in rows]), shared)
+        scheduler = Scheduler(self.model, len(rows), sys.maxsize, sys.maxsize, batch)
         generations = [
             Generation(row.tokens, sampling, row.adapter, self.tokenizer, self._ends)
             for row, sampling in zip(rows, samplings, strict=True)
@@ -161,7 +174,7 @@ class Decoder:
         generation = Generation(
             row.tokens, sampling, row.adapter, on_piece=lambda piece: times.append(time.perf_counter())
         )
-        batch = DecodingBatch(self.model, self._form, shared)
+        batch = DecodingBatch(self.model, self._form([row.adapter]), shared)
         run(Scheduler(self.model, 1, sys.maxsize, sys.maxsize, batch), [generation])
         first, last = times[1], times[-1]
         return first - times[0], (new_tokens - 1) / (last - first) if new_tokens > 1 else None
@@ -193,7 +206,8 @@ class Decoder:
         for number, row in enumerate(rows):
             ids[number, : len(row.tokens) - known] = torch.tensor(row.tokens[known:])
         ids, decoder = ids.to(self.model.device), self.model.decoder
-        with self.model.using(self._form.stacked([row.adapter for row in rows]).factors()):
+        adapters = [row.adapter for row in rows]
+        with self.model.using(self._form(adapters).stacked(adapters).factors()):
             # No attention mask: attention is causal and the padding is on the right, so no token sees it.
             cached = {"use_cache": False} if shared is None else past(decoder, shared.of_rows(len(rows)))
             return decoder(input_ids=ids, **cached).last_hidden_state, ids

@@ -62,6 +62,7 @@ PLAIN: dict[str, Callable[[GenerativeAdapter, Scenario, EvaluationCase, str], tu
     "retrieval": lambda model, asked, case, question: (None, f"{found(case.context.text, question, 2)}\n\n{question}"),
     "adapter": lambda model, asked, case, question: (of_context(model, case.context.text), question),
     "adapter_merged": lambda model, asked, case, question: (of_context(model, case.context.text), question),
+    "adapter_compact": lambda model, asked, case, question: (of_context(model, case.context.text), question),
     "adapter_streaming": lambda model, asked, case, question: (streamed(model, case.context.text), question),
     "adapter_retrieval": lambda model, asked, case, question: (
         of_context(model, case.context.text),

@@ -14,7 +14,7 @@ from gakernels import InputError
 from gakernels.cost.shapes import ModelShape
 from gakernels.distributed import Ranks
 from gakernels.evaluation.answer_log import AnswerLog
-from gakernels.evaluation.cost import adapter_numbers
+from gakernels.evaluation.cost import adapter_numbers, compact_numbers
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
 from gakernels.evaluation.perplexity import CutDocument, perplexity
 from gakernels.evaluation.runner import Runner, RunSettings
@@ -127,17 +127,26 @@ def test_what_a_method_took_is_measured() -> None:
 def test_what_is_kept_of_a_context_is_measured_by_length() -> None:
     model, data = make(), Dataset(tuple(contexts(6)))
     asked = docqa(data, len, [20, 60], settings=BARE)
-    names = ("closed_book", "prompt", "adapter", "adapter_merged", "adapter_retrieval", "other_adapter")
+    names = (
+        "closed_book",
+        "prompt",
+        "adapter",
+        "adapter_merged",
+        "adapter_compact",
+        "adapter_retrieval",
+        "other_adapter",
+    )
     found = {(dict(cost.cell)["length"], cost.method): cost for cost in run(model, asked, *names).measured_costs()}
     assert list(found) == [(length, name) for length in (20, 60) for name in names]
     factors = 8 * adapter_numbers(ModelShape.from_config(model.base.config), model.config)  # float64
+    compact = 8 * compact_numbers(ModelShape.from_config(model.base.config), model.config)
     for length in (20, 60):
         texts = [case.context.text for case in asked.cases if dict(case.cell)["length"] == length]
         text = sum(len(text.encode()) for text in texts) / len(texts)
         kept = {name: found[length, name].stored_bytes for name in names}
         assert kept == pytest.approx(
             {"closed_book": 0, "prompt": text, "adapter": factors, "adapter_merged": factors, "other_adapter": factors}
-            | {"adapter_retrieval": factors + text}
+            | {"adapter_retrieval": factors + text, "adapter_compact": compact}
         )
         for name in names:
             assert found[length, name].contextualization_seconds >= 0
