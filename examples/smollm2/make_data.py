@@ -6,8 +6,10 @@ Gold questions come from SQuAD and NQ-Swap, as flat rows {context, question, ans
 generator that learns to read, so most questions are made: a name, a number or a noun phrase of a sentence is taken out
 and asked for ("In what year was the abbey founded by monks from Cluny?"), as in unsupervised question answering (Lewis
 et al. 2019, arXiv 1906.04980). And so that answers can't be learned by heart, every passage is there several times, all
-but once with its gold answers exchanged for others of their kind, as in NQ-Swap. Every tenth passage is held out.
-NQ-Swap has a passage several times with different answers: it is known by its text without the answer.
+but once with its gold answers exchanged for others of their kind, as in NQ-Swap. `long/several.jsonl` has texts of
+two to four passages. Every tenth passage is held out, also at the start, in the middle and at the end of longer texts
+of held-out passages (`held-out/squad_start_384.jsonl`, by words). NQ-Swap has a passage several times with different
+answers: it is known by its text without the answer.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from gakernels.data.records import read_records
 HELD_OUT_OF = 10
 PARAGRAPH_WORDS = (25, 220)
 QUESTIONS = 4
+SEVERAL_CHARACTERS = 2000  # most of a text of several passages
+PLACED_WORDS = (384, 1536)  # about 512 and 2,048 tokens
+PLACES_OF_PASSAGE = ("start", "middle", "end")
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"”']?\s+(?=[A-Z\"“'])")
 NUMBER = re.compile(r"\b\d[\d,.]*\d\b|\b\d+\b")
@@ -60,6 +65,13 @@ def main() -> None:
         copies = [exchanged(row, others, rng) if copy else row for copy in range(options.copies) for row in training]
         write(options.output / "long" / f"{name}.jsonl", (with_gaps(row, rng) for row in copies))
         write(options.output / "short" / f"{name}.jsonl", (with_gaps(shorten(row, rng), rng) for row in copies))
+        if name == "squad":
+            write(options.output / "long" / "several.jsonl", several([with_gaps(row, rng) for row in copies], rng))
+            for words in PLACED_WORDS:
+                for place in PLACES_OF_PASSAGE:
+                    rng = Random(f"{options.seed} {words}")  # the same texts for each place
+                    path = options.output / "held-out" / f"{name}_{place}_{words}.jsonl"
+                    write(path, (placed(row, held_out, words, place, rng) for row in held_out))
     rng = Random(f"{options.seed} books")
     books = list(book_passages(options.books, options.book_passages, rng))
     write(options.output / "long" / "books.jsonl", (with_gaps({"context": text, "qas": []}, rng) for text in books))
@@ -144,6 +156,28 @@ def shorten(row: dict, rng: Random) -> dict:
     text = parts[around] if len(parts) == 1 else piece(parts, rng, around)
     text = text if answer in text else parts[around]
     return {"context": text, "qas": [qa for qa in row["qas"] if qa["answers"][0] in text]}
+
+
+def several(rows: Sequence[dict], rng: Random) -> Iterator[dict]:
+    """As many texts as half the rows, of two to four passages, with questions about any of them."""
+    for _ in range(len(rows) // 2):
+        chosen = rng.sample(rows, rng.choice((2, 3, 3, 4)))
+        while len(chosen) > 2 and sum(len(row["context"]) for row in chosen) > SEVERAL_CHARACTERS:
+            chosen.pop()
+        qas = [qa for row in chosen for qa in row["qas"]]
+        rng.shuffle(qas)
+        yield {"context": "\n\n".join(row["context"] for row in chosen), "qas": qas[:QUESTIONS]}
+
+
+def placed(row: dict, rows: Sequence[dict], words: int, place: str, rng: Random) -> dict:
+    """The passage at the start, in the middle or at the end of a text of so many words, the rest other passages."""
+    others, length = [], len(row["context"].split())
+    for other in rng.sample(rows, len(rows)):
+        if other is not row and length < words:
+            others.append(other["context"])
+            length += len(other["context"].split())
+    before = {"start": 0, "middle": len(others) // 2, "end": len(others)}[place]
+    return {"context": "\n\n".join([*others[:before], row["context"], *others[before:]]), "qas": row["qas"]}
 
 
 def book_passages(folder: Path, count: int, rng: Random) -> Iterator[str]:

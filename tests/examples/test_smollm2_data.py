@@ -60,8 +60,10 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["long", "short"])
-@pytest.mark.parametrize("name", ["squad", "nq_swap", "books"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*((kind, name) for kind in ("long", "short") for name in ("squad", "nq_swap", "books")), ("long", "several")],
+)
 def test_each_question_is_answered_by_its_passage(data: Path, kind: str, name: str) -> None:
     found = read(data / kind / f"{name}.jsonl")
     assert found
@@ -97,3 +99,17 @@ def test_a_gap_is_asked_for_without_telling_it(script: ModuleType) -> None:
     assert {answer for _, answer in asked} >= {"1007", "307", "Cluny"}
     for question, answer in asked:
         assert not re.search(rf"\b{re.escape(answer)}\b", question)
+
+
+def test_held_out_passages_stand_at_each_place_of_the_same_longer_texts(data: Path, script: ModuleType) -> None:
+    passages = read(data / "held-out" / "squad.jsonl")
+    for words in script.PLACED_WORDS:
+        places = [read(data / "held-out" / f"squad_{place}_{words}.jsonl") for place in script.PLACES_OF_PASSAGE]
+        for passage, start, middle, end in zip(passages, *places, strict=True):
+            assert start["context"].startswith(passage["context"])
+            assert end["context"].endswith(passage["context"])
+            parts = [sorted(row["context"].split("\n\n")) for row in (start, middle, end)]
+            assert parts[0] == parts[1] == parts[2]
+            assert {passage["context"]} < set(parts[0])
+            assert set(parts[0]) <= {row["context"] for row in passages}
+            assert passage["qas"] == start["qas"] == middle["qas"] == end["qas"]
