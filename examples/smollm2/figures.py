@@ -19,6 +19,7 @@ from gakernels.demo import smollm2
 
 QUESTIONS = {"squad": "SQuAD", "nq_swap": "NQ-Swap", "confiqa": "ConFiQA"}
 TEXTS = {"books": "books", "wikitext": "WikiText-2"}
+PLACES = ("start", "middle", "end")
 PIECES = {256: 200, 1024: 200, 4096: 50}  # of a text, by tokens of context
 METHODS = {
     "closed_book": "closed book",
@@ -34,9 +35,9 @@ METHODS = {
     "mean_context": "adapter of the mean of 256 texts",
     "static_lora": "static LoRA tuned on the same questions",
 }
+TEXT_METHODS = {name: METHODS[name] for name in ("prompt", "adapter")}
 TUNED = {
-    "prompt": METHODS["prompt"],
-    "adapter": METHODS["adapter"],
+    **TEXT_METHODS,
     **{f"context_lora_{steps}": f"LoRA of {steps} steps on the text" for steps in (1, 3, 10, 30, 100)},
     "context_distillation": "LoRA distilled from the prompt",
 }
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="text of WikiText-2")
     parser.add_argument("--static-lora", type=Path, help="what static_lora.py wrote")
     parser.add_argument("--embedding-model", help="folder or hub name, for retrieval by embeddings")
+    parser.add_argument("--placed", type=int, default=60, help="questions for each place in longer texts")
     parser.add_argument("--tuned", type=int, default=40, help="questions for tuned LoRAs (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=300, help="of each data set (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reports")
@@ -63,6 +65,8 @@ def main() -> None:
         path = options.confiqa if name == "confiqa" else options.data / "held-out" / f"{name}.jsonl"
         if path is not None:
             ask(options, name, path)
+    for path in placed(options.data / "held-out", ".jsonl"):
+        evaluate(options, questions(options, path, options.placed, TEXT_METHODS), path.stem)
     for name in TEXTS:
         if getattr(options, name) is not None:
             for length in PIECES:
@@ -77,6 +81,12 @@ def ask(options: argparse.Namespace, name: str, path: Path) -> None:
     methods = [method for method in METHODS if needed.get(method, True)]
     arguments = [part for each in needed if needed[each] for part in (FLAGS[each], needed[each])]
     evaluate(options, [*questions(options, path, options.questions, methods), *arguments], name)
+
+
+def placed(folder: Path, suffix: str) -> list[Path]:
+    """Files about passages at one place of longer texts, by the words of the texts and then by place."""
+    found = [path for path in folder.glob(f"squad_*_*{suffix}") if path.suffix == suffix]
+    return sorted(found, key=lambda path: (int(path.stem.split("_")[2]), PLACES.index(path.stem.split("_")[1])))
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -114,6 +124,10 @@ def table(folder: Path) -> Iterator[str]:
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     asked = {name: label for name, label in QUESTIONS.items() if name in reports}
     yield from scores(reports, asked, METHODS)
+    longer = [path.stem for path in placed(folder, ".json")]
+    if longer:
+        labels = {name: "{1} of {2} words".format(*name.split("_")) for name in longer}
+        yield from scores(reports, labels, TEXT_METHODS)
     if "squad-tuned" in reports:
         yield from scores(reports, {"squad-tuned": "SQuAD, fewer questions"}, TUNED)
     yield "| perplexity of the text after | closed book | its keys and values | adapter | another's | own / another's |"
