@@ -1,11 +1,12 @@
 """`gakernels info`: versions, devices, and which implementation of each operation would run, and why."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import platform
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gakernels.training.pretraining_recipe import PretrainingRecipe
 from gakernels.version import __version__
 
 WIDTH = 80
+ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")  # which may be preloaded (docs/training.md, On a CPU)
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "peft", "flash-attn")
 
 
@@ -44,7 +46,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print everything that a bug report needs or, for a model or recipe, the backend of each of its calls."""
     gpu = gpus.known(options.gpu) if options.gpu else gpus.gpu_of("cuda", None) if torch.cuda.is_available() else None
-    with gpus.pretend(gpu) if gpu is not None else nullcontext():
+    with gpus.pretend(gpu) if gpu is not None else contextlib.nullcontext():
         if options.model or options.config or options.set:
             _print_calls(recipe_of_calls(options), gpu)
         else:
@@ -168,8 +170,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _allocator() -> str:
+    """The library that serves malloc in this process; on a CPU it decides how fast long runs are."""
+    with contextlib.suppress(OSError):  # no Linux
+        mapped = Path("/proc/self/maps").read_text()
+        return next((name for name in ALLOCATORS if f"lib{name}" in mapped), f"{platform.libc_ver()[0]}'s malloc")
+    return "the system's malloc"
+
+
 def _devices() -> list[str]:
-    lines = [f"cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    lines = [
+        f"cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        f"memory        from {_allocator()}",
+    ]
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         memory = properties.total_memory / 2**30

@@ -1,6 +1,10 @@
 """`gakernels info`."""
 
+import _ctypes
+import ctypes
 import json
+import platform
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,15 @@ def test_it_shows_versions_and_each_operation_with_its_reason(
         assert reason.startswith("default")
     assert "float32 products for a damping from 0.001 on" in outcome.out
     assert all(len(line) <= 80 for line in outcome.out.splitlines()[1:] if not line.startswith(("python", "cpu")))
+
+
+@pytest.mark.parametrize("name", ["jemalloc", "tcmalloc"])
+def test_it_tells_which_library_serves_malloc(run: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    assert f"memory        from {platform.libc_ver()[0] or 'the system'}'s malloc" in run("info").out
+    library = shutil.copy(_ctypes.__file__, tmp_path / f"lib{name}.so.2")
+    loaded = ctypes.CDLL(library)
+    assert f"memory        from {name}" in run("info").out
+    _ctypes.dlclose(loaded._handle)
 
 
 def test_a_forced_backend_is_the_reason(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
