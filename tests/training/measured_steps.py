@@ -1,9 +1,11 @@
 """The peak memory of a real step, for tests of its estimate."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -17,6 +19,15 @@ CPU = torch.device("cpu")
 SMALL = replace(
     PRESETS["cpu-mid"], hidden=256, ffn=704, heads=4, kv_heads=2, state_size=128, rank=16, window=64, chunks=4, layers=3
 )
+
+
+def thinned(cases: Iterable[object], *others: Sequence[object], every: int) -> list[Any]:
+    """Each case with all others; but for every n-th of them, spread over the cases, the tests are slow ones."""
+    return [
+        pytest.param(case, *rest, marks=() if (row + column) % every == 0 else pytest.mark.slow)
+        for row, case in enumerate(cases)
+        for column, rest in enumerate(product(*others))
+    ]
 
 
 def make_model(preset: Preset, **settings: Any) -> GenerativeAdapter:
