@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gakernels.adapters.adapter import Adapter
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import Question
-from gakernels.evaluation.methods import MethodSettings, Prepared, SimpleMethod
+from gakernels.evaluation.methods import Method, MethodSettings, Prepared
 from gakernels.evaluation.prompts import Asker
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.model import GenerativeAdapter
@@ -45,7 +45,7 @@ BatchLoss = Callable[[Sequence[Example]], tuple[Tensor, int]]
 # Methods
 
 
-class TunedMethod(SimpleMethod):
+class TunedMethod(Method):
     """The common part of the fine-tuned methods.
 
     Args:
