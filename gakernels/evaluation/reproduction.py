@@ -14,11 +14,10 @@ from typing import Any
 
 from gakernels.cost.shapes import ModelShape
 from gakernels.evaluation.cost import method_cost
-from gakernels.evaluation.cost_plots import COUNTED as COUNTED_PANELS
-from gakernels.evaluation.cost_plots import MEASURED as MEASURED_PANELS
-from gakernels.evaluation.cost_plots import costs_by_length
 from gakernels.evaluation.paper import LENGTHS
-from gakernels.evaluation.plots import is_detail, plots
+from gakernels.evaluation.plots import COUNTED as COUNTED_PANELS
+from gakernels.evaluation.plots import MEASURED as MEASURED_PANELS
+from gakernels.evaluation.plots import costs_by_length, is_detail, plots
 from gakernels.evaluation.published import FROM_SHAPES, Published, Row, Table
 from gakernels.evaluation.report import data_digests, describe_model, describe_run, versions_and_device, write_page
 from gakernels.evaluation.tables import FRACTION, REFERENCE, ReportTable, interval_text, tables
