@@ -20,11 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
-from gakernels.generation.adjustment import Adjustment, adjusted
 from gakernels.generation.decoding_batch import DecodingBatch
 from gakernels.generation.log_probabilities import Scores, TokenLogprob, prompt_scores
 from gakernels.generation.row_adapters import OneAdapter
-from gakernels.generation.sampling import Sampling, next_tokens
+from gakernels.generation.sampling import Adjustment, Sampling, adjusted, next_tokens
 from gakernels.generation.text_output import TextOutput
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
