@@ -23,7 +23,6 @@ from gakernels.cli.common import (
 )
 from gakernels.cli.demo_people import show_people
 from gakernels.demo import smollm2
-from gakernels.demo.experiment import peak_rss_bytes
 from gakernels.demo.reading import WAYS, Reading, Scores, ask, score_questions
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import EvaluationContext, Question, read_flat_qa
@@ -31,6 +30,7 @@ from gakernels.evaluation.metrics import Estimate, answer_exact_match
 from gakernels.evaluation.tables import FRACTION, interval_text
 from gakernels.files import write_text
 from gakernels.paths import expanded, user_path
+from gakernels.training.run_log import peak_bytes
 
 LABELS = {
     "closed_book": "closed book",
@@ -144,7 +144,7 @@ def _real(options: argparse.Namespace, text: str | None) -> dict[str, Any]:
         scores = {name: score_questions(model, QUESTIONS / f"{name}.jsonl", each, options.new_tokens) for name in DATA}
         _show_scores(console, scores)
         results |= {name: _f1(found) for name, found in scores.items()}
-    results |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+    results |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_bytes(torch.device("cpu"))}
     console.print(
         f"{results['seconds']:.0f} s in all, {options.dtype} on {options.device}; "
         f"peak resident memory {results['peak_rss_bytes'] / 2**30:.1f} GiB"
