@@ -78,10 +78,10 @@ class QuantizedCompactAdapter:
             quantized.loss[name] = _distance(before, (after.left[name], after.right[name]))
         return quantized
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> CompactAdapter:
-        """The compact adapter with the quantised numbers."""
+    def dequantize(self) -> CompactAdapter:
+        """The compact adapter with the quantised numbers, in float32."""
         factors = {
-            name: _dequantize(codes, self.scales[name], self.bits)[: self.state_size].to(dtype)
+            name: _dequantize(codes, self.scales[name], self.bits)[: self.state_size]
             for name, codes in self.codes.items()
         }
         left, right = (

@@ -178,7 +178,6 @@ def with_others(cases: Sequence[EvaluationCase], first: int = 0) -> list[Evaluat
 # Questions about documents and conversations
 
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 GROUP_PARTS = ("all", "first_tenth")
 STYLES = {"official": ("paper", "paper"), "released": ("released", "bare")}
 
@@ -218,7 +217,7 @@ class AskSettings:
 def docqa(
     data: Dataset,
     measure: Callable[[str], int],
-    lengths: Sequence[int] | None = LENGTHS,
+    lengths: Sequence[int] | None,
     protocol: str = "official",
     part: str | None = None,
     training: Sequence[EvaluationContext] = (),
