@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gakernels.cli.common import (
-    DTYPES,
     add_command,
     add_other_base_option,
     load_generator,
@@ -22,7 +20,7 @@ from gakernels.cli.common import (
     read_text,
 )
 from gakernels.cli.demo_people import show_people
-from gakernels.demo import smollm2
+from gakernels.demo import ASSETS, smollm2
 from gakernels.demo.reading import WAYS, Reading, Scores, ask, score_questions
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import EvaluationContext, Question, read_flat_qa
@@ -30,6 +28,7 @@ from gakernels.evaluation.metrics import Estimate, answer_exact_match
 from gakernels.evaluation.tables import FRACTION, interval_text
 from gakernels.files import write_text
 from gakernels.paths import expanded, user_path
+from gakernels.training.base_model import DTYPES
 from gakernels.training.run_log import peak_bytes
 
 LABELS = {
@@ -38,7 +37,6 @@ LABELS = {
     "adapter": "its adapter, no text",
     "other_adapter": "another text's adapter",
 }
-ASSETS = Path(str(files("gakernels.demo") / "assets"))
 QUESTIONS = ASSETS / "questions"
 DATA = {"squad": "SQuAD", "nq_swap": "NQ-Swap"}
 

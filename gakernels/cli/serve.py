@@ -5,11 +5,11 @@ import asyncio
 import ipaddress
 import re
 from dataclasses import fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
+from gakernels.demo import TINY_GENERATOR
 from gakernels.errors import InputError
 from gakernels.paths import user_path
 from gakernels.server.settings import ApiKeys, Limits, Settings
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     embedded = options.generator is None
     if embedded:
-        options.generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
+        options.generator = TINY_GENERATOR
     template = None if options.chat_template is None else read_text(options.chat_template, "--chat-template")
     limits = _limits(options)
     keys = ApiKeys() if options.api_keys is None else ApiKeys.read(options.api_keys)

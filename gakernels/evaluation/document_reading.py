@@ -167,7 +167,7 @@ def _kept(model: GenerativeAdapter, stream: ContextStream) -> KeptBytes:
 
 def _cache_bytes(model: GenerativeAdapter, tokens: int) -> int | None:
     try:
-        shape = ModelShape.from_config(model.base.config, model.base.config.name_or_path)
+        shape = ModelShape.from_config(model.base.config)
     except InputError:
         return None
     return key_value_numbers(shape, tokens) * model.base.dtype.itemsize

@@ -58,7 +58,7 @@ def tokens_like_adapter(model: GenerativeAdapter) -> int:
         InputError: the shape of the model is not known.
     """
     try:
-        shape = ModelShape.from_config(model.base.config, model.base.config.name_or_path)
+        shape = ModelShape.from_config(model.base.config)
     except InputError as error:
         raise InputError(f"--truncate-to must say how many tokens a truncated prompt has: {error}") from error
     return max(1, round(adapter_numbers(shape, model.config) / key_value_numbers(shape, 1)))

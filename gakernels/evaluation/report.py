@@ -23,7 +23,7 @@ from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.scenarios import Cell, Measurements, Scenario, length_cell
 from gakernels.evaluation.tables import FRACTION, REFERENCE, ReportTable, tables
-from gakernels.files import write_text
+from gakernels.files import file_sha256, write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.version import __version__
 
@@ -53,7 +53,7 @@ def data_hash(path: Path) -> str:
     for file in files:
         if path.is_dir():
             total.update(f"{file.relative_to(path)}\n".encode())
-        total.update(hashlib.sha256(file.read_bytes()).digest())
+        total.update(bytes.fromhex(file_sha256(file)))
     return total.hexdigest()
 
 
@@ -149,7 +149,7 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
     """The costs of each cell and method; or none, and the reason."""
     scenario = runner.scenario
     try:
-        shape = ModelShape.from_config(runner.model.base.config, runner.model.base.config.name_or_path)
+        shape = ModelShape.from_config(runner.model.base.config)
     except InputError as error:
         return [], f"Costs can't be told from the shapes of this model: {error}"
     costs = []

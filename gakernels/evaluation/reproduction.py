@@ -59,7 +59,7 @@ def shapes_report(model: GenerativeAdapter) -> dict[str, Any]:
     Raises:
         InputError: the formulas do not cover the model.
     """
-    shape = ModelShape.from_config(model.base.config, model.base.config.name_or_path)
+    shape = ModelShape.from_config(model.base.config)
     costs = [
         {
             **method_cost(name, shape, model.config, length).to_dict(),

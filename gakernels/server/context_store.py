@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from gakernels.errors import FormatError, InputError
-from gakernels.files import read_description, read_tensors, write_tensors
+from gakernels.files import flush_folder, read_description, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 KIND = "context"
@@ -246,14 +247,8 @@ class ContextStore:
 
     def _sync_folder(self) -> None:
         """Flush the folder's names to disk: until then, a crash of the machine could bring a deleted file back."""
-        try:
-            descriptor = os.open(self._folder, os.O_RDONLY)
-        except FileNotFoundError:
-            return  # the folder itself has been removed
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(FileNotFoundError):  # the folder itself has been removed
+            flush_folder(self._folder)
 
     def _path(self, identifier: str) -> Path:
         return self._folder / f"{identifier}{SUFFIX}"

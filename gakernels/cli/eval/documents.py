@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from gakernels.cli.common import add_command, add_model_options, load_generator, output_file
 from gakernels.cli.eval.running import numbers, rich_table
 from gakernels.data.sources import HUB
-from gakernels.demo import smollm2
+from gakernels.demo import ASSETS, smollm2
 from gakernels.errors import InputError
 from gakernels.evaluation import report as reports
 from gakernels.evaluation.datasets import read_documents
@@ -22,7 +21,7 @@ from gakernels.evaluation.prompts import QA_NEW_TOKENS
 from gakernels.files import write_text
 from gakernels.paths import expanded
 
-QUESTIONS = files("gakernels.demo") / "assets" / "questions" / "squad.jsonl"
+QUESTIONS = ASSETS / "questions" / "squad.jsonl"
 
 
 def add_documents(tasks: Any) -> None:
