@@ -1,6 +1,6 @@
 """The pretraining objective (equation 5): the windows made from a segment, and the losses on them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,18 @@ class Loss:
     def mean(self) -> Tensor:
         """Nats per token; zero if there are no tokens."""
         return self.total / self.tokens.clamp(min=1)
+
+
+def joined_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
+    """Join batches of segments into one."""
+    first = batches[0]
+    return WindowBatch(
+        torch.cat([batch.input_ids for batch in batches]),
+        torch.cat([batch.mask for batch in batches]),
+        first.chunks,
+        first.seen,
+        {name: torch.cat([batch.targets[name] for batch in batches]) for name in first.targets},
+    )
 
 
 def pretraining_windows(
