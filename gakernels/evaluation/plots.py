@@ -22,7 +22,7 @@ MEASURED: dict[str, Value] = {
     "seconds to the first token": lambda row: row["first_token_seconds"],
     "bytes kept": lambda row: row["stored_bytes"],
 }
-_LOOKS = {"svg.hashsalt": "gakernels", "font.size": 9}
+_LOOKS: dict[Any, Any] = {"svg.hashsalt": "gakernels", "font.size": 9}
 _MARKERS = "osD^v<>ph*"
 _RECALL_AXES = {
     "facts": "facts about a person",
