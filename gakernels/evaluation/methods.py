@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.adapters.compact import CompactAdapter
-from gakernels.errors import InputError
+from gakernels.errors import check_least
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.generation.decoder import SharedStart, plan_batches
 from gakernels.model import GenerativeAdapter
@@ -58,8 +58,7 @@ class MethodSettings:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        if self.truncate_to is not None and self.truncate_to < 1:
-            raise InputError(f"truncate_to must be at least 1, but it is {self.truncate_to}")
+        check_least(1, truncate_to=self.truncate_to)
 
 
 @dataclass(frozen=True)

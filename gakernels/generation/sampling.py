@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.model.transfer import moved
 
 
@@ -55,12 +55,10 @@ class Sampling:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, but it is {self.max_new_tokens}")
+        check_least(1, max_new_tokens=self.max_new_tokens)
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be finite and at least 0, but it is {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be at least 0, but it is {self.top_k}")
+        check_least(0, top_k=self.top_k)
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, but it is {self.top_p}")
         if isinstance(self.stop, str) or not all(self.stop):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.adapters.compact import CompactAdapter
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.generation.decoding_batch import DecodingBatch
 from gakernels.generation.log_probabilities import Scores, TokenLogprob, prompt_scores
 from gakernels.generation.row_adapters import OneAdapter
@@ -265,11 +265,8 @@ class Scheduler:
         max_cache_tokens: int = 262_144,
         batch: DecodingBatch | None = None,
     ) -> None:
-        limits = {"max_rows": max_rows, "max_prefill_tokens": max_prefill_tokens, "max_cache_tokens": max_cache_tokens}
-        for name, value in limits.items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, but it is {value}")
-        self.max_rows, self.max_prefill_tokens, self.max_cache_tokens = limits.values()
+        check_least(1, max_rows=max_rows, max_prefill_tokens=max_prefill_tokens, max_cache_tokens=max_cache_tokens)
+        self.max_rows, self.max_prefill_tokens, self.max_cache_tokens = max_rows, max_prefill_tokens, max_cache_tokens
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self._batch = batch or DecodingBatch(model)

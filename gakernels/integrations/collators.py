@@ -13,7 +13,7 @@ from torch import Tensor
 from gakernels.data.bad_records import BadRecords
 from gakernels.data.chat import EncodedRecord, TokenLimits, encode_records, template_of
 from gakernels.data.conversations import record_of
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 from gakernels.integrations.transformers import IGNORED
 from gakernels.model import GenerativeAdapter
 from gakernels.model.window_losses import (
@@ -54,9 +54,7 @@ class PretrainingCollator:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reconstruction not in RECONSTRUCTIONS:
-            known = ", ".join(RECONSTRUCTIONS)
-            raise InputError(f"reconstruction must be one of {known}, but it is {self.reconstruction!r}")
+        check_known("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         check_slices(self.slices, self.chunks, self.reconstruction)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

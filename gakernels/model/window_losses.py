@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 from gakernels.model.generative_adapter import GenerativeAdapter
 from gakernels.model.transfer import moved
 
@@ -87,8 +87,7 @@ def pretraining_windows(
         InputError: T does not divide the segment into chunks of two or more tokens, the kind of reconstruction is
             unknown, there are several slices of a kind that repeats a chunk, or there is nothing to train on.
     """
-    if reconstruction not in RECONSTRUCTIONS:
-        raise InputError(f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}, but it is {reconstruction!r}")
+    check_known("reconstruction", reconstruction, RECONSTRUCTIONS)
     tokens = segments.shape[1]
     if chunks < 1 or tokens % chunks or tokens < 2 * chunks:
         raise InputError(
