@@ -70,6 +70,7 @@ class Generation:
         prompt_logprobs: of the prompt's tokens, if its sampling asks for them; there before the first piece.
         finished: why it ended, see `Piece`; None while it continues.
         error: the error that ended it instead.
+        on_end: called when it has finished, for whatever reason.
 
     Raises:
         InputError: the prompt is empty, or there are stop texts but no tokenizer.
@@ -111,11 +112,7 @@ class Generation:
             self._output = TextOutput(tokenizer, self.prompt, sampling.stop, sampling.skip_special_tokens)
         self._on_piece = on_piece
         self._load: Future[CompactAdapter] | None = None
-        self._on_end: Callable[[], None] | None = None
-
-    def on_end(self, callback: Callable[[], None]) -> None:
-        """Call a function when it has finished, for whatever reason."""
-        self._on_end = callback
+        self.on_end: Callable[[], None] | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -190,8 +187,8 @@ class Generation:
         self.text += text
         if self._on_piece is not None:
             self._on_piece(Piece(text, len(self.tokens), self.finished, self.error, logprob))
-        if self.finished is not None and self._on_end is not None:
-            self._on_end()
+        if self.finished is not None and self.on_end is not None:
+            self.on_end()
 
 
 class TokensToCome:
