@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ class CompactAdapter:
     @property
     def nbytes(self) -> int:
         """Memory of U and V in bytes."""
-        return sum(factor.numel() * factor.element_size() for factor in [*self.left.values(), *self.right.values()])
+        return sum(factor.nbytes for factor in [*self.left.values(), *self.right.values()])
 
     def numbers(self) -> int:
         """How many numbers U and V hold."""
@@ -54,7 +53,7 @@ class CompactAdapter:
             {name: factor.to(device=device, dtype=dtype) for name, factor in factors.items()}
             for factors in (self.left, self.right)
         )
-        return CompactAdapter(left, right, **self._description())
+        return replace(self, left=left, right=right)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; `load` reads it.
@@ -65,7 +64,8 @@ class CompactAdapter:
         """
         tensors = {f"{name}.left": factor for name, factor in self.left.items()}
         tensors |= {f"{name}.right": factor for name, factor in self.right.items()}
-        write_tensors(Path(path), "compact", tensors, self._description())
+        names = ("base_fingerprint", "generator_fingerprint", "tokens_seen")
+        write_tensors(Path(path), "compact", tensors, {name: getattr(self, name) for name in names})
 
     @classmethod
     def load(cls, path: str | Path) -> CompactAdapter:
@@ -82,10 +82,6 @@ class CompactAdapter:
             raise FormatError(f"{path} is damaged: it must hold U and V of one size for each of its layers")
         base, generator = (entry(path, description, f"{what}_fingerprint", str) for what in ("base", "generator"))
         return cls(left, right, base, generator, count_entry(path, description, "tokens_seen"))
-
-    def _description(self) -> dict[str, Any]:
-        names = ("base_fingerprint", "generator_fingerprint", "tokens_seen")
-        return {name: getattr(self, name) for name in names}
 
 
 def _fit(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

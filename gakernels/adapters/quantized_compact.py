@@ -93,8 +93,7 @@ class QuantizedCompactAdapter:
     @property
     def nbytes(self) -> int:
         """Memory of the codes and scales in bytes."""
-        tensors = [*self.codes.values(), *self.scales.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in [*self.codes.values(), *self.scales.values()])
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; `load` reads it.

@@ -22,7 +22,7 @@ from gakernels.cli.common import (
 from gakernels.cli.demo_people import show_people
 from gakernels.demo import ASSETS, smollm2
 from gakernels.demo.reading import WAYS, Reading, Scores, ask, score_questions
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.evaluation.datasets import EvaluationContext, Question, read_flat_qa
 from gakernels.evaluation.metrics import Estimate, answer_exact_match
 from gakernels.evaluation.tables import FRACTION, interval_text
@@ -99,9 +99,7 @@ def _checked(options: argparse.Namespace) -> str | None:
     for name in ("text", "generator", "model"):
         if options.tiny and getattr(options, name):
             raise InputError(f"--tiny can't be used with --{name.replace('model', 'base')}")
-    for name in ("questions", "new_tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, but it is {getattr(options, name)}")
+    check_least(1, **{"--questions": options.questions, "--new-tokens": options.new_tokens})
     return None if options.text is None else read_text(options.text, "--text")
 
 
