@@ -204,7 +204,8 @@ class ContextStore:
         self._path(context.id).unlink(missing_ok=True)
         with self._lock:
             self._contexts.pop(context.id, None)
-        self._sync_folder()
+        with suppress(FileNotFoundError):  # the folder itself has been removed
+            flush_folder(self._folder)  # until then, a crash of the machine could bring the deleted file back
 
     def _write(self, context: Context, states: Mapping[str, Tensor]) -> None:
         tensors = {name: state[0] for name, state in states.items()}
@@ -244,11 +245,6 @@ class ContextStore:
             self._guard.close()
             self._guard = guard
             self._contexts = {name: one for name, one in self._contexts.items() if self._path(name).exists()}
-
-    def _sync_folder(self) -> None:
-        """Flush the folder's names to disk: until then, a crash of the machine could bring a deleted file back."""
-        with suppress(FileNotFoundError):  # the folder itself has been removed
-            flush_folder(self._folder)
 
     def _path(self, identifier: str) -> Path:
         return self._folder / f"{identifier}{SUFFIX}"
