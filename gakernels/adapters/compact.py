@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,7 @@ class CompactAdapter:
         """
         tensors = {f"{name}.left": factor for name, factor in self.left.items()}
         tensors |= {f"{name}.right": factor for name, factor in self.right.items()}
-        names = ("base_fingerprint", "generator_fingerprint", "tokens_seen")
-        write_tensors(Path(path), "compact", tensors, {name: getattr(self, name) for name in names})
+        write_tensors(Path(path), "compact", tensors, self._description())
 
     @classmethod
     def load(cls, path: str | Path) -> CompactAdapter:
@@ -82,6 +82,10 @@ class CompactAdapter:
             raise FormatError(f"{path} is damaged: it must hold U and V of one size for each of its layers")
         base, generator = (entry(path, description, f"{what}_fingerprint", str) for what in ("base", "generator"))
         return cls(left, right, base, generator, count_entry(path, description, "tokens_seen"))
+
+    def _description(self) -> dict[str, Any]:
+        names = ("base_fingerprint", "generator_fingerprint", "tokens_seen")
+        return {name: getattr(self, name) for name in names}
 
 
 def _fit(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
