@@ -52,17 +52,6 @@ class Ranks:
             raise InputError(f"RANK must be below WORLD_SIZE, but they are {rank} and {world}")
         return cls(rank, world, local_rank)
 
-    def share(self, count: int, name: str) -> range:
-        """This process's consecutive share of `count` items; `name` is what the error message calls the count.
-
-        Raises:
-            InputError: the count is not divisible by the number of processes.
-        """
-        if count < 1 or count % self.world:
-            raise InputError(f"{name} must be a multiple of the {self.world} processes, but it is {count}")
-        size = count // self.world
-        return range(self.rank * size, (self.rank + 1) * size)
-
 
 @contextmanager
 def process_group(device: torch.device | str) -> Iterator[Ranks]:

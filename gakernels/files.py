@@ -26,6 +26,7 @@ from gakernels.version import __version__
 FORMAT_VERSION = 1
 _HEADER_KEY = "gakernels"
 _HEADER_CHECKSUM_KEY = "gakernels_header_sha256"  # missing from files of early versions
+_BLOCK = 1 << 20  # bytes read at once
 _STANDARD = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
 
@@ -60,7 +61,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(temporary)
         temporary.chmod(mode)  # some writers create a new file, which nobody else may read
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise _named(error, temporary, path) from error
     finally:
@@ -93,10 +94,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         if path.is_dir():
             for file in files:
                 _move(file, path / file.relative_to(temporary))
-            _flush_folder(path)
+            flush_folder(path)
         else:
             temporary.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise _named(error, temporary, path) from error
     finally:
@@ -199,6 +200,24 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
             f"{description['gakernels_version']}; this version reads up to {FORMAT_VERSION}: upgrade gakernels"
         )
     return description
+
+
+def flush_folder(path: Path) -> None:
+    """Flush a folder's entries to disk, so that a renamed file survives a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as it is on disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def by_suffix(path: Path, tensors: Mapping[str, Tensor], *suffixes: str) -> list[dict[str, Tensor]]:
@@ -353,12 +372,3 @@ def _flush(path: Path) -> None:
     """Flush a file to disk before it gets its final name."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, so that a renamed file survives a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

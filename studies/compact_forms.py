@@ -26,7 +26,7 @@ from gakernels import CompactAdapter, GenerativeAdapter
 from gakernels.adapters.adapter import Adapter
 from gakernels.adapters.quantized_compact import QuantizedCompactAdapter
 from gakernels.data.people import Document, draw_document
-from gakernels.demo.questions import accuracy, answer
+from gakernels.demo.experiment import accuracy, answer
 
 FORMS = ("adapter, float32", "compact, float32", "compact, bfloat16", "compact, 8 bits", "compact, 4 bits")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class CompactAdapter:
     @property
     def nbytes(self) -> int:
         """Memory of U and V in bytes."""
-        return sum(factor.numel() * factor.element_size() for factor in [*self.left.values(), *self.right.values()])
+        return sum(factor.nbytes for factor in [*self.left.values(), *self.right.values()])
 
     def numbers(self) -> int:
         """How many numbers U and V hold."""
@@ -54,7 +54,7 @@ class CompactAdapter:
             {name: factor.to(device=device, dtype=dtype) for name, factor in factors.items()}
             for factors in (self.left, self.right)
         )
-        return CompactAdapter(left, right, **self._description())
+        return replace(self, left=left, right=right)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; `load` reads it.

@@ -78,10 +78,10 @@ class QuantizedCompactAdapter:
             quantized.loss[name] = _distance(before, (after.left[name], after.right[name]))
         return quantized
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> CompactAdapter:
-        """The compact adapter with the quantised numbers."""
+    def dequantize(self) -> CompactAdapter:
+        """The compact adapter with the quantised numbers, in float32."""
         factors = {
-            name: _dequantize(codes, self.scales[name], self.bits)[: self.state_size].to(dtype)
+            name: _dequantize(codes, self.scales[name], self.bits)[: self.state_size]
             for name, codes in self.codes.items()
         }
         left, right = (
@@ -93,8 +93,7 @@ class QuantizedCompactAdapter:
     @property
     def nbytes(self) -> int:
         """Memory of the codes and scales in bytes."""
-        tensors = [*self.codes.values(), *self.scales.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in [*self.codes.values(), *self.scales.values()])
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; `load` reads it.

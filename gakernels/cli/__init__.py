@@ -5,12 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from gakernels.version import __version__
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+COMMANDS = (  # each in its module, in the order of the help
+    *("demo", "adapt", "ask", "pretrain", "finetune", "convert_checkpoint", "plot", "export", "push", "pull"),
+    *("serve", "serve_export", "data", "eval", "reproduce", "calibrate", "info"),
+)
 STANDARD_OUTPUT = {Path(name) for name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")}
 
 
@@ -86,49 +91,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from gakernels.cli import (
-        adapt,
-        ask,
-        calibrate,
-        convert_checkpoint,
-        data,
-        demo,
-        eval,
-        export,
-        finetune,
-        info,
-        plot,
-        pretrain,
-        pull,
-        push,
-        reproduce,
-        serve,
-        serve_export,
-    )
-
     parser = _Parser(prog="gakernels", description="Turn contexts into adapters of a language model.")
     parser.add_argument("--version", action="version", version=f"gakernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (
-        demo,
-        adapt,
-        ask,
-        pretrain,
-        finetune,
-        convert_checkpoint,
-        plot,
-        export,
-        push,
-        pull,
-        serve,
-        serve_export,
-        data,
-        eval,
-        reproduce,
-        calibrate,
-        info,
-    ):
-        module.add_parser(commands)
+    for name in COMMANDS:
+        import_module(f"gakernels.cli.{name}").add_parser(commands)
     return parser
 
 

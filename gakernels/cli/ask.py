@@ -6,7 +6,7 @@ from typing import Any
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.paths import user_path
 
 
@@ -32,8 +32,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = [options.adapter is not None, options.document is not None, options.no_adapter]
     if sum(chosen) != 1:
         raise InputError("give exactly one of --adapter, --document and --no-adapter")
-    if options.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens must be at least 1, but it is {options.max_new_tokens}")
+    check_least(1, **{"--max-new-tokens": options.max_new_tokens})
     document = read_text(options.document) if options.document else None
     model = load_generator(options)
     adapter = None

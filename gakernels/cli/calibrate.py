@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,8 @@ def _place(gpu: gpus.Gpu) -> Path:
 
 def _tiny(calls: list[Call]) -> list[Call]:
     """The same calls at sizes that the interpreter can handle, in float32: it has no bfloat16."""
-    return [
-        Call(
-            call.operation,
-            torch.float32,
-            tuple((name, min(size, TINY.get(name, size))) for name, size in call.sizes),
-            call.training,
-            call.choice,
-        )
-        for call in calls
-    ]
+    sizes = [tuple((name, min(size, TINY.get(name, size))) for name, size in call.sizes) for call in calls]
+    return [replace(call, dtype=torch.float32, sizes=small) for call, small in zip(calls, sizes, strict=True)]
 
 
 def _tell(findings: calibrating.Findings) -> None:

@@ -34,7 +34,7 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def recipe_of_calls(options: argparse.Namespace, default: str = "mistral-7b") -> PretrainingRecipe:
+def recipe_of_calls(options: argparse.Namespace) -> PretrainingRecipe:
     """The recipe from --config, --model and --set, in bfloat16 unless they say otherwise.
 
     Raises:
@@ -44,7 +44,7 @@ def recipe_of_calls(options: argparse.Namespace, default: str = "mistral-7b") ->
     if options.config is None:
         overrides = ["data.path=.", "model.dtype=bfloat16", "trainer.precision=bfloat16", "trainer.steps=1"]
         overrides += ["generator.linears=o_proj,down_proj"]
-    name = options.model or (None if options.config else default)
+    name = options.model or (None if options.config else "mistral-7b")
     if name is not None:
         overrides.append(f"model.name={name}")
     recipe = load_recipe(PretrainingRecipe, options.config, [*overrides, *options.set])

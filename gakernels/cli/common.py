@@ -12,9 +12,8 @@ from gakernels.model import GENERATOR_FILE, GenerativeAdapter
 from gakernels.model.hub import is_repository_name
 from gakernels.model.released import is_released
 from gakernels.paths import expanded, user_path
+from gakernels.training.base_model import DTYPES
 from gakernels.user_text import read_user_text
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:

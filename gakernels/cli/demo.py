@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gakernels.cli.common import (
-    DTYPES,
     add_command,
     add_other_base_option,
     load_generator,
@@ -22,15 +20,16 @@ from gakernels.cli.common import (
     read_text,
 )
 from gakernels.cli.demo_people import show_people
-from gakernels.demo import smollm2
-from gakernels.demo.experiment import peak_rss_bytes
+from gakernels.demo import ASSETS, smollm2
 from gakernels.demo.reading import WAYS, Reading, Scores, ask, score_questions
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.evaluation.datasets import EvaluationContext, Question, read_flat_qa
 from gakernels.evaluation.metrics import Estimate, answer_exact_match
 from gakernels.evaluation.tables import FRACTION, interval_text
 from gakernels.files import write_text
 from gakernels.paths import expanded, user_path
+from gakernels.training.base_model import DTYPES
+from gakernels.training.run_log import peak_bytes
 
 LABELS = {
     "closed_book": "closed book",
@@ -38,7 +37,6 @@ LABELS = {
     "adapter": "its adapter, no text",
     "other_adapter": "another text's adapter",
 }
-ASSETS = Path(str(files("gakernels.demo") / "assets"))
 QUESTIONS = ASSETS / "questions"
 DATA = {"squad": "SQuAD", "nq_swap": "NQ-Swap"}
 
@@ -101,9 +99,7 @@ def _checked(options: argparse.Namespace) -> str | None:
     for name in ("text", "generator", "model"):
         if options.tiny and getattr(options, name):
             raise InputError(f"--tiny can't be used with --{name.replace('model', 'base')}")
-    for name in ("questions", "new_tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, but it is {getattr(options, name)}")
+    check_least(1, **{"--questions": options.questions, "--new-tokens": options.new_tokens})
     return None if options.text is None else read_text(options.text, "--text")
 
 
@@ -144,7 +140,7 @@ def _real(options: argparse.Namespace, text: str | None) -> dict[str, Any]:
         scores = {name: score_questions(model, QUESTIONS / f"{name}.jsonl", each, options.new_tokens) for name in DATA}
         _show_scores(console, scores)
         results |= {name: _f1(found) for name, found in scores.items()}
-    results |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+    results |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_bytes(torch.device("cpu"))}
     console.print(
         f"{results['seconds']:.0f} s in all, {options.dtype} on {options.device}; "
         f"peak resident memory {results['peak_rss_bytes'] / 2**30:.1f} GiB"

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from gakernels.demo import TINY_GENERATOR
 from gakernels.demo.experiment import WAYS, DemoResult, SizeResult, run
 from gakernels.model import GenerativeAdapter
 
@@ -24,7 +23,7 @@ LABELS = {
 def show_people(seed: int, questions: int) -> dict[str, Any]:
     """Run the experiment, show it, and return its results."""
     with one_thread():
-        generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
+        generator = TINY_GENERATOR
         result = run(GenerativeAdapter.from_pretrained(generator).eval(), seed, questions)
     _show(result)
     return result.to_dict()

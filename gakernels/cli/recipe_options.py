@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from gakernels.cli.common import DTYPES
 from gakernels.distributed import Ranks
 from gakernels.errors import InputError
 from gakernels.paths import user_path
+from gakernels.training.base_model import DTYPES
 from gakernels.training.recipes import load_recipe
 
 Recipe = TypeVar("Recipe")

@@ -5,12 +5,12 @@ import asyncio
 import ipaddress
 import re
 from dataclasses import fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from gakernels.cli.common import add_command, add_model_options, load_generator, read_text
-from gakernels.errors import InputError
+from gakernels.demo import TINY_GENERATOR
+from gakernels.errors import InputError, check_least
 from gakernels.paths import user_path
 from gakernels.server.settings import ApiKeys, Limits, Settings
 
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     embedded = options.generator is None
     if embedded:
-        options.generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
+        options.generator = TINY_GENERATOR
     template = None if options.chat_template is None else read_text(options.chat_template, "--chat-template")
     limits = _limits(options)
     keys = ApiKeys() if options.api_keys is None else ApiKeys.read(options.api_keys)
@@ -130,11 +130,8 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     if (options.engine == "vllm") != (options.url is not None):
         raise InputError("--engine vllm and --url belong together")
-    least = {"cache_gpu": 0, "cache_cpu": 0, "cache_disk": 0, "vllm_adapters": 1, "threads": 1}
-    for name, smallest in least.items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, but it is {value}")
+    check_least(0, **{f"--cache-{tier}": getattr(options, f"cache_{tier}") for tier in ("gpu", "cpu", "disk")})
+    check_least(1, **{"--vllm-adapters": options.vllm_adapters, "--threads": options.threads})
     for origin in options.cors_origin:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise InputError(

@@ -180,17 +180,17 @@ def merging(shape: ModelShape, config: GeneratorConfig) -> Flops:
     return Flops(generator=len(adapted_layers(shape, config)) * each)
 
 
-def context_states(shape: ModelShape, config: GeneratorConfig, tokens: int, chunks_per_pass: int = 8) -> Flops:
+def context_states(shape: ModelShape, config: GeneratorConfig, tokens: int) -> Flops:
     """Reading a context into its states, as `GenerativeAdapter.states` does.
 
     The context is cut into even chunks of at most `chunk_size` tokens, each encoded with the adapter of those before.
     All windows of a pass go through the low-rank products, the first chunk with zeros.
     """
     chunks, length = even_chunks(tokens, config.chunk_size)
-    alone = min(chunks, chunks_per_pass) == 1  # then the first chunk has a pass of its own, without any adapter
+    adapted = chunks if chunks > 1 else 0  # an only chunk goes through without any adapter
     read = (decoder(shape, length) + states(shape, config, length)) * chunks
     made = (norm(shape, config) + expansion(shape, config)) * (chunks - 1)
-    return read + made + low_rank_products(shape, config, length) * (chunks - alone)
+    return read + made + low_rank_products(shape, config, length) * adapted
 
 
 def even_chunks(tokens: int, chunk_size: int) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from gakernels.data.compression import kind_of, opened
 from gakernels.data.conversations import ContextRecord, record_of
 from gakernels.data.files import JSON_LINES, PARQUET, find_files
 from gakernels.data.records import UNREADABLE, Record, read_records
-from gakernels.data.sources import HUB, HubSource, file_sha256, source_of
+from gakernels.data.sources import HUB, HubSource, source_of
 from gakernels.errors import InputError
+from gakernels.files import file_sha256
 from gakernels.settings import Count, PathText, Positive, settings
 from gakernels.user_text import decode_user_text
 

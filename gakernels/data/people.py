@@ -267,26 +267,18 @@ def draw_people(rng: Random, count: int, split: Split = "train") -> tuple[Person
     return tuple(people)
 
 
-def _draw_attributes(rng: Random, count_range: tuple[int, int]) -> list[Attribute]:
-    return rng.sample(ATTRIBUTES, rng.randint(*count_range))
-
-
 def draw_document(
-    rng: Random,
-    people: int = 1,
-    facts_per_person: tuple[int, int] = (15, 18),
-    split: Split = "train",
-    shared_attributes: bool = True,
+    rng: Random, people: int = 1, facts_per_person: tuple[int, int] = (15, 18), split: Split = "train"
 ) -> Document:
     """Draws a document about new facts, its sentences in random order.
+
+    Everybody has the same attributes, so that only the name identifies the value in question.
 
     Args:
         rng: The source of randomness; the same state gives the same document.
         people: How many people the document is about.
         facts_per_person: The least and the greatest number of facts about each of them.
         split: The names to draw from.
-        shared_attributes: Whether everybody has the same attributes, so that only the name identifies the value in
-            question.
 
     Raises:
         ValueError: If there are not as many attributes or pairs of names.
@@ -294,12 +286,8 @@ def draw_document(
     if facts_per_person[1] > len(ATTRIBUTES):
         raise ValueError(f"at most {len(ATTRIBUTES)} facts per person, not {facts_per_person[1]}")
     chosen = draw_people(rng, people, split)
-    common = _draw_attributes(rng, facts_per_person)
-    facts = [
-        Fact(person, attribute, rng.choice(attribute.values))
-        for person in chosen
-        for attribute in (common if shared_attributes else _draw_attributes(rng, facts_per_person))
-    ]
+    attributes = rng.sample(ATTRIBUTES, rng.randint(*facts_per_person))
+    facts = [Fact(person, attribute, rng.choice(attribute.values)) for person in chosen for attribute in attributes]
     rng.shuffle(facts)
     return Document(chosen, tuple(facts))
 

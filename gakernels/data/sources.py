@@ -1,6 +1,5 @@
 """Where documents come from, and how a source is recognised."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from gakernels.data.documents import Document, file_documents, record_documents
 from gakernels.data.files import find_files
 from gakernels.data.records import Record
 from gakernels.errors import InputError
+from gakernels.files import file_sha256
 
 HUB = "hub:"
-_BLOCK = 1 << 20
 
 
 class Source(Protocol):
@@ -178,12 +177,3 @@ def _hub_loader() -> tuple[Callable[..., Any], tuple[type[Exception], ...]]:
         needed = "reading data sets of the hub needs the package datasets: pip install 'gakernels[hub]'"
         raise InputError(needed) from error
     return datasets.load_dataset, (OSError, ValueError, datasets.exceptions.DatasetsError)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as it is on disk."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

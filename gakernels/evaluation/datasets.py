@@ -15,7 +15,7 @@ from gakernels.data.bad_records import BadRecords
 from gakernels.data.compression import kind_of
 from gakernels.data.records import read_records
 from gakernels.data.sources import HUB, HubSource, source_of
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 from gakernels.evaluation.paragraphs import flat_row
 from gakernels.user_text import read_user_text
 
@@ -374,11 +374,6 @@ def _recall_questions(personas: Iterable[tuple[str, Sequence[str]]], name: str) 
     )
 
 
-def _check_questions(questions: str, known: Sequence[str]) -> None:
-    if questions not in known:
-        raise InputError(f"questions must be one of {', '.join(known)}, but it is {questions!r}")
-
-
 MSC_QUESTIONS = ("self_instruct", "response", "recall")
 MSC_SPEAKERS = ("Speaker 1", "Speaker 2")
 
@@ -400,7 +395,7 @@ def read_msc(path: Path, questions: str = "self_instruct") -> Dataset:
     Raises:
         InputError: there is no such file or kind of question, or nothing is left of the file.
     """
-    _check_questions(questions, MSC_QUESTIONS)
+    check_known("questions", questions, MSC_QUESTIONS)
     skipped = BadRecords()
     return _dataset(path, _msc_conversations(path, questions, skipped), skipped)
 
@@ -458,7 +453,7 @@ def read_persona_chat(path: Path, questions: str = "recall") -> Dataset:
     Raises:
         InputError: there is no such file or kind of question, a column is missing, it is not CSV, or nothing is left.
     """
-    _check_questions(questions, PERSONA_CHAT_QUESTIONS)
+    check_known("questions", questions, PERSONA_CHAT_QUESTIONS)
     skipped = BadRecords()
     return _dataset(path, _persona_chat_rows(path, questions, skipped), skipped)
 
@@ -586,8 +581,7 @@ def task_file(folder: Path, task: str, split: str, seed: int, shots: int = 16) -
     Raises:
         InputError: there is no such split.
     """
-    if split not in METAICL_SPLITS:
-        raise InputError(f"split must be one of {', '.join(METAICL_SPLITS)}, but it is {split!r}")
+    check_known("split", split, METAICL_SPLITS)
     return folder / task / f"{task}_{shots}_{seed}_{split}.jsonl"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from statistics import median
 
 from tqdm import tqdm
@@ -141,17 +141,8 @@ class _Reading:
 
 def _document(texts: Sequence[str], size: int) -> bytes:
     """At least so many bytes of the texts, from the first one again after the last."""
-
-    def parts() -> Iterator[bytes]:
-        length = 0
-        for text in cycle(texts):
-            part = f"{text}\n\n".encode()
-            length += len(part)
-            yield part
-            if length >= size:
-                return
-
-    return b"".join(parts())
+    once = "".join(f"{text}\n\n" for text in texts).encode()
+    return once * math.ceil(size / len(once))
 
 
 def _decoded(part: bytes) -> str:
@@ -167,7 +158,7 @@ def _kept(model: GenerativeAdapter, stream: ContextStream) -> KeptBytes:
 
 def _cache_bytes(model: GenerativeAdapter, tokens: int) -> int | None:
     try:
-        shape = ModelShape.from_config(model.base.config, model.base.config.name_or_path)
+        shape = ModelShape.from_config(model.base.config)
     except InputError:
         return None
     return key_value_numbers(shape, tokens) * model.base.dtype.itemsize

@@ -11,7 +11,7 @@ import torch
 from gakernels.evaluation.document_reading import PAGE_BYTES, KeptBytes, ReadingCost
 from gakernels.evaluation.document_sets import METRICS, OWN, SINGLE, SetScore, SetScores
 from gakernels.evaluation.metrics import PERPLEXITY, Estimate
-from gakernels.evaluation.report import describe_run
+from gakernels.evaluation.report import describe_run, markdown_page, versions_and_device
 from gakernels.evaluation.tables import FRACTION, ReportTable, interval_text, short_seconds
 from gakernels.model import GenerativeAdapter
 
@@ -60,10 +60,9 @@ def tables(costs: Sequence[ReadingCost], kept: KeptBytes, sets: SetScores) -> li
 
 def markdown(report: Mapping[str, Any], shown: Sequence[ReportTable]) -> str:
     """The report as Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    facts = f"- {report['model']}, {settings}\n- {versions}; {report['device']}, {report['threads']} threads\n"
-    return "\n".join(["# Documents\n", facts, *(table.markdown() for table in shown)])
+    facts = [f"{report['model']}, {settings}", f"{versions_and_device(report)}, {report['threads']} threads"]
+    return markdown_page("Documents", facts, shown)
 
 
 def _reading(costs: Sequence[ReadingCost]) -> ReportTable:

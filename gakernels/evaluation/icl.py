@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gakernels.data.bad_records import BadRecords
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 from gakernels.evaluation.datasets import EvaluationContext, Question, Task
 from gakernels.evaluation.metrics import PROTOCOLS, Sample, best_option, label_match, label_samples, value
 from gakernels.evaluation.prompts import ICL_NEW_TOKENS, ICL_STOPS, demonstration_text, icl_prompt
@@ -158,8 +158,7 @@ def few_shot_context(train: Task, test: Task, shots: int, seed: int, protocol: s
     """
     if not 1 <= shots <= len(train.items):
         raise InputError(f"shots must be between 1 and the {len(train.items)} training items, but it is {shots}")
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
+    check_known("protocol", protocol, PROTOCOLS)
     drawn = random.Random(seed).sample(train.items, shots)
     text = demonstration_text((item.text, item.answers[0]) for item in drawn)
     return EvaluationContext(text, _scored(test.items, protocol), test.name)

@@ -5,18 +5,18 @@ A context is prepared, and then requests about it are put to a model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 from torch import Tensor
 
 from gakernels.adapters.adapter import Adapter
 from gakernels.adapters.compact import CompactAdapter
-from gakernels.errors import InputError
+from gakernels.errors import check_least
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.generation.decoder import SharedStart, plan_batches
 from gakernels.model import GenerativeAdapter
@@ -58,8 +58,7 @@ class MethodSettings:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        if self.truncate_to is not None and self.truncate_to < 1:
-            raise InputError(f"truncate_to must be at least 1, but it is {self.truncate_to}")
+        check_least(1, truncate_to=self.truncate_to)
 
 
 @dataclass(frozen=True)
@@ -95,34 +94,14 @@ def _bytes(kept: Adapter | CompactAdapter | str | Tensor) -> int:
     return kept.bytes() if isinstance(kept, Adapter) else kept.nbytes
 
 
-class Method(Protocol):
-    """A way of telling a model a context.
+class Method(ABC):
+    """A way of telling a model a context; by default one that suits every case, without training on other data.
 
     Attributes:
         adapted: whether it is asked as an adapted model is (the scenario's `adapted_prompt`).
         passes: passes over a context in training, if the method has a number of its own.
         chosen: settings that `fit` chose, by name.
     """
-
-    adapted: bool
-    passes: int | None
-    chosen: Mapping[str, float]
-
-    def missing(self, case: EvaluationCase) -> str | None:
-        """Why this method can't answer a case; None if it can."""
-
-    def fit(self) -> None:
-        """Done once for all contexts: training on other data."""
-
-    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
-        """Read the contexts of some cases."""
-
-    def tokens_read(self, tokens: int) -> int:
-        """How many tokens of a context of so many it takes in."""
-
-
-class SimpleMethod:
-    """A method without training on other data that suits every case."""
 
     adapted = False
     passes: int | None = None
@@ -132,14 +111,18 @@ class SimpleMethod:
         self.model, self.scenario, self.settings = model, scenario, settings
 
     def missing(self, case: EvaluationCase) -> str | None:
-        """Nothing is missing."""
+        """Why this method can't answer a case; None if it can."""
         return None
 
-    def fit(self) -> None:
-        """Nothing to do."""
+    def fit(self) -> None:  # noqa: B027 (most methods have nothing to do)
+        """Done once for all contexts: training on other data."""
+
+    @abstractmethod
+    def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
+        """Read the contexts of some cases."""
 
     def tokens_read(self, tokens: int) -> int:
-        """All of them."""
+        """How many tokens of a context of so many it takes in."""
         return tokens
 
     def write(self, question: str) -> str:
@@ -170,7 +153,7 @@ class SimpleMethod:
             yield [unique[number] for number in numbers], self.model.states(rows), [len(row) for row in rows]
 
 
-class ClosedBook(SimpleMethod):
+class ClosedBook(Method):
     """Nothing is known of the context."""
 
     def prepare(self, cases: Sequence[EvaluationCase]) -> Prepared:
@@ -178,7 +161,7 @@ class ClosedBook(SimpleMethod):
         return Prepared([None] * len(cases))
 
 
-class FullPrompt(SimpleMethod):
+class FullPrompt(Method):
     """The context is put before every question; if the model can't read all of it at once, the last part is kept, as in
     the paper (section 4.1)."""
 

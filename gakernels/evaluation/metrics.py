@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gakernels.bootstrap import interval
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 
 PROTOCOLS = ("official", "released")
 PERPLEXITY = "perplexity"  # metrics with this ending are e to the power of the mean
@@ -76,7 +76,7 @@ def label_match(prediction: str, answer: str, protocol: str = "official") -> flo
     Raises:
         InputError: there is no such protocol.
     """
-    _check_protocol(protocol)
+    check_known("protocol", protocol, PROTOCOLS)
     if protocol == "released":
         prediction, answer = prediction.replace("Output:", "").lower(), answer.lower()
     return float(prediction.strip() == answer.strip())
@@ -107,7 +107,7 @@ def _f1(prediction: str, answer: str) -> float:
 
 
 def _gold(answers: Sequence[str], protocol: str) -> Sequence[str]:
-    _check_protocol(protocol)
+    check_known("protocol", protocol, PROTOCOLS)
     if isinstance(answers, str) or not answers:
         raise InputError(f"answers must be a list of at least one gold answer, but it is {answers!r}")
     return answers if protocol == "official" else [released_answer(answers)]
@@ -116,11 +116,6 @@ def _gold(answers: Sequence[str], protocol: str) -> Sequence[str]:
 def _is_blank_for_released(prediction: str, answers: Sequence[str], protocol: str) -> bool:
     texts = [prediction, *_gold(answers, protocol)]
     return protocol == "released" and not all(text.translate(_NO_PUNCTUATION).strip() for text in texts)
-
-
-def _check_protocol(protocol: str) -> None:
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
 
 
 # Many answers

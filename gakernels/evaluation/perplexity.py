@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.data.bad_records import BadRecords
 from gakernels.data.compression import opened
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known, check_least
 from gakernels.evaluation.datasets import EvaluationContext, Question, because, dict_of, json_lines, text_of
 from gakernels.evaluation.metrics import PROTOCOLS, Sample
 from gakernels.evaluation.scenarios import (
@@ -84,9 +84,8 @@ def cut_documents(
         InputError: n is below 2, the limit or the number of pieces below 1, or there are to be several pieces of a
             document but the file is plain text; the file is missing, not text, or has no document that is long enough.
     """
-    for name, value, least in (("tokens", tokens, 2), ("limit", limit, 1), ("pieces", pieces, 1)):
-        if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}, but it is {value}")
+    check_least(2, tokens=tokens)
+    check_least(1, limit=limit, pieces=pieces)
     plain, order = _is_plain(path), count()
     if plain and pieces > 1:
         raise InputError(f"pieces must be 1 for plain text, of which all pieces are scored, but it is {pieces}")
@@ -177,8 +176,7 @@ def perplexity(documents: Sequence[CutDocument], window_size: int, protocol: str
     Raises:
         InputError: there is no document, a part has fewer than two tokens, or there is no such protocol.
     """
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
+    check_known("protocol", protocol, PROTOCOLS)
     if not documents or any(len(part) < 2 for document in documents for part in (document.context, document.following)):
         raise InputError("there must be at least one document, and at least two tokens of context and of what follows")
     pieces = [

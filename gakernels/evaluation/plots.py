@@ -1,16 +1,29 @@
-"""Plots of a report as SVG (extra `plots`)."""
+"""Plots of a report, and of costs against the length of the context, as SVG (extra `plots`)."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from typing import Any
 
 from gakernels.evaluation import paper
-from gakernels.evaluation.tables import FRACTION, cell_name
+from gakernels.evaluation.tables import FRACTION, NOTHING, cell_name
 
-MARKERS = "osD^v<>ph*"
+Value = Callable[[Mapping[str, Any]], float | None]
+
+COUNTED: dict[str, Value] = {
+    "operations to read the context": lambda row: row["contextualization_flops"]["total"],
+    "operations of a question": lambda row: row["query_flops"]["total"],
+    "bytes kept": lambda row: row["storage"]["bytes"],
+}
+MEASURED: dict[str, Value] = {
+    "seconds to read the context": lambda row: _read_seconds(row["contextualization_seconds"]),
+    "seconds to the first token": lambda row: row["first_token_seconds"],
+    "bytes kept": lambda row: row["stored_bytes"],
+}
+_LOOKS: dict[Any, Any] = {"svg.hashsalt": "gakernels", "font.size": 9}
+_MARKERS = "osD^v<>ph*"
 _RECALL_AXES = {
     "facts": "facts about a person",
     "length": "tokens of context",
@@ -32,7 +45,7 @@ def plots(report: Mapping[str, Any]) -> dict[str, str]:
     from matplotlib.figure import Figure
 
     made: dict[str, str] = {}
-    with rc_context({"svg.hashsalt": "gakernels", "font.size": 9}):
+    with rc_context(_LOOKS):
         for metric in dict.fromkeys(row["metric"] for row in report["results"]):
             rows = [_scaled(row) for row in report["results"] if row["metric"] == metric and not is_detail(row)]
             if report["scenario"] == "recall":
@@ -41,13 +54,56 @@ def plots(report: Mapping[str, Any]) -> dict[str, str]:
             else:
                 figure = Figure(figsize=(8, 4.2), layout="constrained")
                 _draw_metric(figure.subplots(), report, metric, rows)
-            made[metric] = svg(figure)
+            made[metric] = _svg(figure)
         first = next(iter(made), None)
         if first is not None and report["costs"]:
             figure = Figure(figsize=(8, 4.2), layout="constrained")
             _draw_cost(figure.subplots(), report, first)
-            made["cost"] = svg(figure)
+            made["cost"] = _svg(figure)
     return made
+
+
+def costs_by_length(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Value]) -> str:
+    """One panel for each quantity, a line for each method; zeros are left out, since the axes are logarithmic.
+
+    Args:
+        rows: costs of a report, whose cells have a `length`.
+        panels: what to draw, by label: `COUNTED` or `MEASURED`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_LOOKS):
+        figure = Figure(figsize=(11, 3.8), layout="constrained")
+        for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            _draw_lengths(axes, rows, value)
+            axes.set_title(label)
+        handles: dict[str, Any] = {}
+        for axes in figure.axes:
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), fontsize=8)
+        return _svg(figure)
+
+
+def _draw_lengths(axes: Any, rows: Sequence[Mapping[str, Any]], value: Value) -> None:
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        points = [(row["cell"]["length"], found) for row in rows if row["method"] == method and (found := value(row))]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, **_style(number, method, 4))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row["cell"]["length"] for row in rows}))
+    axes.get_xaxis().set_major_formatter(lambda tick, _: f"{tick / 1024:g}K" if tick >= 1024 else f"{tick:g}")
+    axes.set_xlabel("tokens of context")
+
+
+def _read_seconds(value: float) -> float | None:
+    """None where nothing is read."""
+    return value if value >= NOTHING else None
 
 
 def is_detail(row: Mapping[str, Any]) -> bool:
@@ -65,7 +121,7 @@ def _axis(row: Mapping[str, Any]) -> str:
     return row["metric"].replace("_", " ") + (" (%)" if row["unit"] == FRACTION else "")
 
 
-def svg(figure: Any) -> str:
+def _svg(figure: Any) -> str:
     """A figure as SVG, the same text for the same figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -82,8 +138,7 @@ def _draw_metric(axes: Any, report: Mapping[str, Any], metric: str, rows: list[d
     for number, (name, line) in enumerate(lines.items()):
         beside = 2 ** (0.03 * (number - len(lines) / 2))  # keeps equal values from hiding each other
         x, values = [row["cell"][along] * beside for row in line], [row["value"] for row in line]
-        style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
-        axes.errorbar(x, values, yerr=_errors(line), label=name, linewidth=1, elinewidth=0.8, capsize=2, **style)
+        axes.errorbar(x, values, yerr=_errors(line), elinewidth=0.8, capsize=2, **_style(number, name, 5))
     if metric == "f1" and report["paper"] in {part.data for part in paper.TABLE_5}:
         _paper_lines(axes, report["paper"], {row["cell"]["length"] for row in rows})
     axes.set_xscale("log", base=2)
@@ -92,6 +147,12 @@ def _draw_metric(axes: Any, report: Mapping[str, Any], metric: str, rows: list[d
     axes.set_ylabel(_axis(rows[0]))
     axes.set_xlabel({"length": "tokens of context", "shots": "demonstrations"}.get(along, along))
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _style(number: int, label: str, size: float) -> dict[str, Any]:
+    """How the line of this number is drawn, with markers of this size."""
+    marker = _MARKERS[number % len(_MARKERS)]
+    return {"color": f"C{number % 10}", "marker": marker, "markersize": size, "label": label, "linewidth": 1}
 
 
 def _differs(rows: list[dict[str, Any]], name: str) -> bool:
@@ -156,8 +217,7 @@ def _draw_cost(axes: Any, report: Mapping[str, Any], metric: str) -> None:
         ]
         if points:
             x, y = zip(*points, strict=True)
-            marker = MARKERS[number % len(MARKERS)]
-            axes.plot(x, y, marker, color=f"C{number % 10}", label=method, markersize=6, alpha=0.7)
+            axes.plot(x, y, linestyle="", alpha=0.7, **_style(number, method, 6))
     axes.set_xscale("log")
     axes.set_xlabel("operations of a question (FLOP, from the shapes)")
     axes.set_ylabel(_axis(rows[0]))
@@ -178,10 +238,7 @@ def draw_recall(figure: Any, rows: Sequence[Mapping[str, Any]], chance: float) -
             line = {row["cell"][test]: row for row in rows if row["method"] == method and test in row["cell"]}
             places = [place + 0.05 * (number - len(methods) / 2) for place, value in enumerate(values) if value in line]
             shown = [line[value] for value in values if value in line]
-            style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-            axes.errorbar(
-                places, [row["value"] for row in shown], yerr=_errors(shown), label=method, linewidth=1, **style
-            )
+            axes.errorbar(places, [row["value"] for row in shown], yerr=_errors(shown), **_style(number, method, 4))
         axes.axhline(chance, color="0.5", linestyle=":", linewidth=1)
         axes.set_xticks(range(len(values)), [f"{value:,}" if isinstance(value, int) else value for value in values])
         axes.set_xlabel(_RECALL_AXES.get(test, test))

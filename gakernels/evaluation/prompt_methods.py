@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from gakernels.cost.shapes import ModelShape
 from gakernels.errors import InputError
 from gakernels.evaluation.cost import adapter_numbers, key_value_numbers
-from gakernels.evaluation.methods import MethodSettings, Prepared, SimpleMethod
+from gakernels.evaluation.methods import Method, MethodSettings, Prepared
 from gakernels.evaluation.prompts import Asker
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.generation.decoder import Decoder, SharedStart
 from gakernels.model import GenerativeAdapter
 
 
-class TruncatedPrompt(SimpleMethod):
+class TruncatedPrompt(Method):
     """The first or last n tokens of the context before every question. By default n tokens have keys and values of
     about the size of the context's adapter.
 
@@ -58,13 +58,13 @@ def tokens_like_adapter(model: GenerativeAdapter) -> int:
         InputError: the shape of the model is not known.
     """
     try:
-        shape = ModelShape.from_config(model.base.config, model.base.config.name_or_path)
+        shape = ModelShape.from_config(model.base.config)
     except InputError as error:
         raise InputError(f"--truncate-to must say how many tokens a truncated prompt has: {error}") from error
     return max(1, round(adapter_numbers(shape, model.config) / key_value_numbers(shape, 1)))
 
 
-class CachedPrompt(SimpleMethod):
+class CachedPrompt(Method):
     """The context before every question, read once: its keys and values are kept. The answers are those of `prompt`.
 
     A context that does not fit into the model together with an answer is read anew with every question, as in `prompt`.

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gakernels.data.chat import ChatEncoder
 from gakernels.data.conversations import Message
-from gakernels.errors import InputError
+from gakernels.errors import check_known
 from gakernels.model.encoding import encode_text
 
 QA_INSTRUCTION = (
@@ -38,7 +38,7 @@ def qa_prompt(question: str, context: str | None = None, style: str = "paper") -
     Raises:
         InputError: there is no such style.
     """
-    _check_style(style)
+    check_known("style", style, STYLES)
     instruction = _instruction(QA_INSTRUCTION, style)
     text = question if style == "bare" else f"{instruction}Question: {question}\nAnswer:"
     return text if context is None else f"{context}\n\n{text}"
@@ -56,7 +56,7 @@ def icl_prompt(item: str, demonstrations: str | None = None, style: str = "paper
     Raises:
         InputError: there is no such style.
     """
-    _check_style(style)
+    check_known("style", style, STYLES)
     text = f"{_instruction(ICL_INSTRUCTION, style)}Input: {item}\nOutput:"
     return text if demonstrations is None else f"{demonstrations}\n\n{text}"
 
@@ -68,11 +68,6 @@ def demonstration_text(pairs: Iterable[tuple[str, str]]) -> str:
 
 def _instruction(text: str, style: str) -> str:
     return {"paper": f"{text}\n\n", "released": f"## {text}\n\n"}.get(style, "")
-
-
-def _check_style(style: str) -> None:
-    if style not in STYLES:
-        raise InputError(f"style must be one of {', '.join(STYLES)}, but it is {style!r}")
 
 
 class Asker:

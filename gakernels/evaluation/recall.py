@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 
 from gakernels.data.people import ATTRIBUTES, Attribute, Fact, Person, draw_people
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known, check_least
 from gakernels.evaluation.datasets import EvaluationContext, Question
 from gakernels.evaluation.metrics import Sample, answer_exact_match
 from gakernels.evaluation.scenarios import (
@@ -75,11 +75,8 @@ class RecallSettings:
         unknown = [test for test in self.tests if test not in TESTS]
         if unknown or not self.tests:
             raise InputError(f"tests must be among {', '.join(TESTS)}, but they are {', '.join(self.tests) or 'none'}")
-        if self.form not in FORMS:
-            raise InputError(f"form must be one of {', '.join(FORMS)}, but it is {self.form!r}")
-        for name in ("contexts", "position_length", "told", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+        check_known("form", self.form, FORMS)
+        check_least(1, contexts=self.contexts, position_length=self.position_length, told=self.told, limit=self.limit)
 
 
 def recall(settings: RecallSettings, measure: Callable[[str], int]) -> Scenario:
@@ -255,8 +252,7 @@ def context(told: Sequence[Telling], form: str, name: str = "", part: str | None
     Raises:
         InputError: there is no such form.
     """
-    if form not in FORMS:
-        raise InputError(f"form must be one of {', '.join(FORMS)}, but it is {form!r}")
+    check_known("form", form, FORMS)
     questions = tuple(
         Question(_prompt(telling.fact, form), (telling.fact.value,), telling.fact.attribute.values, telling.older)
         for place, telling in enumerate(told)

@@ -23,7 +23,7 @@ from gakernels.evaluation.metrics import PERPLEXITY, compare, score
 from gakernels.evaluation.runner import Runner
 from gakernels.evaluation.scenarios import Cell, Measurements, Scenario, length_cell
 from gakernels.evaluation.tables import FRACTION, REFERENCE, ReportTable, tables
-from gakernels.files import write_text
+from gakernels.files import file_sha256, write_text
 from gakernels.model import GenerativeAdapter
 from gakernels.version import __version__
 
@@ -53,7 +53,7 @@ def data_hash(path: Path) -> str:
     for file in files:
         if path.is_dir():
             total.update(f"{file.relative_to(path)}\n".encode())
-        total.update(hashlib.sha256(file.read_bytes()).digest())
+        total.update(bytes.fromhex(file_sha256(file)))
     return total.hexdigest()
 
 
@@ -149,7 +149,7 @@ def _costs(runner: Runner) -> tuple[list[dict[str, Any]], str]:
     """The costs of each cell and method; or none, and the reason."""
     scenario = runner.scenario
     try:
-        shape = ModelShape.from_config(runner.model.base.config, runner.model.base.config.name_or_path)
+        shape = ModelShape.from_config(runner.model.base.config)
     except InputError as error:
         return [], f"Costs can't be told from the shapes of this model: {error}"
     costs = []
@@ -191,11 +191,6 @@ def _sizes(runner: Runner, cell: Cell) -> tuple[int, CostSettings]:
 # Files
 
 
-def markdown(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
-    """The report as Markdown; `plots` are the names of image files next to it."""
-    return markdown_page(_title(report), _facts(report), tables(report), plots)
-
-
 def markdown_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable], plots: Sequence[str] = ()) -> str:
     """A page as Markdown; `plots` are the names of image files next to it."""
     parts = [f"# {title}\n\n", *(f"- {line}\n" for line in facts), "\n"]
@@ -204,12 +199,7 @@ def markdown_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable]
     return "".join(parts).rstrip() + "\n"
 
 
-def html(report: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
-    """The report as one HTML page; `plots` are SVG texts, which are embedded."""
-    return html_page(_title(report), _facts(report), tables(report), plots)
-
-
-def html_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable], plots: Sequence[str] = ()) -> str:
+def _html_page(title: str, facts: Sequence[str], shown: Sequence[ReportTable], plots: Sequence[str]) -> str:
     """A page as HTML that needs no other file; `plots` are SVG texts, which are embedded."""
     listed = "".join(f"<li>{escape(line)}</li>\n" for line in facts)
     figures = "".join(f"<figure>{plot[plot.index('<svg') :]}</figure>\n" for plot in plots)
@@ -226,32 +216,50 @@ def write(report: Mapping[str, Any], path: Path, plots: Mapping[str, str]) -> li
     Raises:
         OSError, InputError: see `files.write_text`.
     """
+    title = f"Evaluation: {report['scenario']}, protocol {report['protocol']}"
+    return write_page(report, path, (title, _facts(report), tables(report)), plots, {})
+
+
+def write_page(
+    report: Mapping[str, Any],
+    path: Path,
+    page: tuple[str, Sequence[str], Sequence[ReportTable]],
+    plots: Mapping[str, str],
+    others: Mapping[Path, str],
+) -> list[Path]:
+    """As `write`, of a page of this title, facts and tables; `others` are the texts of further files."""
     images = {f"{path.stem}.{name}.svg": text for name, text in plots.items()}
     written = {
         path: json.dumps(report, indent=2) + "\n",
+        **others,
         **{path.with_name(name): text for name, text in images.items()},
-        path.with_suffix(".md"): markdown(report, list(images)),
-        path.with_suffix(".html"): html(report, list(images.values())),
+        path.with_suffix(".md"): markdown_page(*page, list(images)),
+        path.with_suffix(".html"): _html_page(*page, list(images.values())),
     }
     for file, text in written.items():
         write_text(file, text)
     return list(written)
 
 
-def _title(report: Mapping[str, Any]) -> str:
-    return f"Evaluation: {report['scenario']}, protocol {report['protocol']}"
+def versions_and_device(report: Mapping[str, Any]) -> str:
+    """Of a report, for its reader."""
+    return ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + f"; {report['device']}"
+
+
+def data_digests(hashes: Mapping[str, str]) -> str:
+    """The files of a run by their names and the starts of their SHA-256s, for the reader."""
+    return ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in hashes.items())
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:
     settings = report["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    data = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in settings["data"].items())
+    data = data_digests(settings["data"])
     shown = {name: value for name, value in settings.items() if name not in ("data", "base_fingerprint", "scenario")}
     return [
         f"base model {report['model'] or 'without a name'}, fingerprint {settings['base_fingerprint']}",
         f"{f'data {data}' if data else 'data drawn by the seed'}; {report['contexts']:,} contexts",
         "settings: " + ", ".join(f"{name} {value}" for name, value in shown.items() if value not in (None, [])),
-        f"{versions}; {report['device']}",
+        versions_and_device(report),
         *report["notes"],
     ]
 

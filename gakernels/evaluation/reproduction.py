@@ -14,15 +14,13 @@ from typing import Any
 
 from gakernels.cost.shapes import ModelShape
 from gakernels.evaluation.cost import method_cost
-from gakernels.evaluation.cost_plots import COUNTED as COUNTED_PANELS
-from gakernels.evaluation.cost_plots import MEASURED as MEASURED_PANELS
-from gakernels.evaluation.cost_plots import costs_by_length
 from gakernels.evaluation.paper import LENGTHS
-from gakernels.evaluation.plots import is_detail, plots
+from gakernels.evaluation.plots import COUNTED as COUNTED_PANELS
+from gakernels.evaluation.plots import MEASURED as MEASURED_PANELS
+from gakernels.evaluation.plots import costs_by_length, is_detail, plots
 from gakernels.evaluation.published import FROM_SHAPES, Published, Row, Table
-from gakernels.evaluation.report import describe_model, describe_run, html_page, markdown_page
+from gakernels.evaluation.report import data_digests, describe_model, describe_run, versions_and_device, write_page
 from gakernels.evaluation.tables import FRACTION, REFERENCE, ReportTable, interval_text, tables
-from gakernels.files import write_text
 from gakernels.model import GenerativeAdapter
 
 KIND = "gakernels reproduction"
@@ -61,7 +59,7 @@ def shapes_report(model: GenerativeAdapter) -> dict[str, Any]:
     Raises:
         InputError: the formulas do not cover the model.
     """
-    shape = ModelShape.from_config(model.base.config, model.base.config.name_or_path)
+    shape = ModelShape.from_config(model.base.config)
     costs = [
         {
             **method_cost(name, shape, model.config, length).to_dict(),
@@ -195,14 +193,13 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     ]
     if not ran:
         return facts
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    data = ", ".join(f"{name} (sha256 {digest[:16]})" for name, digest in report["data"].items())
+    data = data_digests(report["data"])
     return [
         *facts,
         f"generator {report['generator']}; base model {report['model'] or 'without a name'}, fingerprint "
         + " and ".join(report["fingerprints"]),
         f"data {data}" if data else "no data files",
-        f"{versions}; {report['device']}",
+        versions_and_device(report),
         *report["notes"],
     ]
 
@@ -308,16 +305,6 @@ def write(report: Mapping[str, Any], table: Table, path: Path, drawn: Mapping[st
     Raises:
         OSError, InputError: see `files.write_text`.
     """
-    images = {f"{path.stem}.{name}.svg": text for name, text in drawn.items()}
     title = report["title"] + (f" (tried with --limit {report['limit']})" if report["limit"] else "")
     page = title, _facts(report), _all_tables(report, table.metrics)
-    written = {
-        path: json.dumps(report, indent=2) + "\n",
-        path.with_suffix(".csv"): csv_text(report),
-        **{path.with_name(name): text for name, text in images.items()},
-        path.with_suffix(".md"): markdown_page(*page, list(images)),
-        path.with_suffix(".html"): html_page(*page, list(images.values())),
-    }
-    for file, text in written.items():
-        write_text(file, text)
-    return list(written)
+    return write_page(report, path, page, drawn, {path.with_suffix(".csv"): csv_text(report)})

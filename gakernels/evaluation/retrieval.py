@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from gakernels.errors import InputError, first_line
-from gakernels.evaluation.methods import MethodSettings, Prepared, SimpleMethod
+from gakernels.evaluation.methods import Method, MethodSettings, Prepared
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.model import GenerativeAdapter
 
@@ -107,7 +107,7 @@ class EmbeddingSearch(PassageRanking):
         return self._model.similarity(asked, self.vectors)[0].tolist()
 
 
-class Retrieval(SimpleMethod):
+class Retrieval(Method):
     """BM25 over passages of 100 words; the best ones are put before the question, in the order of the text.
 
     Raises:
@@ -128,7 +128,7 @@ class Retrieval(SimpleMethod):
         return _finder([case.context.text for case in cases], PassageSearch, self.settings)[0]
 
 
-class EmbeddingRetrieval(SimpleMethod):
+class EmbeddingRetrieval(Method):
     """As `Retrieval`, with passages ranked by an embedding model of sentence-transformers; their vectors are kept.
 
     Raises:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from gakernels.distributed import Ranks
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.evaluation.adapter_methods import (
     AdapterWithRetrieval,
     GeneratedAdapter,
@@ -93,10 +93,8 @@ class RunSettings:
     alone: int = 3
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if name == "alone" else 1
-            if value < least:
-                raise InputError(f"{name} must be at least {least}, but it is {value}")
+        check_least(1, **{**vars(self), "alone": None})
+        check_least(0, alone=self.alone)
 
 
 @dataclass(frozen=True)

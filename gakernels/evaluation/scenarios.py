@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from gakernels.data.bad_records import BadRecords
-from gakernels.errors import InputError
+from gakernels.errors import check_known, check_least
 from gakernels.evaluation.datasets import Dataset, EvaluationContext, Question
 from gakernels.evaluation.metrics import PROTOCOLS, Sample, Samples, answer_exact_match, answer_f1
 from gakernels.evaluation.prompts import QA_NEW_TOKENS, QA_STOPS, qa_prompt
@@ -178,7 +178,6 @@ def with_others(cases: Sequence[EvaluationCase], first: int = 0) -> list[Evaluat
 # Questions about documents and conversations
 
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 GROUP_PARTS = ("all", "first_tenth")
 STYLES = {"official": ("paper", "paper"), "released": ("released", "bare")}
 
@@ -202,15 +201,11 @@ class AskSettings:
     sample_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("new_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, but it is {value}")
+        check_least(1, new_tokens=self.new_tokens, limit=self.limit)
 
     def styles(self, protocol: str) -> dict[str, str]:
         """The styles of the base model's prompts and of an adapted model's."""
-        if protocol not in PROTOCOLS:
-            raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, but it is {protocol!r}")
+        check_known("protocol", protocol, PROTOCOLS)
         style, adapted = STYLES[protocol]
         return {"style": self.style or style, "adapted_style": self.adapted_style or adapted}
 
@@ -218,7 +213,7 @@ class AskSettings:
 def docqa(
     data: Dataset,
     measure: Callable[[str], int],
-    lengths: Sequence[int] | None = LENGTHS,
+    lengths: Sequence[int] | None,
     protocol: str = "official",
     part: str | None = None,
     training: Sequence[EvaluationContext] = (),
@@ -363,10 +358,8 @@ def group_contexts(
     Raises:
         InputError: length is below 1, or there is no such part.
     """
-    if length < 1:
-        raise InputError(f"length must be at least 1, but it is {length}")
-    if part not in GROUP_PARTS:
-        raise InputError(f"part must be one of {', '.join(GROUP_PARTS)}, but it is {part!r}")
+    check_least(1, length=length)
+    check_known("part", part, GROUP_PARTS)
     documents = _by_text(contexts)
     count = math.ceil(measure("\n\n".join(document.text for document in documents)) / length)
     scored = count if part == "all" else max(1, count // 10)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gakernels.adapters.adapter import Adapter
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.evaluation.datasets import Question
-from gakernels.evaluation.methods import MethodSettings, Prepared, SimpleMethod
+from gakernels.evaluation.methods import Method, MethodSettings, Prepared
 from gakernels.evaluation.prompts import Asker
 from gakernels.evaluation.scenarios import EvaluationCase, Scenario
 from gakernels.model import GenerativeAdapter
@@ -45,7 +45,7 @@ BatchLoss = Callable[[Sequence[Example]], tuple[Tensor, int]]
 # Methods
 
 
-class TunedMethod(SimpleMethod):
+class TunedMethod(Method):
     """The common part of the fine-tuned methods.
 
     Args:
@@ -253,9 +253,7 @@ class TuningSettings:
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be finite and above 0, but it is {self.learning_rate}")
-        for name in ("epochs", "batch_size", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+        check_least(1, epochs=self.epochs, batch_size=self.batch_size, patience=self.patience)
 
 
 def tune_lora(

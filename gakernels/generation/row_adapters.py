@@ -127,11 +127,6 @@ class RowAdapters:
         )
         return RowAdapters(self.shared, left, right, (*(self.adapted[row] for row in kept), *joining.adapted))
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of U and V in bytes: rows times the size of a compact adapter."""
-        return sum(factor.numel() * factor.element_size() for factor in [*self.left.values(), *self.right.values()])
-
 
 @dataclass(frozen=True)
 class ExpandedAdapters:

@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gakernels.adapters.compact import CompactAdapter
-from gakernels.errors import InputError
-from gakernels.generation.adjustment import Adjustment, adjusted
+from gakernels.errors import InputError, check_least
 from gakernels.generation.decoding_batch import DecodingBatch
 from gakernels.generation.log_probabilities import Scores, TokenLogprob, prompt_scores
 from gakernels.generation.row_adapters import OneAdapter
-from gakernels.generation.sampling import Sampling, next_tokens
+from gakernels.generation.sampling import Adjustment, Sampling, adjusted, next_tokens
 from gakernels.generation.text_output import TextOutput
 from gakernels.model import GenerativeAdapter
 from gakernels.model.encoding import encode_text
@@ -71,6 +70,7 @@ class Generation:
         prompt_logprobs: of the prompt's tokens, if its sampling asks for them; there before the first piece.
         finished: why it ended, see `Piece`; None while it continues.
         error: the error that ended it instead.
+        on_end: called when it has finished, for whatever reason.
 
     Raises:
         InputError: the prompt is empty, or there are stop texts but no tokenizer.
@@ -112,11 +112,7 @@ class Generation:
             self._output = TextOutput(tokenizer, self.prompt, sampling.stop, sampling.skip_special_tokens)
         self._on_piece = on_piece
         self._load: Future[CompactAdapter] | None = None
-        self._on_end: Callable[[], None] | None = None
-
-    def on_end(self, callback: Callable[[], None]) -> None:
-        """Call a function when it has finished, for whatever reason."""
-        self._on_end = callback
+        self.on_end: Callable[[], None] | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -191,8 +187,8 @@ class Generation:
         self.text += text
         if self._on_piece is not None:
             self._on_piece(Piece(text, len(self.tokens), self.finished, self.error, logprob))
-        if self.finished is not None and self._on_end is not None:
-            self._on_end()
+        if self.finished is not None and self.on_end is not None:
+            self.on_end()
 
 
 class TokensToCome:
@@ -266,11 +262,8 @@ class Scheduler:
         max_cache_tokens: int = 262_144,
         batch: DecodingBatch | None = None,
     ) -> None:
-        limits = {"max_rows": max_rows, "max_prefill_tokens": max_prefill_tokens, "max_cache_tokens": max_cache_tokens}
-        for name, value in limits.items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, but it is {value}")
-        self.max_rows, self.max_prefill_tokens, self.max_cache_tokens = limits.values()
+        check_least(1, max_rows=max_rows, max_prefill_tokens=max_prefill_tokens, max_cache_tokens=max_cache_tokens)
+        self.max_rows, self.max_prefill_tokens, self.max_cache_tokens = max_rows, max_prefill_tokens, max_cache_tokens
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self._batch = batch or DecodingBatch(model)

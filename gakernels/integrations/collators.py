@@ -13,10 +13,16 @@ from torch import Tensor
 from gakernels.data.bad_records import BadRecords
 from gakernels.data.chat import EncodedRecord, TokenLimits, encode_records, template_of
 from gakernels.data.conversations import record_of
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 from gakernels.integrations.transformers import IGNORED
 from gakernels.model import GenerativeAdapter
-from gakernels.model.window_losses import RECONSTRUCTIONS, WindowBatch, check_slices, pretraining_windows
+from gakernels.model.window_losses import (
+    RECONSTRUCTIONS,
+    WindowBatch,
+    check_slices,
+    joined_windows,
+    pretraining_windows,
+)
 from gakernels.model.windows import split_evenly
 from gakernels.training.instruction.answers import can_pack
 from gakernels.training.instruction.batches import instruction_batch
@@ -48,9 +54,7 @@ class PretrainingCollator:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reconstruction not in RECONSTRUCTIONS:
-            known = ", ".join(RECONSTRUCTIONS)
-            raise InputError(f"reconstruction must be one of {known}, but it is {self.reconstruction!r}")
+        check_known("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         check_slices(self.slices, self.chunks, self.reconstruction)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -59,17 +63,15 @@ class PretrainingCollator:
         lengths = {len(segment) for segment in segments}
         if len(lengths) != 1:
             raise InputError(f"input_ids must have the same length in all rows, but they have {sorted(lengths)}")
-        batches = [self._windows(segment) for segment in segments]
-        targets = {name: torch.cat([batch.targets[name] for batch in batches]) for name in batches[0].targets}
-        ids, mask = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("input_ids", "mask"))
-        counted = torch.stack(list(targets.values())).any(0)
+        batch = joined_windows([self._windows(segment) for segment in segments])
+        counted = torch.stack(list(batch.targets.values())).any(0)
         return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": ids.where(counted, IGNORED),
-            "chunks": batches[0].chunks,
-            "seen": list(batches[0].seen),
-            "targets": targets,
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.mask,
+            "labels": batch.input_ids.where(counted, IGNORED),
+            "chunks": batch.chunks,
+            "seen": list(batch.seen),
+            "targets": batch.targets,
         }
 
     def _windows(self, segment: Tensor) -> WindowBatch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gakernels.errors import FormatError, InputError
+from gakernels.errors import FormatError, InputError, check_least
 from gakernels.fingerprint import FingerprintCache, tensor_fingerprint
 from gakernels.model.attachment import (
     Site,
@@ -382,8 +382,7 @@ class AttachedGenerators(nn.Module):
     ) -> Iterator[dict[str, Tensor]]:
         """Like `states`, one forward pass at a time: yields the states after each pass, so that a caller can do other
         work in between."""
-        if chunks_per_pass < 1:
-            raise InputError(f"chunks_per_pass must be at least 1, but it is {chunks_per_pass}")
+        check_least(1, chunks_per_pass=chunks_per_pass)
         if not contexts:
             raise InputError("contexts must be at least one context, but there is none")
         ids, mask = pad_windows([split_evenly(tokens, self.config.chunk_size) for tokens in contexts], pad=0)

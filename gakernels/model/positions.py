@@ -35,7 +35,9 @@ def check_chunk_size(config: Any, chunk_size: int) -> None:
         raise InputError(f"chunk_size must be at most the {limit} positions of the base model, but it is {chunk_size}")
 
 
-def check_prompt(limit: int | None, prompt: int, new_tokens: int, option: str = "max_new_tokens") -> None:
+def check_prompt(limit: int | None, prompt: int, new_tokens: int) -> None:
     """Raises: InputError: the prompt's tokens and its continuation exceed the positions of the base model."""
     if limit is not None and prompt + new_tokens > limit:
-        raise InputError(f"the model reads {limit} tokens, but the prompt has {prompt} and {option} is {new_tokens}")
+        raise InputError(
+            f"the model reads {limit} tokens, but the prompt has {prompt} and max_new_tokens is {new_tokens}"
+        )

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 from gakernels.model.attachment import decoder_layers
 from gakernels.model.base_model import remember_fingerprint
 from gakernels.nn import AdaptedLinear
@@ -41,8 +41,7 @@ def quantize_base(base: PreTrainedModel, kind: str) -> PreTrainedModel:
         InputError: the kind is unknown, the model carries generators, or a layer can't be quantised.
         BackendError: the device does not support such products, or bitsandbytes is missing. The model is unchanged.
     """
-    if kind not in _KINDS:
-        raise InputError(f"kind must be one of {', '.join(QUANTIZATIONS)}, but it is {kind!r}")
+    check_known("kind", kind, QUANTIZATIONS)
     if any(isinstance(module, AdaptedLinear) for module in base.modules()):
         raise InputError("base carries generators already; quantise it before it is passed to GenerativeAdapter")
     parents = [parent for layer in decoder_layers(base)[1] for parent in layer.modules()]

@@ -1,13 +1,13 @@
 """The pretraining objective (equation 5): the windows made from a segment, and the losses on them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_known
 from gakernels.model.generative_adapter import GenerativeAdapter
 from gakernels.model.transfer import moved
 
@@ -47,6 +47,18 @@ class Loss:
         return self.total / self.tokens.clamp(min=1)
 
 
+def joined_windows(batches: Sequence[WindowBatch]) -> WindowBatch:
+    """Join batches of segments into one."""
+    first = batches[0]
+    return WindowBatch(
+        torch.cat([batch.input_ids for batch in batches]),
+        torch.cat([batch.mask for batch in batches]),
+        first.chunks,
+        first.seen,
+        {name: torch.cat([batch.targets[name] for batch in batches]) for name in first.targets},
+    )
+
+
 def pretraining_windows(
     segments: Tensor,
     chunks: int,
@@ -75,8 +87,7 @@ def pretraining_windows(
         InputError: T does not divide the segment into chunks of two or more tokens, the kind of reconstruction is
             unknown, there are several slices of a kind that repeats a chunk, or there is nothing to train on.
     """
-    if reconstruction not in RECONSTRUCTIONS:
-        raise InputError(f"reconstruction must be one of {', '.join(RECONSTRUCTIONS)}, but it is {reconstruction!r}")
+    check_known("reconstruction", reconstruction, RECONSTRUCTIONS)
     tokens = segments.shape[1]
     if chunks < 1 or tokens % chunks or tokens < 2 * chunks:
         raise InputError(

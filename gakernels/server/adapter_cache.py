@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gakernels.adapters.compact import CompactAdapter
-from gakernels.errors import FormatError, InputError
+from gakernels.errors import FormatError, InputError, check_least
 
 logger = logging.getLogger(__name__)
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -65,9 +65,7 @@ class AdapterCache:
         disk_bytes: int = 0,
         folder: str | Path | None = None,
     ) -> None:
-        for name, size in (("gpu_bytes", gpu_bytes), ("cpu_bytes", cpu_bytes), ("disk_bytes", disk_bytes)):
-            if size < 0:
-                raise InputError(f"{name} must be at least 0, but it is {size}")
+        check_least(0, gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes, disk_bytes=disk_bytes)
         if disk_bytes and folder is None:
             raise InputError("folder must be given if disk_bytes is above 0")
         self.device = torch.device(device)

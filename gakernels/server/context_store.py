@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from gakernels.errors import FormatError, InputError
-from gakernels.files import read_description, read_tensors, write_tensors
+from gakernels.files import flush_folder, read_description, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 KIND = "context"
@@ -203,7 +204,8 @@ class ContextStore:
         self._path(context.id).unlink(missing_ok=True)
         with self._lock:
             self._contexts.pop(context.id, None)
-        self._sync_folder()
+        with suppress(FileNotFoundError):  # the folder itself has been removed
+            flush_folder(self._folder)  # until then, a crash of the machine could bring the deleted file back
 
     def _write(self, context: Context, states: Mapping[str, Tensor]) -> None:
         tensors = {name: state[0] for name, state in states.items()}
@@ -243,17 +245,6 @@ class ContextStore:
             self._guard.close()
             self._guard = guard
             self._contexts = {name: one for name, one in self._contexts.items() if self._path(name).exists()}
-
-    def _sync_folder(self) -> None:
-        """Flush the folder's names to disk: until then, a crash of the machine could bring a deleted file back."""
-        try:
-            descriptor = os.open(self._folder, os.O_RDONLY)
-        except FileNotFoundError:
-            return  # the folder itself has been removed
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _path(self, identifier: str) -> Path:
         return self._folder / f"{identifier}{SUFFIX}"

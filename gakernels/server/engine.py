@@ -88,7 +88,7 @@ class Engine:
         Raises:
             BusyError: too much is waiting.
         """
-        generation.on_end(self._release)
+        generation.on_end = self._release
         self._admit(generation)
 
     def work(self, make: Callable[[], Iterator[T]]) -> Future[T]:

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -75,7 +74,8 @@ def openai_routes(
             stack.callback(contexts.release, context)
             found = await compute(body, Source(context, read))
             if isinstance(found, EventStream):
-                return replace(found, end=partial(_both, found.end, stack.pop_all().close))
+                stack.callback(found.end)  # called first
+                return replace(found, end=stack.pop_all().close)
             return found
 
     def card(context: Context) -> ModelCard:
@@ -122,11 +122,6 @@ async def _response(request: Request, work: Coroutine[Any, Any, Answer]) -> Resp
     if isinstance(answer, BaseModel):
         return JSONResponse(answer.model_dump())
     return _Events(answer) if isinstance(answer, EventStream) else JSONResponse(answer)
-
-
-def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
-    first()
-    second()
 
 
 async def _hang_up(request: Request) -> None:

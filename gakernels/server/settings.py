@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gakernels.errors import InputError
+from gakernels.errors import InputError, check_least
 from gakernels.user_text import read_user_text
 
 ANYONE = ""  # the owner of everything if there are no keys
@@ -47,9 +47,7 @@ class Limits:
     waiting: int = 1_024
 
     def __post_init__(self) -> None:
-        for bound in fields(self):
-            if getattr(self, bound.name) < 1:
-                raise InputError(f"{bound.name} must be at least 1, but it is {getattr(self, bound.name)}")
+        check_least(1, **vars(self))
 
 
 class ApiKeys:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from gakernels.distributed import Parallel
 from gakernels.errors import FormatError
-from gakernels.files import replacing_folder
+from gakernels.files import file_sha256, replacing_folder
 from gakernels.version import __version__
 
 FORMAT_VERSION = 3  # 1: a safetensors file; 2: PyTorch's own files, one of which was a pickle
@@ -37,7 +37,6 @@ TENSORS = "*.safetensors"
 FILE_BYTES = 2**30  # about the size of a file; a larger tensor has its own file
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = re.compile(r"\.step-\d{8}\..*\.tmp")
-_PIECE = 1 << 20
 
 
 class _DamagedError(FormatError):
@@ -278,15 +277,7 @@ def _quiet() -> Iterator[None]:
 
 def _own_sums(folder: Path, parallel: Parallel) -> dict[str, str]:
     """The checksums of the files that this process wrote."""
-    return {path.name: _sha256(path) for path in sorted(folder.glob(f"shard-{parallel.ranks.rank + 1:05d}-*"))}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+    return {path.name: file_sha256(path) for path in sorted(folder.glob(f"shard-{parallel.ranks.rank + 1:05d}-*"))}
 
 
 def _write_manifest(path: Path, entries: Mapping[str, Any]) -> None:
@@ -342,7 +333,7 @@ def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, expected in manifest["files"].items():
         if not (path / name).is_file():
             raise _DamagedError(f"{path} is damaged: {name} is missing")
-        if _sha256(path / name) != expected:
+        if file_sha256(path / name) != expected:
             raise _DamagedError(f"{path} is damaged: {name} does not have the checksum that {MANIFEST} names")
 
 

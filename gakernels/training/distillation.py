@@ -4,7 +4,7 @@ The model with the generated adapter learns to predict what the base model predi
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -75,14 +75,6 @@ class Distillation:
         return {**losses, NAME: Loss(found.sum(), count)}
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """A sequence that the teacher reads: the windows of one row in order, without padding."""
-
-    row: int
-    windows: tuple[int, ...]
-
-
 @torch.no_grad()
 def teacher_states(model: GenerativeAdapter, batch: WindowBatch, targets: Tensor) -> Tensor:
     """The last hidden states (N, d_h) of the plain base model before each target token.
@@ -102,12 +94,13 @@ def teacher_states(model: GenerativeAdapter, batch: WindowBatch, targets: Tensor
         InputError: a sequence is longer than the base model can read.
     """
     lengths, targets = batch.mask.sum(-1).tolist(), targets[..., 1:].cpu()
-    numbers: dict[_Sequence, int] = {}
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}  # of sequences: a row, and its windows in order
     sequence_of, position = [], []
     for row, window in targets.any(-1).nonzero().tolist():
-        sequence = _sequence(row, window, batch)
-        number = numbers.setdefault(sequence, len(numbers))
-        before = sum(lengths[row][other] for other in sequence.windows[: sequence.windows.index(window)])
+        together = window < batch.chunks and batch.seen[window] == window
+        windows = tuple(range(batch.chunks)) if together else (*range(batch.seen[window]), window)
+        number = numbers.setdefault((row, windows), len(numbers))
+        before = sum(lengths[row][other] for other in windows[: windows.index(window)])
         places = targets[row, window].nonzero().flatten()
         sequence_of.append(torch.full_like(places, number))
         position.append(before + places)
@@ -115,7 +108,7 @@ def teacher_states(model: GenerativeAdapter, batch: WindowBatch, targets: Tensor
         width = model.base.config.get_text_config().hidden_size
         return torch.empty(0, width, device=model.device, dtype=model.base.dtype)
     index, place = torch.cat(sequence_of), torch.cat(position)
-    rows = [_tokens(batch, sequence) for sequence in numbers]
+    rows = [batch.input_ids[row, list(windows)][batch.mask[row, list(windows)]] for row, windows in numbers]
     _check_length(model, max(map(len, rows)))
     states = []
     for start, hidden in _passes(model, rows):
@@ -125,17 +118,6 @@ def teacher_states(model: GenerativeAdapter, batch: WindowBatch, targets: Tensor
     for here, part in states:
         result[here.to(result.device)] = part
     return result
-
-
-def _sequence(row: int, window: int, batch: WindowBatch) -> _Sequence:
-    if window < batch.chunks and batch.seen[window] == window:
-        return _Sequence(row, tuple(range(batch.chunks)))
-    return _Sequence(row, (*range(batch.seen[window]), window))
-
-
-def _tokens(batch: WindowBatch, sequence: _Sequence) -> Tensor:
-    windows = list(sequence.windows)
-    return batch.input_ids[sequence.row, windows][batch.mask[sequence.row, windows]]
 
 
 def _check_length(model: GenerativeAdapter, longest: int) -> None:

@@ -12,14 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from gakernels.cost.shapes import ModelShape
-from gakernels.data.chat import EncodedConversation
 from gakernels.errors import InputError
 from gakernels.model import GenerativeAdapter
 from gakernels.model.attachment import decoder_layers
@@ -27,8 +25,6 @@ from gakernels.model.config import GeneratorConfig
 from gakernels.model.window_losses import WindowBatch, pretraining_windows
 from gakernels.nn import CompactFactors, GatedMLP, LowRankFactors
 from gakernels.ops import dispatch
-from gakernels.training.instruction.answers import adapters, encode_windows
-from gakernels.training.instruction.batches import instruction_batch
 
 PASS = 8  # chunks of a context that go through the model at once, the library's default
 
@@ -93,21 +89,10 @@ class PlannedCalls:
         batch = pretraining_windows(tokens, chunks, torch.Generator().manual_seed(0), slices=slices)
         return self._recorded(lambda: self._encode(batch), self._autocast())
 
-    def instructions(self, contexts: int, tokens: int, answers: int, window: int) -> list[Call]:
-        """A step of instruction tuning: contexts of `tokens` tokens, each with one conversation of `answers` tokens."""
-        said = EncodedConversation(np.zeros(answers, np.int32), np.arange(answers) > 0)
-        batch = instruction_batch([[0] * tokens] * contexts, [[said]] * contexts, self.chunk_size, max(window, answers))
-
-        def step() -> None:
-            states = self._encode(batch.context)
-            encode_windows(self._model, batch, adapters(self._model, states, batch.owner))
-
-        return self._recorded(step, self._autocast())
-
-    def contextualizing(self, chunks: int, contexts: int = 1) -> list[Call]:
-        """Contexts become adapters, without gradients; of identical passes only two are run."""
+    def contextualizing(self, chunks: int) -> list[Call]:
+        """A context becomes an adapter, without gradients; of identical passes only two are run."""
         different = chunks if chunks <= 2 * PASS else 2 * PASS + chunks % PASS
-        ids = [[0] * (different * self.chunk_size)] * contexts
+        ids = [[0] * (different * self.chunk_size)]
 
         def run() -> None:
             states = self._model.states(ids, chunks_per_pass=PASS)
@@ -116,17 +101,17 @@ class PlannedCalls:
 
         return self._recorded(torch.no_grad()(run))
 
-    def decoding(self, users: int, tokens: int = 1) -> list[Call]:
-        """One step for users with one adapter each; several tokens for reading a prompt."""
-        return self._recorded(torch.no_grad()(lambda: self._decode(users, tokens)))
+    def decoding(self, users: int) -> list[Call]:
+        """One step for users with one adapter each."""
+        return self._recorded(torch.no_grad()(lambda: self._decode(users)))
 
     def _encode(self, batch: WindowBatch) -> dict[str, Tensor]:
         return self._model(batch.input_ids, batch.mask, batch.chunks, batch.seen)[1]
 
-    def _decode(self, users: int, tokens: int) -> None:
+    def _decode(self, users: int) -> None:
         factors: dict[str, LowRankFactors | CompactFactors] = {}
         with self._mode:
-            ids = torch.zeros(users, tokens, dtype=torch.int64)
+            ids = torch.zeros(users, 1, dtype=torch.int64)
             for name in self._model.adapted_names:
                 generator, size = self._model.generator(name), self._model.config.state_size
                 lora_a, lora_b = generator.factors(torch.zeros(users, size, size))

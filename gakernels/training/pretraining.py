@@ -1,6 +1,6 @@
 """Pretraining a generator: from a recipe to the trained generator and the report on held-out contexts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gakernels.model import GenerativeAdapter
 from gakernels.model.config import GeneratorConfig
 from gakernels.model.positions import check_chunk_size
 from gakernels.model.static_lora import STATIC_LORA_FILE, StaticLora, static_adapter
-from gakernels.model.window_losses import WindowBatch, pretraining_windows, window_losses
+from gakernels.model.window_losses import WindowBatch, joined_windows, pretraining_windows, window_losses
 from gakernels.nn import LowRankFactors
 from gakernels.training.base_model import load_base_model
 from gakernels.training.distillation import NAME as DISTILLATION
@@ -195,7 +195,7 @@ class _Pretraining(GeneratorRun[PretrainingRecipe]):
             random = torch.Generator().manual_seed(self.recipe.seed * 1_000_000_007 + first + place)
             made.append(segment_windows(segment, windows, single, random))
         size = windows.at_once(ranks.world)
-        return [_joined(made[start : start + size]) for start in range(0, len(made), size)]
+        return [joined_windows(made[start : start + size]) for start in range(0, len(made), size)]
 
     def _objective(self) -> WindowObjective:
         distillation = self.recipe.distillation
@@ -235,15 +235,3 @@ def segment_windows(segment: Tensor, windows: WindowsConfig, single: bool, gener
         targets["plain"] = torch.zeros_like(batch.mask)
         targets["plain"][:, 0, 1:] = True
     return replace(batch, targets=targets)
-
-
-def _joined(batches: Sequence[WindowBatch]) -> WindowBatch:
-    """Join batches of segments into one."""
-    first = batches[0]
-    return WindowBatch(
-        torch.cat([batch.input_ids for batch in batches]),
-        torch.cat([batch.mask for batch in batches]),
-        first.chunks,
-        first.seen,
-        {name: torch.cat([batch.targets[name] for batch in batches]) for name in first.targets},
-    )

@@ -1,7 +1,7 @@
 """The segments of a pretraining run: what it trains on, and the contexts that are held out for its report."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -175,7 +175,8 @@ def _split_source(
     if config.held_out_every is not None:
         training, kept = hold_out_documents(corpus, config.held_out_every)
         return cut(training, segment_tokens), [_scored(kept, held_out)]
-    scored = _last(_scored(corpus, held_out), held_out.contexts)
+    scored = _scored(corpus, held_out)
+    scored = scored.select(np.arange(len(scored)) >= len(scored) - held_out.contexts)
     segments = cut(corpus, segment_tokens)
     before = segments.starts + segment_tokens <= int(scored.starts[0])
     if len(scored) < held_out.contexts or not before.any():
@@ -184,7 +185,7 @@ def _split_source(
             f"held out ({held_out.contexts} contexts of {held_out.tokens} and what follows each) and {segment_tokens} "
             "make a segment; more text, shorter segments (chunks x chunk size) or fewer contexts are needed"
         )
-    return _only(segments, before), [scored]
+    return segments.select(before), [scored]
 
 
 def _scored(corpus: Corpus, held_out: HeldOutSize) -> Segments:
@@ -193,14 +194,6 @@ def _scored(corpus: Corpus, held_out: HeldOutSize) -> Segments:
     if int((np.diff(corpus.offsets) // length).sum()) >= held_out.contexts:
         return document_segments(corpus, length)
     return packed_segments(corpus, length)
-
-
-def _last(segments: Segments, count: int) -> Segments:
-    return _only(segments, np.arange(len(segments)) >= len(segments) - count)
-
-
-def _only(segments: Segments, kept: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Segments:
-    return replace(segments, starts=segments.starts[kept], document_ids=segments.document_ids[kept])
 
 
 def _contexts(parts: Sequence[Segments], count: int) -> HeldOutContexts:

@@ -66,14 +66,13 @@ def test_the_text_of_a_seed_does_not_change() -> None:
     assert document.questions()[0] == ("Question: What is the job of Fele Corsen? Answer:", "lamp tester")
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_document_has_the_people_and_facts_asked_for(shared: bool) -> None:
-    document = draw_document(Random(1), people=4, facts_per_person=(5, 8), shared_attributes=shared)
+def test_a_document_has_the_people_and_facts_asked_for() -> None:
+    document = draw_document(Random(1), people=4, facts_per_person=(5, 8))
     owned = [{f.attribute.name for f in document.facts if f.person == person} for person in document.people]
     assert len(set(document.people)) == 4
     assert all(5 <= len(names) <= 8 for names in owned)
     assert len(document.facts) == sum(map(len, owned))
-    assert (owned[0] == owned[1] == owned[2] == owned[3]) == shared
+    assert owned[0] == owned[1] == owned[2] == owned[3]
 
 
 def test_too_many_facts_are_refused() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gakernels import GenerativeAdapter, InputError
 from gakernels.generation import Sampling, generate, scheduler
-from gakernels.generation.adjustment import Adjustment, adjusted
+from gakernels.generation.sampling import Adjustment, adjusted
 
 
 @pytest.fixture

@@ -6,15 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gakernels.cost.shapes import SHAPES
+from gakernels.data.chat import EncodedConversation
 from gakernels.errors import FormatError, InputError
 from gakernels.model.config import GeneratorConfig
 from gakernels.ops import dispatch, gpus, launching, measured, tuned
 from gakernels.ops.gpus import Gpu
 from gakernels.ops.measured import calibration, costs
+from gakernels.training.instruction.answers import adapters, encode_windows
+from gakernels.training.instruction.batches import instruction_batch
 from gakernels.training.planned_calls import Call, PlannedCalls, llama_config
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -313,10 +317,22 @@ def walked(model: str, dtype: torch.dtype = BF16, autocast: torch.dtype | None =
     plan = PlannedCalls(llama_config(SHAPES[model]), config, dtype, autocast)
     calls = {
         "training": plan.training(segments, chunks),
-        "tuning": plan.instructions(8, 4 * config.chunk_size, 256, 512),
+        "tuning": tuning_calls(plan, config.chunk_size),
     }
     calls |= {f"context {chunks}": plan.contextualizing(chunks) for chunks in (1, 2, 7, 8, 15, 16, 1024)}
     return calls | {f"decoding {users}": plan.decoding(users) for users in (1, 2, 8, 64, 256)}
+
+
+def tuning_calls(plan: PlannedCalls, chunk_size: int) -> list[Call]:
+    """A step of instruction tuning: 8 contexts of 4 chunks, each with one conversation of 256 tokens."""
+    said = EncodedConversation(np.zeros(256, np.int32), np.arange(256) > 0)
+    batch = instruction_batch([[0] * (4 * chunk_size)] * 8, [[said]] * 8, chunk_size, 512)
+
+    def step() -> None:
+        states = plan._encode(batch.context)
+        encode_windows(plan._model, batch, adapters(plan._model, states, batch.owner))
+
+    return plan._recorded(step, plan._autocast())
 
 
 def allowed_eager(call: Call) -> bool:

@@ -44,7 +44,8 @@ def windows_of(ranks: Ranks, seed: int, per_batch: int) -> Callable[[int], list[
         random = torch.Generator().manual_seed(seed + step)
         segments = torch.randint(3, 64, (BATCH, CHUNKS * LENGTH), generator=random)
         counted = torch.rand(BATCH, 2 * CHUNKS, LENGTH, generator=random) < torch.rand(BATCH, 1, 1, generator=random)
-        own = ranks.share(BATCH, "batch_size")
+        size = BATCH // ranks.world
+        own = range(ranks.rank * size, (ranks.rank + 1) * size)
         batches = []
         for start in range(own.start, own.stop, per_batch):
             part = slice(start, min(start + per_batch, own.stop))

@@ -11,7 +11,7 @@ from typing import Any
 import processes
 import pytest
 import torch
-from processes import BATCH, losses_of, make_trainer
+from processes import losses_of, make_trainer
 
 from gakernels import InputError
 from gakernels.distributed import Ranks
@@ -122,18 +122,6 @@ def test_parameters_from_before_the_model_was_sharded_are_refused(two: list[dict
 def test_the_log_is_written_once(two: list[dict[str, Any]], folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "replicas" / "log.jsonl").read_text().splitlines()]
     assert losses_of(lines) == two[0]["replicas"]
-
-
-def test_every_process_gets_its_consecutive_part() -> None:
-    world, size = int(torch.randint(1, 9, ())), int(torch.randint(1, 9, ()))
-    parts = [Ranks(rank, world).share(world * size, "batch_size") for rank in range(world)]
-    assert [place for part in parts for place in part] == list(range(world * size))
-    assert {len(part) for part in parts} == {size}
-
-
-def test_a_batch_that_can_not_be_shared_out_is_refused_before_the_first_step() -> None:
-    with pytest.raises(InputError, match="batch_size must be a multiple of the 3 processes, but it is 4"):
-        make_trainer(0, windows=processes.windows_of(Ranks(0, 3), 0, BATCH)).run()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from gakernels.cli.common import DTYPES, add_command, output_file
+from gakernels.cli.common import add_command, output_file
 from gakernels.cost.shapes import SHAPES, ModelShape
 from gakernels.errors import InputError, first_line
 from gakernels.evaluation.cost import COUNTED_METHODS, CostSettings, MethodCost, all_costs, stream_state
@@ -18,6 +18,7 @@ from gakernels.files import write_text
 from gakernels.model.base_model import model_source
 from gakernels.model.config import GeneratorConfig
 from gakernels.paths import expanded
+from gakernels.training.base_model import DTYPES
 from gakernels.version import __version__
 
 

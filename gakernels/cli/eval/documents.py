@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from rich.console import Console
 from gakernels.cli.common import add_command, add_model_options, load_generator, output_file
 from gakernels.cli.eval.running import numbers, rich_table
 from gakernels.data.sources import HUB
-from gakernels.demo import smollm2
-from gakernels.errors import InputError
+from gakernels.demo import ASSETS, smollm2
+from gakernels.errors import InputError, check_least
 from gakernels.evaluation import report as reports
 from gakernels.evaluation.datasets import read_documents
 from gakernels.evaluation.document_reading import measure_reading
@@ -22,7 +21,7 @@ from gakernels.evaluation.prompts import QA_NEW_TOKENS
 from gakernels.files import write_text
 from gakernels.paths import expanded
 
-QUESTIONS = files("gakernels.demo") / "assets" / "questions" / "squad.jsonl"
+QUESTIONS = ASSETS / "questions" / "squad.jsonl"
 
 
 def add_documents(tasks: Any) -> None:
@@ -64,8 +63,7 @@ def run_documents(options: argparse.Namespace) -> int:
     """Measure, show the tables and write the results."""
     if options.json is not None and options.json.suffix != ".json":
         raise InputError(f"--json must be a file whose name ends in .json, but it is {options.json}")
-    if options.new_tokens < 1:
-        raise InputError(f"--new-tokens must be at least 1, but it is {options.new_tokens}")
+    check_least(1, **{"--new-tokens": options.new_tokens})
     sizes, counts = numbers(options.sizes, "--sizes"), numbers(options.counts, "--counts")
     contexts = read_documents(options.data).contexts
     check_counts(counts, len(contexts))

@@ -3,7 +3,6 @@
 import argparse
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from gakernels.cli.eval.running import (
     refuse,
 )
 from gakernels.data.sources import HUB
+from gakernels.demo import TINY_GENERATOR
 from gakernels.errors import InputError
 from gakernels.evaluation.datasets import (
     MSC_QUESTIONS,
@@ -339,7 +339,7 @@ def run_recall(options: argparse.Namespace) -> int:
     )
     embedded = options.generator is None
     if embedded:
-        options.generator = Path(str(files("gakernels.demo") / "assets" / "generator"))
+        options.generator = TINY_GENERATOR
 
     def make(model: GenerativeAdapter) -> Scenario:
         decoder = Decoder(model)
