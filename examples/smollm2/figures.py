@@ -20,7 +20,7 @@ from gakernels.demo import smollm2
 QUESTIONS = {"squad": "SQuAD", "nq_swap": "NQ-Swap", "confiqa": "ConFiQA"}
 TEXTS = {"books": "books", "wikitext": "WikiText-2"}
 PLACES = ("start", "middle", "end")
-PIECES = {256: 200, 1024: 200, 4096: 50}  # of a text, by tokens of context
+PIECES = {256: 200, 1024: 40, 4096: 10}  # of a text, by tokens of context
 METHODS = {
     "closed_book": "closed book",
     "prompt": "text in the prompt",
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="text of WikiText-2")
     parser.add_argument("--static-lora", type=Path, help="what static_lora.py wrote")
     parser.add_argument("--embedding-model", help="folder or hub name, for retrieval by embeddings")
-    parser.add_argument("--placed", type=int, default=60, help="questions for each place in longer texts")
+    parser.add_argument("--placed", type=int, default=40, help="questions for each place in longer texts")
     parser.add_argument("--tuned", type=int, default=40, help="questions for tuned LoRAs (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=300, help="of each data set (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reports")
