@@ -29,7 +29,7 @@ HELD_OUT_OF = 10
 PARAGRAPH_WORDS = (25, 220)
 QUESTIONS = 4
 SEVERAL_CHARACTERS = 2000  # most of a text of several passages
-PLACED_WORDS = (384, 1536)  # about 512 and 2,048 tokens
+PLACED_WORDS = (384, 1536)  # with SmolLM2 about 630 and 2,260 tokens
 PLACES_OF_PASSAGE = ("start", "middle", "end")
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"”']?\s+(?=[A-Z\"“'])")
@@ -66,7 +66,8 @@ def main() -> None:
         write(options.output / "long" / f"{name}.jsonl", (with_gaps(row, rng) for row in copies))
         write(options.output / "short" / f"{name}.jsonl", (with_gaps(shorten(row, rng), rng) for row in copies))
         if name == "squad":
-            write(options.output / "long" / "several.jsonl", several([with_gaps(row, rng) for row in copies], rng))
+            asked = [with_gaps(row, rng) for row in copies]
+            write(options.output / "long" / "several.jsonl", several(asked, len(training), rng))
             for words in PLACED_WORDS:
                 for place in PLACES_OF_PASSAGE:
                     rng = Random(f"{options.seed} {words}")  # the same texts for each place
@@ -158,10 +159,14 @@ def shorten(row: dict, rng: Random) -> dict:
     return {"context": text, "qas": [qa for qa in row["qas"] if qa["answers"][0] in text]}
 
 
-def several(rows: Sequence[dict], rng: Random) -> Iterator[dict]:
-    """As many texts as half the rows, of two to four passages, with questions about any of them."""
+def several(rows: Sequence[dict], passages: int, rng: Random) -> Iterator[dict]:
+    """Half as many texts as rows, of two to four passages, with questions about any of them.
+
+    The rows are copies of so many passages; a text has none of them twice.
+    """
     for _ in range(len(rows) // 2):
-        chosen = rng.sample(rows, rng.choice((2, 3, 3, 4)))
+        first = passages * rng.randrange(len(rows) // passages)
+        chosen = rng.sample(rows[first : first + passages], rng.choice((2, 3, 3, 4)))
         while len(chosen) > 2 and sum(len(row["context"]) for row in chosen) > SEVERAL_CHARACTERS:
             chosen.pop()
         qas = [qa for row in chosen for qa in row["qas"]]

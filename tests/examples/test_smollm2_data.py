@@ -101,6 +101,12 @@ def test_a_gap_is_asked_for_without_telling_it(script: ModuleType) -> None:
         assert not re.search(rf"\b{re.escape(answer)}\b", question)
 
 
+def test_a_text_of_several_passages_has_none_twice(data: Path) -> None:
+    for row in read(data / "long" / "several.jsonl"):
+        passages = [text.split(" was founded")[0] for text in row["context"].split("\n\n")]
+        assert 2 <= len(passages) == len(set(passages)) <= 4
+
+
 def test_held_out_passages_stand_at_each_place_of_the_same_longer_texts(data: Path, script: ModuleType) -> None:
     passages = read(data / "held-out" / "squad.jsonl")
     for words in script.PLACED_WORDS:
