@@ -29,7 +29,8 @@ def raised(model: GenerativeAdapter, rank: int) -> GenerativeAdapter:
     """The model with generators of that rank and with token weights, which start from its generators."""
     config = GeneratorConfig(**{**model.config.to_dict(), "rank": rank, "token_weights": True})
     trained, template = model.generators.state_dict(), model.chat_template
-    new = GenerativeAdapter(model.detach(), config, model.tokenizer)
+    dtype = next(model.generators.parameters()).dtype
+    new = GenerativeAdapter(model.detach(), config, model.tokenizer, dtype)
     kept = {name: value for name, value in trained.items() if not name.endswith("sketch")}
     new.generators.load_state_dict({**new.generators.state_dict(), **kept})
     new.chat_template = template
