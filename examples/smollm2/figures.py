@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="text of WikiText-2")
     parser.add_argument("--static-lora", type=Path, help="what static_lora.py wrote")
     parser.add_argument("--embedding-model", help="folder or hub name, for retrieval by embeddings")
-    parser.add_argument("--placed", type=int, default=40, help="questions for each place in longer texts")
+    parser.add_argument(
+        "--placed", type=int, default=40, help="questions for each place in longer texts (default: %(default)s)"
+    )
     parser.add_argument("--tuned", type=int, default=40, help="questions for tuned LoRAs (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=300, help="of each data set (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reports")

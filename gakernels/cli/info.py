@@ -171,7 +171,7 @@ def _version(package: str) -> str:
 
 
 def _allocator() -> str:
-    """The library that serves malloc in this process; on a CPU it decides how fast long runs are."""
+    """The library that serves malloc in this process; on a CPU long runs may depend on it."""
     with contextlib.suppress(OSError):  # no Linux
         mapped = Path("/proc/self/maps").read_text()
         return next((name for name in ALLOCATORS if f"lib{name}" in mapped), f"{platform.libc_ver()[0]}'s malloc")

@@ -22,7 +22,7 @@ SMALL = replace(
 
 
 def thinned(cases: Iterable[object], *others: Sequence[object], every: int) -> list[Any]:
-    """Each case with all others; but for every n-th of them, spread over the cases, the tests are slow ones."""
+    """All combinations; every n-th one, spread over the cases, runs in `make test`, the others are slow tests."""
     return [
         pytest.param(case, *rest, marks=() if (row + column) % every == 0 else pytest.mark.slow)
         for row, case in enumerate(cases)
